@@ -1,0 +1,2 @@
+//! Owns nothing yet.
+#![forbid(unsafe_code)]
