@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod discovery;
 mod facts;
 pub mod field;
 pub mod intstr;
 pub mod kinds;
 pub mod names;
+pub mod openapi;
 pub mod patch;
 pub mod quantity;
 pub mod schema;
