@@ -13,7 +13,9 @@ use nix::unistd::Pid;
 
 /// Held for as long as the process has the role.
 #[derive(Debug)]
-pub(crate) struct Claim(#[expect(dead_code, reason = "the lock lives as long as the descriptor")] Flock<File>);
+pub(crate) struct Claim(
+    #[expect(dead_code, reason = "the lock lives as long as the descriptor")] Flock<File>,
+);
 
 /// Takes the role, or answers the pid of the process that has it.
 pub(crate) fn claim(path: &Path) -> io::Result<Result<Claim, Option<Pid>>> {

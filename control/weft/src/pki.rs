@@ -102,7 +102,12 @@ impl Authority {
     }
 
     /// As [`Self::identity`], kept in another folder.
-    pub(crate) fn identity_in(&self, folder: &Path, file: &str, subject: &Subject<'_>) -> Result<Identity, Error> {
+    pub(crate) fn identity_in(
+        &self,
+        folder: &Path,
+        file: &str,
+        subject: &Subject<'_>,
+    ) -> Result<Identity, Error> {
         let certificate_path = folder.join(format!("{file}.crt"));
         let key_path = folder.join(format!("{file}.key"));
         if let (Ok(certificate), Ok(key)) = (read(&certificate_path), read(&key_path))
@@ -187,7 +192,8 @@ fn still_good(pem: &str, subject: &Subject<'_>) -> bool {
         Ok(None) => &[],
         Err(_) => return false,
     };
-    let has_dns = |wanted: &String| names.iter().any(|name| matches!(name, GeneralName::DNSName(n) if n == wanted));
+    let has_dns =
+        |wanted: &String| names.iter().any(|name| matches!(name, GeneralName::DNSName(n) if n == wanted));
     let has_address = |wanted: &IpAddr| {
         let octets = match wanted {
             IpAddr::V4(address) => address.octets().to_vec(),
@@ -218,7 +224,8 @@ pub(crate) fn write(path: &Path, content: &str, mode: u32) -> Result<(), Error> 
     }
     let fresh = path.with_extension("new");
     let _ = fs::remove_file(&fresh);
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&fresh).map_err(failed)?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&fresh).map_err(failed)?;
     file.write_all(content.as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
     fs::rename(&fresh, path).map_err(failed)
 }
@@ -243,7 +250,10 @@ mod tests {
         let made = first.identity("apiserver", &server(&["10.43.0.1"])).unwrap();
         let again = Authority::open(&folder).unwrap();
         assert_eq!(again.certificate(), first.certificate());
-        assert_eq!(again.identity("apiserver", &server(&["10.43.0.1"])).unwrap().certificate, made.certificate);
+        assert_eq!(
+            again.identity("apiserver", &server(&["10.43.0.1"])).unwrap().certificate,
+            made.certificate
+        );
         let wider = again.identity("apiserver", &server(&["10.43.0.1", "192.0.2.7"])).unwrap();
         assert_ne!(wider.certificate, made.certificate);
         fs::remove_dir_all(folder).unwrap();

@@ -66,7 +66,12 @@ impl Cluster {
             if !self.kubeconfig().exists() {
                 return Ok(None);
             }
-            let nodes = self.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].status.conditions[?(@.type==\"Ready\")].status}"])?;
+            let nodes = self.kubectl(&[
+                "get",
+                "nodes",
+                "-o",
+                "jsonpath={.items[*].status.conditions[?(@.type==\"Ready\")].status}",
+            ])?;
             let ready: Vec<&str> = nodes.split_whitespace().collect();
             let wanted = self.node_count();
             Ok((ready.len() == wanted && ready.iter().all(|status| *status == "True")).then_some(()))

@@ -38,7 +38,11 @@ pub fn require(test: &str, needs: &[&str]) -> bool {
 fn present(need: &str) -> Result<(), String> {
     match need {
         "root" => {
-            if nix::unistd::geteuid().is_root() { Ok(()) } else { Err("not root".to_owned()) }
+            if nix::unistd::geteuid().is_root() {
+                Ok(())
+            } else {
+                Err("not root".to_owned())
+            }
         }
         "bpf" => {
             let unified = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
@@ -72,13 +76,21 @@ pub fn artifact(name: &str) -> Result<PathBuf, String> {
     let folder = std::env::var_os("WEFT_ARTIFACTS")
         .map_or_else(|| workspace().join("target").join("artifacts"), PathBuf::from);
     let path = folder.join(name);
-    if path.is_file() { Ok(path) } else { Err(format!("no {name} in the artifacts; run `cargo xtask build`")) }
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(format!("no {name} in the artifacts; run `cargo xtask build`"))
+    }
 }
 
 /// The `weft` binary under test: `WEFT_BIN`, or the one that `cargo xtask build` made.
 pub fn weft_binary() -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os("WEFT_BIN").map(PathBuf::from) {
-        return if path.is_file() { Ok(path) } else { Err(format!("WEFT_BIN names no file: {}", path.display())) };
+        return if path.is_file() {
+            Ok(path)
+        } else {
+            Err(format!("WEFT_BIN names no file: {}", path.display()))
+        };
     }
     artifact("weft")
 }
