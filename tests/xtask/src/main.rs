@@ -3,6 +3,7 @@
 mod artifacts;
 mod checks;
 mod ebpf;
+mod facts;
 mod images;
 mod layers;
 mod machine;
@@ -50,6 +51,15 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Make the API's table of facts anew from a published OpenAPI document and discovery documents
+    Facts {
+        /// The OpenAPI v2 document
+        swagger: std::path::PathBuf,
+        /// Folder of discovery documents
+        discovery: std::path::PathBuf,
+        /// Where the table goes
+        out: std::path::PathBuf,
+    },
     /// Check which crate may use which
     Layers,
 }
@@ -64,6 +74,7 @@ fn main() -> ExitCode {
         Task::Ebpf => artifacts::build_ebpf().map(|_| ()),
         Task::Images => images::build_all().map(|_| ()),
         Task::Bench { args } => checks::bench(&args),
+        Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
         Task::Layers => layers::check(),
     };
     match outcome {
