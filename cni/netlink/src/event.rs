@@ -1,7 +1,5 @@
 //! Changes of devices, addresses, routes and neighbours, as the kernel tells them.
 
-use std::os::fd::AsRawFd as _;
-
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -47,8 +45,8 @@ impl Events {
         socket.bind(&SocketAddr::new(0, GROUPS)).map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("make non-blocking"))?;
 
-        let socket =
-            AsyncFd::register_with_interest(socket, Interest::READABLE).map_err(failed("register"))?;
+        let socket = AsyncFd::register_with_interest(socket, Interest::READABLE)
+            .map_err(|error| Error::Socket { op: "register", source: error.into_parts().1 })?;
         Ok(Self { socket })
     }
 
