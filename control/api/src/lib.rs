@@ -8,3 +8,5 @@ pub mod names;
 pub mod schema;
 pub mod selector;
 pub mod status;
+pub mod strategy;
+pub mod table;

@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 use crate::kinds::Kind;
 
 pub use duration::{human_duration, short_human_duration};
+pub(crate) use format::selector_text;
 
 /// One column of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

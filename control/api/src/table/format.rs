@@ -41,6 +41,14 @@ pub(super) fn labels(value: &Value) -> String {
 
 /// A label selector in the syntax of `-l`, sorted by key; `<none>` when it selects everything or nothing.
 pub(super) fn selector(value: &Value) -> String {
+    match selector_text(value) {
+        text if text.is_empty() => NONE.to_owned(),
+        text => text,
+    }
+}
+
+/// A label selector in the syntax of `-l`, sorted by key.
+pub(crate) fn selector_text(value: &Value) -> String {
     let equalities = value["matchLabels"].as_object().into_iter().flatten();
     let mut terms: Vec<(&str, String)> =
         equalities.map(|(key, value)| (key.as_str(), format!("{key}={}", text(value)))).collect();
@@ -55,9 +63,6 @@ pub(super) fn selector(value: &Value) -> String {
             "DoesNotExist" => format!("!{key}"),
             _ => key.to_owned(),
         }));
-    }
-    if terms.is_empty() {
-        return NONE.to_owned();
     }
     terms.sort_by_key(|(key, _)| *key);
     terms.into_iter().map(|(_, term)| term).collect::<Vec<_>>().join(",")

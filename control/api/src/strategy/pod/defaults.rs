@@ -15,8 +15,14 @@ pub(in super::super) fn pod(pod: &mut Value) {
     let Some(spec) = default_object(pod, "spec") else { return };
     pod_spec(spec);
     default_to(spec, "enableServiceLinks", true);
+    let host_network = spec["hostNetwork"] == true;
     for list in ["containers", "initContainers"] {
-        each(spec, list).for_each(requests_from_limits);
+        for container in each(spec, list) {
+            requests_from_limits(container);
+            if host_network {
+                host_ports(container);
+            }
+        }
     }
     pod_level_requests(spec);
     default_object(pod, "status");
@@ -38,9 +44,8 @@ fn pod_spec(spec: &mut Value) {
     default_to(spec, "terminationGracePeriodSeconds", 30);
     default_object(spec, "securityContext");
     service_account(spec);
-    let host_network = spec["hostNetwork"] == true;
     for list in CONTAINER_LISTS {
-        each(spec, list).for_each(|one| container(one, host_network && list != "ephemeralContainers"));
+        each(spec, list).for_each(container);
     }
     each(spec, "volumes").for_each(volume);
     for constraint in each(spec, "topologySpreadConstraints") {
@@ -65,7 +70,7 @@ fn service_account(spec: &mut Value) {
     copy(spec, &name, "serviceAccount");
 }
 
-fn container(container: &mut Value, host_network: bool) {
+fn container(container: &mut Value) {
     let policy = pull_policy(text(&container["image"]));
     default_zero(container, "imagePullPolicy", policy);
     default_zero(container, "terminationMessagePath", "/dev/termination-log");
@@ -79,10 +84,6 @@ fn container(container: &mut Value, host_network: bool) {
     }
     for port in each(container, "ports") {
         default_zero(port, "protocol", "TCP");
-        if host_network {
-            let number = port["containerPort"].clone();
-            default_zero(port, "hostPort", number);
-        }
     }
     for variable in each(container, "env") {
         if let Some(field) = at(variable, &["valueFrom", "fieldRef"]) {
