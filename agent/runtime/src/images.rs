@@ -12,9 +12,6 @@ mod archive;
 mod layer;
 mod reference;
 
-#[cfg(test)]
-mod tests;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
