@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
-    fchmod, fchown, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
+    fchmod, fchown, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, readlinkat, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
@@ -24,6 +24,8 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 const AUFS: &[u8] = b".wh..wh.";
 const PAX_XATTR: &str = "SCHILY.xattr.";
 const DEFAULT_FOLDER_MODE: u32 = 0o755;
+/// As the kernel's limit on one path.
+const MAX_LINKS: usize = 40;
 
 /// Why a layer could not be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -113,20 +115,27 @@ impl Layer {
 
     /// Opens the folder that holds `path`, making what is missing.
     fn parent(&self, path: &Path) -> Result<OwnedFd, Errno> {
-        let parent = path.parent().unwrap_or(Path::new(""));
-        match self.open(parent) {
-            Err(Errno::NOENT) => {}
-            other => return other,
-        }
-        let mut made = PathBuf::new();
-        for part in parent {
-            let above = self.open(&made)?;
-            match mkdirat(&above, part, Mode::from_raw_mode(DEFAULT_FOLDER_MODE)) {
-                Ok(()) | Err(Errno::EXIST) => made.push(part),
-                Err(error) => return Err(error),
+        self.make(path.parent().unwrap_or(Path::new("")), MAX_LINKS)
+    }
+
+    fn make(&self, folder: &Path, links: usize) -> Result<OwnedFd, Errno> {
+        match (self.open(folder), folder.file_name()) {
+            (Err(Errno::NOENT), Some(name)) if links > 0 => {
+                let parent = folder.parent().unwrap_or(Path::new(""));
+                let above = self.make(parent, links)?;
+                match mkdirat(&above, name, Mode::from_raw_mode(DEFAULT_FOLDER_MODE)) {
+                    Ok(()) => self.open(folder),
+                    // A link to a folder that only a lower layer has.
+                    Err(Errno::EXIST) => {
+                        let target = readlinkat(&above, name, Vec::new())?;
+                        let target = parent.join(OsStr::from_bytes(target.to_bytes()));
+                        self.make(&clamped(&target), links - 1)
+                    }
+                    Err(error) => Err(error),
+                }
             }
+            (result, _) => result,
         }
-        self.open(parent)
     }
 
     fn open(&self, folder: &Path) -> Result<OwnedFd, Errno> {
@@ -269,6 +278,21 @@ fn inside(path: &Path) -> Option<PathBuf> {
         }
     }
     Some(inner)
+}
+
+/// The path as a process whose root is the layer would walk it, were no further links on the way.
+fn clamped(path: &Path) -> PathBuf {
+    let mut inner = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(part) => inner.push(part),
+            Component::ParentDir => {
+                inner.pop();
+            },
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    inner
 }
 
 fn whiteout(parent: &OwnedFd, name: &[u8], hidden: &[u8]) -> Result<(), Errno> {
