@@ -1,0 +1,106 @@
+//! Owns which resources are stored, under which keys, and by which kinds they are served.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use weft_control_api::kinds::{self, Kind};
+
+use crate::cache::PREFIX;
+
+/// One stored resource: all served versions of one kind share it.
+pub struct Resource {
+    /// Its place in the cache.
+    pub id: usize,
+    /// The kind that is stored.
+    pub storage: &'static Kind,
+    /// What its keys begin with, after the common prefix; ends in a slash.
+    pub prefix: String,
+}
+
+/// All stored resources.
+pub struct Resources {
+    all: Vec<Arc<Resource>>,
+    by_name: HashMap<(&'static str, &'static str), Arc<Resource>>,
+    by_prefix: HashMap<String, Arc<Resource>>,
+}
+
+/// A kind together with where it is stored.
+#[derive(Clone)]
+pub struct Served {
+    /// The kind as the request names it.
+    pub kind: &'static Kind,
+    /// Where it is stored.
+    pub resource: Arc<Resource>,
+}
+
+/// Whether objects of the kind are kept, rather than only answered (reviews, bindings).
+fn is_stored(kind: &Kind) -> bool {
+    kind.has_verb("get") && kind.has_verb("watch")
+}
+
+/// The kind that all served versions of `kind` are stored as.
+fn storage_kind(kind: &'static Kind) -> &'static Kind {
+    kinds::served()
+        .find(|k| k.storage_version && k.group == kind.group && k.plural == kind.plural)
+        .unwrap_or(kind)
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Resources {
+    /// All resources that the API's kinds name.
+    pub fn new() -> Self {
+        let mut this = Self { all: Vec::new(), by_name: HashMap::new(), by_prefix: HashMap::new() };
+        for kind in kinds::served().filter(|kind| is_stored(kind)) {
+            if this.by_name.contains_key(&(kind.group, kind.plural)) || kind.group == "events.k8s.io" {
+                continue;
+            }
+            let kind = storage_kind(kind);
+            let prefix = if kind.group.is_empty() {
+                format!("{}/", kind.plural)
+            } else {
+                format!("{}/{}/", kind.group, kind.plural)
+            };
+            let resource = Arc::new(Resource { id: this.all.len(), storage: kind, prefix: prefix.clone() });
+            this.by_prefix.insert(prefix, resource.clone());
+            this.by_name.insert((kind.group, kind.plural), resource.clone());
+            this.all.push(resource);
+        }
+        // Events of both groups are the same objects.
+        if let Some(events) = this.by_name.get(&("", "events")).cloned() {
+            this.by_name.insert(("events.k8s.io", "events"), events);
+        }
+        this
+    }
+
+    /// All resources; the index is the id.
+    pub fn all(&self) -> &[Arc<Resource>] {
+        &self.all
+    }
+
+    /// The resource of a group and plural.
+    pub fn by_plural(&self, group: &str, plural: &str) -> Option<&Arc<Resource>> {
+        self.by_name.get(&(group, plural))
+    }
+
+    /// What a request for a group, version and plural is served from.
+    pub fn served(&self, group: &str, version: &str, plural: &str) -> Option<Served> {
+        let kind = kinds::find(group, version, plural)?;
+        let resource = self.by_plural(group, plural)?.clone();
+        Some(Served { kind, resource })
+    }
+
+    /// The resource and the key within it of a key in the store.
+    pub fn by_store_key<'a>(&self, key: &'a str) -> Option<(&Arc<Resource>, &'a str)> {
+        let rest = key.strip_prefix(PREFIX)?;
+        let first = rest.find('/')? + 1;
+        if let Some(resource) = self.by_prefix.get(&rest[..first]) {
+            return Some((resource, &rest[first..]));
+        }
+        let second = first + rest[first..].find('/')? + 1;
+        self.by_prefix.get(&rest[..second]).map(|resource| (resource, &rest[second..]))
+    }
+}
