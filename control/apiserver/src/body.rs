@@ -107,10 +107,20 @@ pub enum ReadError {
 }
 
 /// Reads a whole body of at most `limit_bytes`.
-pub async fn read(body: Body, limit_bytes: usize) -> Result<Bytes, ReadError> {
-    match http_body_util::Limited::new(body, limit_bytes).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(ReadError::TooLarge { limit_bytes }),
-        Err(error) => Err(ReadError::Broken(error)),
+pub async fn read(mut body: Body, limit_bytes: usize) -> Result<Bytes, ReadError> {
+    let mut chunks: Vec<Bytes> = Vec::new();
+    let mut length = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(chunk) = frame.map_err(ReadError::Broken)?.into_data() else { continue };
+        length += chunk.len();
+        if length > limit_bytes {
+            return Err(ReadError::TooLarge { limit_bytes });
+        }
+        chunks.push(chunk);
+    }
+    match chunks.len() {
+        0 => Ok(Bytes::new()),
+        1 => Ok(chunks.swap_remove(0)),
+        _ => Ok(chunks.concat().into()),
     }
 }

@@ -9,6 +9,8 @@ use crate::identity::User;
 use crate::registry::{self, Call};
 use crate::request_info::{Query, RequestInfo};
 use crate::{nonresource, reply, reviews};
+use futures::future::BoxFuture;
+use http::HeaderMap;
 use http::header::{CACHE_CONTROL, HeaderValue};
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,7 +18,12 @@ use weft_control_api::status::{GroupResource, Status};
 
 impl Api {
     /// Answers a request.
-    pub async fn handle(self: Arc<Self>, request: Request) -> Response {
+    pub fn handle(self: Arc<Self>, request: Request) -> BoxFuture<'static, Response> {
+        Box::pin(self.observe(request))
+    }
+
+    /// Counts a request and marks its answer.
+    async fn observe(self: Arc<Self>, request: Request) -> Response {
         let started = Instant::now();
         let query = Query::parse(request.uri().query());
         let info = RequestInfo::parse(request.method(), request.uri().path(), &query);
@@ -41,17 +48,38 @@ impl Api {
         query: &Query,
         request: Request,
     ) -> Result<Response, Status> {
-        let peer = request.extensions().get::<Peer>();
-        let user = authn::authenticate(&self.tokens, peer, request.headers(), &info.path).map_err(|error| {
+        let (head, body) = request.into_parts();
+        let peer = head.extensions.get::<Peer>();
+        let user = authn::authenticate(&self.tokens, peer, &head.headers, &info.path).map_err(|error| {
             tracing::debug!(error = %crate::cache::Chain(&error), path = info.path, "unauthenticated");
             Status::unauthorized()
         })?;
-        let user = self.impersonate(user, &request)?;
+        let user = self.impersonate(user, &head.headers)?;
         self.require(&user, &Attributes::of(info, query.get("fieldSelector")))?;
         if !info.is_resource {
-            return nonresource::answer(&self, info, query, &request).await;
+            return nonresource::answer(&self, info, query, &head).await;
         }
-        self.resource(user, info, query, request).await
+        let (group, version) = (info.group.as_str(), info.version.as_str());
+        let kind = weft_control_api::kinds::served()
+            .find(|kind| kind.plural == info.resource && kind.group == group && kind.version == version)
+            .ok_or_else(Status::unknown_path)?;
+        if !kind.namespaced && !info.namespace.is_empty() && info.resource != "namespaces" {
+            return Err(Status::unknown_path());
+        }
+        let call = Call {
+            resource: self.resources.by_plural(kind.group, kind.plural).cloned(),
+            api: self,
+            user,
+            info: info.clone(),
+            query: query.clone(),
+            gzip: accept::takes_gzip(&head.headers),
+            head,
+            kind,
+        };
+        if call.resource.is_none() {
+            return reviews::answer(&call, body).await;
+        }
+        registry::answer(call, body).await
     }
 
     /// Refuses what the authorizers don't allow.
@@ -65,8 +93,8 @@ impl Api {
         }
     }
 
-    fn impersonate(&self, user: User, request: &Request) -> Result<User, Status> {
-        let wanted = authn::impersonation(request.headers()).map_err(Status::internal)?;
+    fn impersonate(&self, user: User, headers: &HeaderMap) -> Result<User, Status> {
+        let wanted = authn::impersonation(headers).map_err(Status::internal)?;
         let Some(wanted) = wanted else { return Ok(user) };
         let ask = |resource: &str, namespace: &str, name: &str, group: &str, subresource: &str| Attributes {
             verb: "impersonate".into(),
@@ -95,36 +123,5 @@ impl Api {
             }
         }
         Ok(wanted.user)
-    }
-
-    async fn resource(
-        self: Arc<Self>,
-        user: User,
-        info: &RequestInfo,
-        query: &Query,
-        request: Request,
-    ) -> Result<Response, Status> {
-        let (group, version) = (info.group.as_str(), info.version.as_str());
-        let kind = weft_control_api::kinds::served()
-            .find(|kind| kind.plural == info.resource && kind.group == group && kind.version == version)
-            .ok_or_else(Status::unknown_path)?;
-        if !kind.namespaced && !info.namespace.is_empty() && info.resource != "namespaces" {
-            return Err(Status::unknown_path());
-        }
-        let (head, body) = request.into_parts();
-        let call = Call {
-            resource: self.resources.by_plural(kind.group, kind.plural).cloned(),
-            api: self,
-            user,
-            info: info.clone(),
-            query: query.clone(),
-            gzip: accept::takes_gzip(&head.headers),
-            head,
-            kind,
-        };
-        if call.resource.is_none() {
-            return reviews::answer(&call, body).await;
-        }
-        registry::answer(call, body).await
     }
 }

@@ -2,10 +2,11 @@
 
 use crate::accept::{self, Shape};
 use crate::api::Api;
-use crate::body::{Request, Response};
+use crate::body::Response;
 use crate::reply;
 use crate::request_info::{Query, RequestInfo};
 use bytes::Bytes;
+use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -27,9 +28,9 @@ pub async fn answer(
     api: &Arc<Api>,
     info: &RequestInfo,
     query: &Query,
-    request: &Request,
+    head: &Parts,
 ) -> Result<Response, Status> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+    if !matches!(head.method, Method::GET | Method::HEAD) {
         return Err(Status::method_not_allowed());
     }
     let path = info.path.trim_end_matches('/');
@@ -41,7 +42,7 @@ pub async fn answer(
         }
         ["version"] => Ok(value(&version())),
         ["metrics"] => metrics(api),
-        ["api" | "apis"] => discovery_root(request, parts[0]),
+        ["api" | "apis"] => discovery_root(head, parts[0]),
         ["api", version] => document(discovery::resources("", version)),
         ["apis", group] => document(discovery::group(group)),
         ["apis", group, version] => document(discovery::resources(group, version)),
@@ -70,8 +71,8 @@ fn document(found: Option<Value>) -> Result<Response, Status> {
     }
 }
 
-fn discovery_root(request: &Request, root: &str) -> Result<Response, Status> {
-    let shape = accept::negotiate(request.headers(), |shape| {
+fn discovery_root(head: &Parts, root: &str) -> Result<Response, Status> {
+    let shape = accept::negotiate(&head.headers, |shape| {
         matches!(shape, Shape::Object | Shape::Discovery("v2"))
     })?;
     let core = root == "api";

@@ -11,7 +11,6 @@ mod update;
 mod watch;
 
 pub use create::{Extra, NewObject, create, now, random_suffix};
-pub use delete::{DeleteOptions, Deleted, Propagation, delete_object};
 pub use subresource::bind;
 pub use update::{Change, update_object};
 
@@ -123,6 +122,10 @@ impl Call {
 pub async fn answer(call: Call, body: Body) -> Result<Response, Status> {
     if !call.info.subresource.is_empty() {
         return subresource::answer(call, body).await;
+    }
+    let unplaced = call.kind.namespaced && call.info.namespace.is_empty() && is_named(&call);
+    if unplaced || call.info.name.contains('/') {
+        return Err(Status::unknown_path());
     }
     let collection = call.head.uri.path().trim_end_matches('/').rsplit('/').next() == Some(call.kind.plural)
         && !is_named(&call);

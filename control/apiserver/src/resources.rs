@@ -19,7 +19,7 @@ pub struct Resource {
 /// All stored resources.
 pub struct Resources {
     all: Vec<Arc<Resource>>,
-    by_name: HashMap<(&'static str, &'static str), Arc<Resource>>,
+    by_name: HashMap<&'static str, HashMap<&'static str, Arc<Resource>>>,
     by_prefix: HashMap<String, Arc<Resource>>,
 }
 
@@ -55,7 +55,7 @@ impl Resources {
     pub fn new() -> Self {
         let mut this = Self { all: Vec::new(), by_name: HashMap::new(), by_prefix: HashMap::new() };
         for kind in kinds::served().filter(|kind| is_stored(kind)) {
-            if this.by_name.contains_key(&(kind.group, kind.plural)) || kind.group == "events.k8s.io" {
+            if this.by_plural(kind.group, kind.plural).is_some() || kind.group == "events.k8s.io" {
                 continue;
             }
             let kind = storage_kind(kind);
@@ -66,12 +66,12 @@ impl Resources {
             };
             let resource = Arc::new(Resource { id: this.all.len(), storage: kind, prefix: prefix.clone() });
             this.by_prefix.insert(prefix, resource.clone());
-            this.by_name.insert((kind.group, kind.plural), resource.clone());
+            this.by_name.entry(kind.group).or_default().insert(kind.plural, resource.clone());
             this.all.push(resource);
         }
         // Events of both groups are the same objects.
-        if let Some(events) = this.by_name.get(&("", "events")).cloned() {
-            this.by_name.insert(("events.k8s.io", "events"), events);
+        if let Some(events) = this.by_plural("", "events").cloned() {
+            this.by_name.entry("events.k8s.io").or_default().insert("events", events);
         }
         this
     }
@@ -83,7 +83,7 @@ impl Resources {
 
     /// The resource of a group and plural.
     pub fn by_plural(&self, group: &str, plural: &str) -> Option<&Arc<Resource>> {
-        self.by_name.get(&(group, plural))
+        self.by_name.get(group)?.get(plural)
     }
 
     /// What a request for a group, version and plural is served from.

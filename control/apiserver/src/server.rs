@@ -83,8 +83,6 @@ impl Server {
     /// Serves HTTPS on a listener until `shutdown`, then ends all watches and lets requests in progress end.
     /// Clients within the process can still read and write until the server is stopped or dropped.
     pub async fn serve(&self, listener: TcpListener, shutdown: CancellationToken) {
-        let closing = self.api.closing.clone();
-        let _end_watches = closing.drop_guard();
         transport::serve(self.api.clone(), self.acceptor.clone(), listener, shutdown).await;
     }
 

@@ -53,6 +53,7 @@ pub async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpListener, 
         }
     }
     drop(listener);
+    api.closing.cancel();
     connections.close();
     if tokio::time::timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
@@ -132,6 +133,7 @@ impl tower::Service<http::Request<kube::client::Body>> for InProcess {
         request.extensions_mut().insert(self.peer.clone());
         let request = request.map(|body| body.map_err(|error| -> BoxError { error.into() }).boxed_unsync());
         let api = self.api.clone();
-        Box::pin(async move { Ok(api.handle(request).await) })
+        let answer = api.handle(request);
+        Box::pin(async move { Ok(answer.await) })
     }
 }

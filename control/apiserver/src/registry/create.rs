@@ -62,6 +62,7 @@ pub async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> Result<W
     strategy::default(kind, &mut object);
     convert::object(&mut object, kind, storage);
     fill_metadata(storage, namespace, &mut object)?;
+    let user_extra = if user.extra.is_empty() { Value::Null } else { json!(user.extra) };
     let generated = object["metadata"]["name"].as_str().unwrap_or_default().is_empty()
         && object["metadata"]["generateName"].as_str().is_some_and(|base| !base.is_empty());
     for _try in 0..MAX_TRIES {
@@ -81,7 +82,7 @@ pub async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> Result<W
             name: &name,
         };
         admission::mutate(&review, &mut object, None)?;
-        strategy::prepare_create(storage, &mut object);
+        strategy::prepare_create(storage, &mut object, &context(user, &user_extra));
         let mut extra = Extra { conditions: guard, ops: Vec::new() };
         alloc::on_create(api, storage, &mut object, &mut extra).await?;
         let errors = strategy::validate_create(storage, &object);
@@ -140,6 +141,16 @@ async fn commit_new(
             api.freshen().await?;
             Ok(Outcome::Raced)
         }
+    }
+}
+
+fn context<'a>(user: &'a User, extra: &'a Value) -> strategy::Context<'a> {
+    strategy::Context {
+        username: &user.name,
+        uid: &user.uid,
+        groups: &user.groups,
+        extra,
+        now: jiff::Timestamp::now(),
     }
 }
 

@@ -41,13 +41,9 @@ impl Selection {
     }
 
     fn check_fields(&self, call: &Call) -> Result<(), Status> {
-        let known = strategy::selectable_fields(call.kind, &Value::Object(serde_json::Map::new()));
         for requirement in self.fields.requirements() {
             let field = requirement.field.as_str();
-            if field != "metadata.name"
-                && field != "metadata.namespace"
-                && !known.iter().any(|(name, _)| *name == field)
-            {
+            if !strategy::field_label_supported(call.kind, field) {
                 let kind = call.kind;
                 return Err(Status::bad_request(format!(
                     "Unable to find \"{}/{}, Resource={}\" that match label selector \"{}\", field selector \

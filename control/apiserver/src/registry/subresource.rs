@@ -6,11 +6,9 @@ mod token;
 
 pub use pods::bind;
 
-use super::create::NewObject;
 use super::options::WriteOptions;
 use super::update::{Change, update_object};
-use super::{Call, create, get, output, patch_type, shape, update};
-use crate::accept::Shape;
+use super::{Call, get, patch_type, update};
 use crate::body::{Body, Response};
 use crate::reply;
 use bytes::Bytes;

@@ -38,14 +38,10 @@ pub(super) async fn log(call: &Call) -> Result<Response, Status> {
         // Nothing has run, so nothing was logged.
         return Ok(crate::reply::text(http::StatusCode::OK, ""));
     };
-    let mut query = form_urlencoded::Serializer::new(String::new());
-    for key in LOG_OPTIONS {
-        if let Some(value) = call.query.get(key) {
-            query.append_pair(key, value);
-        }
-    }
+    let options = LOG_OPTIONS.iter().filter_map(|key| Some((*key, call.query.get(key)?)));
+    let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(options).finish();
     let path = format!("/containerLogs/{}/{}/{container}", call.info.namespace, call.info.name);
-    let request = request(&Method::GET, &endpoint, &path, &query.finish())?;
+    let request = request(&Method::GET, &endpoint, &path, &query)?;
     let mut response = proxy(call)?.fetch(&endpoint, request).await?;
     for name in [CONNECTION.as_str(), "transfer-encoding", "date", "content-length"] {
         response.headers_mut().remove(name);
@@ -87,33 +83,23 @@ pub(super) async fn stream(call: &Call) -> Result<Response, Status> {
     let what = call.info.subresource.as_str();
     let (namespace, name) = (&call.info.namespace, &call.info.name);
     let no_host = || Status::bad_request(format!("pod {name} does not have a host assigned"));
-    let mut query = form_urlencoded::Serializer::new(String::new());
-    let path = if what == "portforward" {
-        for port in call.query.all("ports") {
-            query.append_pair("port", port);
-        }
-        format!("/portForward/{namespace}/{name}")
+    let (path, query) = if what == "portforward" {
+        let ports = call.query.all("ports").iter().map(|port| ("port", port.as_str()));
+        let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(ports).finish();
+        (format!("/portForward/{namespace}/{name}"), query)
     } else {
-        let container = container(call, &pod)?;
-        for (from, to) in [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")] {
-            if call.query.flag(from) {
-                query.append_pair(to, "1");
-            }
-        }
-        for word in call.query.all("command") {
-            query.append_pair("command", word);
-        }
         if what == "exec" && call.query.all("command").is_empty() {
             return Err(Status::bad_request("you must specify at least one command for the container"));
         }
-        format!("/{what}/{namespace}/{name}/{container}")
+        let container = container(call, &pod)?;
+        (format!("/{what}/{namespace}/{name}/{container}"), stream_options(call))
     };
     let endpoint = endpoint(call, &pod)?.ok_or_else(no_host)?;
     let headers = &call.head.headers;
     let Some(protocol) = headers.get(UPGRADE).cloned() else {
         return Err(Status::bad_request("Upgrade request required"));
     };
-    let mut request = request(&call.head.method, &endpoint, &path, &query.finish())?;
+    let mut request = request(&call.head.method, &endpoint, &path, &query)?;
     request.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     request.headers_mut().insert(UPGRADE, protocol);
     for key in UPGRADE_HEADERS {
@@ -126,6 +112,17 @@ pub(super) async fn stream(call: &Call) -> Result<Response, Status> {
     let mut client = http::Request::new(());
     client.extensions_mut().clone_from(&call.head.extensions);
     proxy(call)?.upgrade(&endpoint, request, hyper::upgrade::on(client)).await
+}
+
+fn stream_options(call: &Call) -> String {
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    for (from, to) in [("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty")] {
+        if call.query.flag(from) {
+            query.append_pair(to, "1");
+        }
+    }
+    query.extend_pairs(call.query.all("command").iter().map(|word| ("command", word)));
+    query.finish()
 }
 
 fn request(method: &Method, to: &Endpoint, path: &str, query: &str) -> Result<Request, Status> {
