@@ -5,7 +5,7 @@ use weft_control_api::status::Status;
 
 /// The shape of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// The object or list itself.
     Object,
     /// A `meta.k8s.io` Table, by its version.
@@ -65,7 +65,7 @@ impl Clause<'_> {
 }
 
 /// Picks the first acceptable shape among those that `serves` allows.
-pub fn negotiate(headers: &HeaderMap, serves: impl Fn(Shape) -> bool) -> Result<Shape, Status> {
+pub(crate) fn negotiate(headers: &HeaderMap, serves: impl Fn(Shape) -> bool) -> Result<Shape, Status> {
     let mut asked = false;
     for value in headers.get_all(http::header::ACCEPT) {
         let Ok(text) = value.to_str() else { continue };
@@ -82,7 +82,7 @@ pub fn negotiate(headers: &HeaderMap, serves: impl Fn(Shape) -> bool) -> Result<
 }
 
 /// Whether the client takes gzip.
-pub fn takes_gzip(headers: &HeaderMap) -> bool {
+pub(crate) fn takes_gzip(headers: &HeaderMap) -> bool {
     headers
         .get_all(http::header::ACCEPT_ENCODING)
         .iter()

@@ -9,13 +9,14 @@ use crate::identity::User;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 use weft_control_api::kinds::Kind;
 use weft_control_api::status::{Cause, Status};
 use weft_control_store::{Condition, Revision};
 
 /// What is done to the object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
+pub(crate) enum Operation {
     /// It is created.
     Create,
     /// It is changed.
@@ -25,21 +26,21 @@ pub enum Operation {
 }
 
 /// A request under review.
-pub struct Review<'a> {
+pub(crate) struct Review<'a> {
     /// What all requests share.
-    pub api: &'a Arc<Api>,
+    pub(crate) api: &'a Arc<Api>,
     /// Who asks.
-    pub user: &'a User,
+    pub(crate) user: &'a User,
     /// What is done.
-    pub operation: Operation,
+    pub(crate) operation: Operation,
     /// The stored kind.
-    pub kind: &'static Kind,
+    pub(crate) kind: &'static Kind,
     /// The subresource; empty for the object itself.
-    pub subresource: &'a str,
+    pub(crate) subresource: &'a str,
     /// The namespace; empty at cluster scope.
-    pub namespace: &'a str,
+    pub(crate) namespace: &'a str,
     /// The name.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
 }
 
 impl Review<'_> {
@@ -55,8 +56,31 @@ impl Review<'_> {
 /// Namespaces that are never deleted.
 const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
 
+/// How long a pod waits for the account `default` of a new namespace.
+const ACCOUNT_WAIT: Duration = Duration::from_millis(1500);
+
+/// Waits for what a controller is about to make: the account `default` of a new namespace, which a pod created
+/// right after the namespace needs.
+pub(crate) async fn await_account(api: &Api, kind: &Kind, namespace: &str, object: &Value) {
+    let named = object["spec"]["serviceAccountName"].as_str().unwrap_or("default");
+    if kind.kind != "Pod" || !kind.group.is_empty() || !matches!(named, "" | "default") {
+        return;
+    }
+    let Some(accounts) = api.resources.by_plural("", "serviceaccounts") else { return };
+    let mut changed = api.cache.subscribe(accounts.id);
+    let wait = async {
+        while api.cached("", "serviceaccounts", namespace, "default").is_none() {
+            if changed.changed().await.is_err() {
+                break;
+            }
+        }
+    };
+    // If it doesn't come, the review of the pod says so.
+    let _ = tokio::time::timeout(ACCOUNT_WAIT, wait).await;
+}
+
 /// Changes what admission decides, before validation.
-pub fn mutate(review: &Review<'_>, object: &mut Value, old: Option<&Value>) -> Result<(), Status> {
+pub(crate) fn mutate(review: &Review<'_>, object: &mut Value, old: Option<&Value>) -> Result<(), Status> {
     if review.is("", "Pod") && review.subresource.is_empty() {
         pod::mutate(review, object, old)?;
     }
@@ -67,7 +91,7 @@ pub fn mutate(review: &Review<'_>, object: &mut Value, old: Option<&Value>) -> R
 }
 
 /// Refuses what may not be, after validation. `object` is none for a deletion.
-pub fn validate(review: &Review<'_>, object: Option<&Value>, old: Option<&Value>) -> Result<(), Status> {
+pub(crate) fn validate(review: &Review<'_>, object: Option<&Value>, old: Option<&Value>) -> Result<(), Status> {
     if review.operation == Operation::Delete && review.is("", "Namespace") && IMMORTAL.contains(&review.name) {
         return Err(review.forbidden("this namespace may not be deleted"));
     }
@@ -76,7 +100,7 @@ pub fn validate(review: &Review<'_>, object: Option<&Value>, old: Option<&Value>
 }
 
 /// Checks that new objects may be put into the namespace; what must still hold when the object is written.
-pub async fn namespace_open(
+pub(crate) async fn namespace_open(
     api: &Api,
     kind: &Kind,
     namespace: &str,

@@ -72,7 +72,7 @@ fn ports(spec: &Value) -> BTreeSet<u16> {
 }
 
 /// Gives a new Service what it needs.
-pub async fn on_create(api: &Api, kind: &Kind, object: &mut Value, extra: &mut Extra) -> Result<(), Status> {
+pub(crate) async fn on_create(api: &Api, kind: &Kind, object: &mut Value, extra: &mut Extra) -> Result<(), Status> {
     if !is_service(kind) {
         return Ok(());
     }
@@ -82,7 +82,7 @@ pub async fn on_create(api: &Api, kind: &Kind, object: &mut Value, extra: &mut E
 }
 
 /// Gives a changed Service what it needs now, and takes back what it doesn't.
-pub async fn on_update(
+pub(crate) async fn on_update(
     api: &Api,
     kind: &Kind,
     new: &mut Value,
@@ -105,7 +105,7 @@ pub async fn on_update(
 }
 
 /// Takes back everything.
-pub fn on_delete(kind: &Kind, object: &Value, extra: &mut Extra) {
+pub(crate) fn on_delete(kind: &Kind, object: &Value, extra: &mut Extra) {
     if !is_service(kind) {
         return;
     }

@@ -13,42 +13,42 @@ use weft_control_api::status::Status;
 use weft_control_store::{Error as StoreError, Store};
 
 /// What all requests share.
-pub struct Api {
+pub(crate) struct Api {
     /// What the server was told at its start.
-    pub config: Config,
+    pub(crate) config: Config,
     /// The store.
-    pub store: Arc<dyn Store>,
+    pub(crate) store: Arc<dyn Store>,
     /// The cache of the store.
-    pub cache: Arc<Cache>,
+    pub(crate) cache: Arc<Cache>,
     /// Which resources there are.
-    pub resources: Arc<Resources>,
+    pub(crate) resources: Arc<Resources>,
     /// Service-account tokens.
-    pub tokens: Tokens,
+    pub(crate) tokens: Tokens,
     /// Who may do what.
-    pub authorizer: Authorizer,
+    pub(crate) authorizer: Authorizer,
     /// Counters.
-    pub metrics: Metrics,
+    pub(crate) metrics: Metrics,
     /// The way to kubelets.
-    pub kubelet: Option<KubeletProxy>,
+    pub(crate) kubelet: Option<KubeletProxy>,
     /// Whether bootstrapping is done; told by `/readyz`.
-    pub bootstrapped: std::sync::atomic::AtomicBool,
+    pub(crate) bootstrapped: std::sync::atomic::AtomicBool,
     /// Ends watches, so that connections can drain.
-    pub closing: CancellationToken,
+    pub(crate) closing: CancellationToken,
     /// Ends everything else.
-    pub shutdown: CancellationToken,
+    pub(crate) shutdown: CancellationToken,
 }
 
 /// The answer to a failure of the store.
-pub fn store_failure(error: StoreError) -> Status {
+pub(crate) fn store_failure(error: StoreError) -> Status {
     match error {
         StoreError::Compacted { .. } => Status::expired("The resourceVersion for the provided list is too old."),
         StoreError::Future { requested, current } => too_large(requested.0, current.0),
-        error @ (StoreError::Invalid(_) | StoreError::Lagged | StoreError::Damaged(_)) => failed(&error),
-        error @ StoreError::Unavailable { .. } => {
+        StoreError::Unavailable { .. } => {
             tracing::warn!(error = %crate::cache::Chain(&error), "the store is unavailable");
             Status::service_unavailable("the store is unavailable")
         }
-        error => failed(&error),
+        // The enum may grow; what isn't told apart is the server's own failure.
+        _ => failed(&error),
     }
 }
 
@@ -58,13 +58,13 @@ fn failed(error: &StoreError) -> Status {
 }
 
 /// The answer to a revision that isn't there yet.
-pub fn too_large(requested: u64, current: u64) -> Status {
+pub(crate) fn too_large(requested: u64, current: u64) -> Status {
     Status::timeout(&format!("Too large resource version: {requested}, current: {current}"), 1)
 }
 
 impl Api {
     /// Waits until the cache shows everything that was committed before this call.
-    pub async fn freshen(&self) -> Result<(), Status> {
+    pub(crate) async fn freshen(&self) -> Result<(), Status> {
         let revision = self.store.current_revision().await.map_err(store_failure)?;
         tokio::select! {
             () = self.cache.wait_for(revision.0) => Ok(()),
@@ -73,26 +73,26 @@ impl Api {
     }
 
     /// One object, as of now.
-    pub async fn fresh(&self, resource: &Resource, key: &str) -> Result<Option<Arc<Item>>, Status> {
+    pub(crate) async fn fresh(&self, resource: &Resource, key: &str) -> Result<Option<Arc<Item>>, Status> {
         self.freshen().await?;
         Ok(self.cache.get(resource.id, key))
     }
 
     /// One object as the cache has it.
-    pub fn cached(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Arc<Item>> {
+    pub(crate) fn cached(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Arc<Item>> {
         let resource = self.resources.by_plural(group, plural)?;
         self.cache.get(resource.id, &object_key(namespace, name))
     }
 }
 
 /// The key of an object within its resource.
-pub fn object_key(namespace: &str, name: &str) -> String {
+pub(crate) fn object_key(namespace: &str, name: &str) -> String {
     if namespace.is_empty() { name.to_owned() } else { format!("{namespace}/{name}") }
 }
 
 impl Resource {
     /// The key of an object in the store.
-    pub fn store_key(&self, key: &str) -> String {
+    pub(crate) fn store_key(&self, key: &str) -> String {
         format!("{}{}{key}", crate::cache::PREFIX, self.prefix)
     }
 }

@@ -1,23 +1,22 @@
 //! Owns authentication: client certificates, service-account tokens, anonymous callers, impersonation.
 
 mod certificate;
-pub mod jwt;
+pub(crate) mod jwt;
 mod token;
 
-pub use certificate::user_of_certificate;
-pub use jwt::{KeyError, TokenKeys};
-pub use token::{BoundObject, Claims, TokenError, Tokens};
+pub(crate) use certificate::user_of_certificate;
+pub use jwt::KeyError;
+pub(crate) use jwt::TokenKeys;
+pub(crate) use token::{BoundObject, Claims, TokenError, Tokens};
 
 use crate::identity::User;
 use http::HeaderMap;
 
 /// What a connection showed about its peer; put into the extensions of its requests.
 #[derive(Clone, Debug, Default)]
-pub struct Peer {
+pub(crate) struct Peer {
     /// The user of the client certificate, or of the in-process transport.
-    pub user: Option<User>,
-    /// Whether this is the in-process transport.
-    pub in_process: bool,
+    pub(crate) user: Option<User>,
 }
 
 /// Paths that anonymous callers may ask for, if RBAC agrees; everything else needs credentials.
@@ -25,7 +24,7 @@ const ANONYMOUS_PATHS: [&str; 4] = ["/healthz", "/livez", "/readyz", "/version"]
 
 /// Why a request has no user.
 #[derive(Debug, thiserror::Error)]
-pub enum AuthnError {
+pub(crate) enum AuthnError {
     /// No credentials where they are needed.
     #[error("no credentials")]
     Missing,
@@ -35,7 +34,7 @@ pub enum AuthnError {
 }
 
 /// Finds out who sent a request.
-pub fn authenticate(
+pub(crate) fn authenticate(
     tokens: &Tokens,
     peer: Option<&Peer>,
     headers: &HeaderMap,
@@ -60,15 +59,15 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
 }
 
 /// Whom a request wants to act as, by its `Impersonate-*` headers.
-pub struct Impersonation {
+pub(crate) struct Impersonation {
     /// The user to act as.
-    pub user: User,
+    pub(crate) user: User,
     /// Groups that the caller named (they are authorized one by one).
-    pub groups: Vec<String>,
+    pub(crate) groups: Vec<String>,
 }
 
 /// Reads the impersonation headers; `Err` says what is wrong with them.
-pub fn impersonation(headers: &HeaderMap) -> Result<Option<Impersonation>, &'static str> {
+pub(crate) fn impersonation(headers: &HeaderMap) -> Result<Option<Impersonation>, &'static str> {
     let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
     let groups: Vec<String> = headers
         .get_all("impersonate-group")

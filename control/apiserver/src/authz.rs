@@ -3,7 +3,7 @@
 mod node;
 mod rbac;
 
-pub use rbac::{Rbac, Rule, rules_of};
+pub(crate) use rbac::{Rbac, Rule, rules_of};
 
 use crate::cache::Cache;
 use crate::identity::{MASTERS, User};
@@ -12,30 +12,30 @@ use std::sync::Arc;
 
 /// What somebody wants to do.
 #[derive(Clone, Debug, Default)]
-pub struct Attributes {
+pub(crate) struct Attributes {
     /// get, list, watch, create, update, patch, delete, …
-    pub verb: String,
+    pub(crate) verb: String,
     /// API group.
-    pub group: String,
+    pub(crate) group: String,
     /// Plural of the resource.
-    pub resource: String,
+    pub(crate) resource: String,
     /// Subresource, if any.
-    pub subresource: String,
+    pub(crate) subresource: String,
     /// Namespace; empty at cluster scope.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// Object, if one is named.
-    pub name: String,
+    pub(crate) name: String,
     /// The path, if no resource is asked for.
-    pub path: String,
+    pub(crate) path: String,
     /// Whether a resource is asked for.
-    pub is_resource: bool,
+    pub(crate) is_resource: bool,
     /// The field selector, as it came.
-    pub field_selector: String,
+    pub(crate) field_selector: String,
 }
 
 /// What the authorizers say.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub(crate) enum Decision {
     /// It may be done.
     Allow(String),
     /// It may not; with a reason, if there is one to tell.
@@ -44,7 +44,7 @@ pub enum Decision {
 
 impl Attributes {
     /// What a request wants to do.
-    pub fn of(info: &RequestInfo, field_selector: Option<&str>) -> Self {
+    pub(crate) fn of(info: &RequestInfo, field_selector: Option<&str>) -> Self {
         Self {
             verb: info.verb.clone(),
             group: info.group.clone(),
@@ -59,7 +59,7 @@ impl Attributes {
     }
 
     /// The resource with its subresource.
-    pub fn full_resource(&self) -> String {
+    pub(crate) fn full_resource(&self) -> String {
         if self.subresource.is_empty() {
             self.resource.clone()
         } else {
@@ -69,24 +69,24 @@ impl Attributes {
 }
 
 /// All authorizers in their order.
-pub struct Authorizer {
+pub(crate) struct Authorizer {
     rbac: Rbac,
     nodes: node::NodeAuthorizer,
 }
 
 impl Authorizer {
     /// Authorizers that read policy from the cache.
-    pub fn new(cache: &Arc<Cache>) -> Self {
+    pub(crate) fn new(cache: &Arc<Cache>) -> Self {
         Self { rbac: Rbac::new(cache.clone()), nodes: node::NodeAuthorizer::new(cache.clone()) }
     }
 
     /// RBAC, for those who ask for rules.
-    pub fn rbac(&self) -> &Rbac {
+    pub(crate) fn rbac(&self) -> &Rbac {
         &self.rbac
     }
 
     /// Whether the user may.
-    pub fn authorize(&self, user: &User, what: &Attributes) -> Decision {
+    pub(crate) fn authorize(&self, user: &User, what: &Attributes) -> Decision {
         if user.in_group(MASTERS) {
             return Decision::Allow(String::new());
         }
@@ -105,7 +105,7 @@ impl Authorizer {
 }
 
 /// What upstream tells somebody who may not, after `… is forbidden: `.
-pub fn refusal(user: &User, what: &Attributes, reason: &str) -> String {
+pub(crate) fn refusal(user: &User, what: &Attributes, reason: &str) -> String {
     let name = &user.name;
     let mut text = if what.is_resource {
         let scope = if what.namespace.is_empty() {

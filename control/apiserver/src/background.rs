@@ -17,7 +17,7 @@ const EVENT_PERIOD: Duration = Duration::from_secs(60);
 const RBAC: &str = "rbac.authorization.k8s.io";
 
 /// Works until the server stops.
-pub async fn run(api: Arc<Api>) {
+pub(crate) async fn run(api: Arc<Api>) {
     let shutdown = api.shutdown.clone();
     let work = async {
         tokio::join!(expire_events(&api), compact(&api), aggregate_roles(&api));

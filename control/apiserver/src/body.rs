@@ -6,28 +6,28 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 
 /// An error of a body, type erased.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The body of a request or a response.
-pub type Body = UnsyncBoxBody<Bytes, BoxError>;
+pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 
 /// A request as the handlers see it.
-pub type Request = http::Request<Body>;
+pub(crate) type Request = http::Request<Body>;
 /// A response as the handlers make it.
-pub type Response = http::Response<Body>;
+pub(crate) type Response = http::Response<Body>;
 
 /// A body of known bytes.
-pub fn full(bytes: impl Into<Bytes>) -> Body {
+pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// A body without bytes.
-pub fn empty() -> Body {
+pub(crate) fn empty() -> Body {
     full(Bytes::new())
 }
 
 /// A body that a stream of chunks makes. It ends with the stream.
-pub fn stream<S>(chunks: S) -> Body
+pub(crate) fn stream<S>(chunks: S) -> Body
 where
     S: futures::Stream<Item = Result<Bytes, BoxError>> + Send + 'static,
 {
@@ -37,7 +37,7 @@ where
 
 /// A body of several known pieces. Large ones are passed on as they are; small ones are gathered as they are
 /// sent, so that a list of many small objects is neither copied as a whole nor sent in a thousand writes.
-pub fn pieces(pieces: Vec<Bytes>) -> Body {
+pub(crate) fn pieces(pieces: Vec<Bytes>) -> Body {
     let left = pieces.iter().map(|p| p.len() as u64).sum();
     BodyExt::boxed_unsync(Pieces { pieces: pieces.into(), left })
 }
@@ -94,7 +94,7 @@ impl http_body::Body for Pieces {
 
 /// Why a body couldn't be read.
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub(crate) enum ReadError {
     /// The body is over the bound.
     #[error("the body is over {limit_bytes} bytes")]
     TooLarge {
@@ -107,7 +107,7 @@ pub enum ReadError {
 }
 
 /// Reads a whole body of at most `limit_bytes`.
-pub async fn read(mut body: Body, limit_bytes: usize) -> Result<Bytes, ReadError> {
+pub(crate) async fn read(mut body: Body, limit_bytes: usize) -> Result<Bytes, ReadError> {
     let mut chunks: Vec<Bytes> = Vec::new();
     let mut length = 0;
     while let Some(frame) = body.frame().await {

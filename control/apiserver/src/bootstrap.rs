@@ -1,6 +1,7 @@
 //! Owns what every cluster has from its first second: namespaces, policy, priorities, the Service `kubernetes`.
 
 mod objects;
-pub mod policy;
+pub(crate) mod policy;
 
-pub use objects::{bootstrap, BootstrapError};
+pub use objects::BootstrapError;
+pub(crate) use objects::bootstrap;

@@ -8,7 +8,7 @@ mod item;
 
 pub(crate) use feed::{Chain, PREFIX};
 pub use feed::FeedError;
-pub use item::{Item, json_with_revision, object_value_bytes};
+pub(crate) use item::{Item, json_with_revision, object_value_bytes};
 
 use crate::resources::Resources;
 use parking_lot::RwLock;
@@ -26,28 +26,28 @@ const MAX_CHANGE_BYTES: usize = 1024 * 1024;
 const MIN_CHANGES: usize = 64;
 
 /// The objects of one resource, by `namespace/name` or `name`.
-pub type Objects = RedBlackTreeMapSync<Arc<str>, Arc<Item>>;
+pub(crate) type Objects = RedBlackTreeMapSync<Arc<str>, Arc<Item>>;
 
 /// A change of one object.
 #[derive(Debug)]
-pub struct Change {
+pub(crate) struct Change {
     /// The revision that made it.
-    pub revision: u64,
+    pub(crate) revision: u64,
     /// The new state; for a deletion the last one with the deletion's revision.
-    pub item: Arc<Item>,
+    pub(crate) item: Arc<Item>,
     /// The state before; none for a creation.
-    pub previous: Option<Arc<Item>>,
+    pub(crate) previous: Option<Arc<Item>>,
     /// Whether the object is gone.
-    pub deleted: bool,
+    pub(crate) deleted: bool,
 }
 
 /// All objects of a resource at a revision.
 #[derive(Clone)]
-pub struct Snapshot {
+pub(crate) struct Snapshot {
     /// The revision that the snapshot shows.
-    pub revision: u64,
+    pub(crate) revision: u64,
     /// The objects.
-    pub objects: Objects,
+    pub(crate) objects: Objects,
 }
 
 #[derive(Default)]
@@ -67,7 +67,7 @@ struct SlotCell {
 }
 
 /// The cache of all resources.
-pub struct Cache {
+pub(crate) struct Cache {
     resources: Arc<Resources>,
     slots: Vec<SlotCell>,
     /// The revision up to which everything is applied; written only with all slots consistent.
@@ -76,7 +76,7 @@ pub struct Cache {
 }
 
 /// What a resumed watch finds.
-pub enum Resume {
+pub(crate) enum Resume {
     /// The changes after the revision asked for, oldest first, and the revision reached.
     Changes(Vec<Arc<Change>>, u64),
     /// The revision asked for is older than what is kept; the oldest that isn't is named.
@@ -85,7 +85,7 @@ pub enum Resume {
 
 impl Cache {
     /// An empty cache.
-    pub fn new(resources: Arc<Resources>) -> Self {
+    pub(crate) fn new(resources: Arc<Resources>) -> Self {
         let slots = resources
             .all()
             .iter()
@@ -95,32 +95,32 @@ impl Cache {
     }
 
     /// The newest revision that the cache shows.
-    pub fn revision(&self) -> u64 {
+    pub(crate) fn revision(&self) -> u64 {
         *self.gate.read()
     }
 
     /// Waits until the cache shows `revision`.
-    pub async fn wait_for(&self, revision: u64) {
+    pub(crate) async fn wait_for(&self, revision: u64) {
         let mut applied = self.applied.subscribe();
         // The sender lives as long as the cache, so this can't fail while `self` is borrowed.
         let _ = applied.wait_for(|now| *now >= revision).await;
     }
 
     /// All objects of a resource.
-    pub fn snapshot(&self, resource: usize) -> Snapshot {
+    pub(crate) fn snapshot(&self, resource: usize) -> Snapshot {
         let gate = self.gate.read();
         let objects = self.slots[resource].slot.read().objects.clone();
         Snapshot { revision: *gate, objects }
     }
 
     /// One object.
-    pub fn get(&self, resource: usize, key: &str) -> Option<Arc<Item>> {
+    pub(crate) fn get(&self, resource: usize, key: &str) -> Option<Arc<Item>> {
         let _gate = self.gate.read();
         self.slots[resource].slot.read().objects.get(key).cloned()
     }
 
     /// The changes of a resource after `revision`.
-    pub fn changes_after(&self, resource: usize, revision: u64) -> Resume {
+    pub(crate) fn changes_after(&self, resource: usize, revision: u64) -> Resume {
         let gate = self.gate.read();
         let slot = self.slots[resource].slot.read();
         if revision < slot.floor {
@@ -131,28 +131,28 @@ impl Cache {
     }
 
     /// A signal that carries the revision of the resource's newest change.
-    pub fn subscribe(&self, resource: usize) -> watch::Receiver<u64> {
+    pub(crate) fn subscribe(&self, resource: usize) -> watch::Receiver<u64> {
         self.slots[resource].changed.subscribe()
     }
 
     /// The revision of the newest change of a resource; tells whether something derived from it is stale.
-    pub fn newest_change(&self, resource: usize) -> u64 {
+    pub(crate) fn newest_change(&self, resource: usize) -> u64 {
         self.slots[resource].slot.read().newest
     }
 
     /// Number of objects of a resource.
-    pub fn count(&self, resource: usize) -> usize {
+    pub(crate) fn count(&self, resource: usize) -> usize {
         self.slots[resource].slot.read().objects.size()
     }
 
     /// The resources that the cache holds.
-    pub fn resources(&self) -> &Arc<Resources> {
+    pub(crate) fn resources(&self) -> &Arc<Resources> {
         &self.resources
     }
 }
 
 /// The objects of `namespace` in key order, starting after `after`; all namespaces if it is empty.
-pub fn in_namespace<'a>(
+pub(crate) fn in_namespace<'a>(
     objects: &'a Objects,
     namespace: &str,
     after: Option<&str>,

@@ -18,7 +18,7 @@ use weft_control_api::status::{GroupResource, Status};
 
 impl Api {
     /// Answers a request.
-    pub fn handle(self: Arc<Self>, request: Request) -> BoxFuture<'static, Response> {
+    pub(crate) fn handle(self: Arc<Self>, request: Request) -> BoxFuture<'static, Response> {
         Box::pin(self.observe(request))
     }
 
@@ -83,7 +83,7 @@ impl Api {
     }
 
     /// Refuses what the authorizers don't allow.
-    pub fn require(&self, user: &User, what: &Attributes) -> Result<(), Status> {
+    pub(crate) fn require(&self, user: &User, what: &Attributes) -> Result<(), Status> {
         match self.authorizer.authorize(user, what) {
             Decision::Allow(_) => Ok(()),
             Decision::Deny(reason) => {

@@ -16,20 +16,20 @@ pub struct User {
 }
 
 /// The group of those who may do everything.
-pub const MASTERS: &str = "system:masters";
+pub(crate) const MASTERS: &str = "system:masters";
 /// The group of everybody with credentials.
-pub const AUTHENTICATED: &str = "system:authenticated";
+pub(crate) const AUTHENTICATED: &str = "system:authenticated";
 /// The group of everybody without.
-pub const UNAUTHENTICATED: &str = "system:unauthenticated";
+pub(crate) const UNAUTHENTICATED: &str = "system:unauthenticated";
 /// The name of everybody without credentials.
-pub const ANONYMOUS: &str = "system:anonymous";
+pub(crate) const ANONYMOUS: &str = "system:anonymous";
 const SERVICE_ACCOUNT_PREFIX: &str = "system:serviceaccount:";
 const NODE_PREFIX: &str = "system:node:";
 const NODES: &str = "system:nodes";
 
 impl User {
     /// A user with credentials.
-    pub fn new(name: &str, groups: &[&str]) -> Self {
+    pub(crate) fn new(name: &str, groups: &[&str]) -> Self {
         let mut groups: Vec<String> = groups.iter().map(|g| (*g).to_owned()).collect();
         if !groups.iter().any(|g| g == AUTHENTICATED) {
             groups.push(AUTHENTICATED.to_owned());
@@ -38,12 +38,12 @@ impl User {
     }
 
     /// Somebody without credentials.
-    pub fn anonymous() -> Self {
+    pub(crate) fn anonymous() -> Self {
         Self { name: ANONYMOUS.into(), groups: vec![UNAUTHENTICATED.into()], ..Self::default() }
     }
 
     /// The user of a service account, with its groups.
-    pub fn service_account(namespace: &str, name: &str, uid: &str) -> Self {
+    pub(crate) fn service_account(namespace: &str, name: &str, uid: &str) -> Self {
         Self {
             name: format!("{SERVICE_ACCOUNT_PREFIX}{namespace}:{name}"),
             uid: uid.to_owned(),
@@ -57,17 +57,17 @@ impl User {
     }
 
     /// Whether the user is in the group.
-    pub fn in_group(&self, group: &str) -> bool {
+    pub(crate) fn in_group(&self, group: &str) -> bool {
         self.groups.iter().any(|g| g == group)
     }
 
     /// Namespace and name, if this is a service account.
-    pub fn as_service_account(&self) -> Option<(&str, &str)> {
+    pub(crate) fn as_service_account(&self) -> Option<(&str, &str)> {
         self.name.strip_prefix(SERVICE_ACCOUNT_PREFIX)?.split_once(':')
     }
 
     /// The node's name, if this is a kubelet.
-    pub fn as_node(&self) -> Option<&str> {
+    pub(crate) fn as_node(&self) -> Option<&str> {
         if !self.in_group(NODES) {
             return None;
         }

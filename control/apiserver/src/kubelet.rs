@@ -25,15 +25,15 @@ const MAX_ERROR_BYTES: usize = 64 * 1024;
 
 /// Where a kubelet listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     /// Address or host name.
-    pub host: String,
+    pub(crate) host: String,
     /// Port.
-    pub port: u16,
+    pub(crate) port: u16,
 }
 
 /// The way to kubelets.
-pub struct KubeletProxy {
+pub(crate) struct KubeletProxy {
     connector: TlsConnector,
     tasks: TaskTracker,
     shutdown: CancellationToken,
@@ -41,7 +41,7 @@ pub struct KubeletProxy {
 
 /// Why a kubelet couldn't be asked.
 #[derive(Debug, thiserror::Error)]
-pub enum ProxyError {
+pub(crate) enum ProxyError {
     /// The host is neither an address nor a name.
     #[error("{0:?} is no host")]
     Host(String),
@@ -71,7 +71,7 @@ pub enum ProxyError {
 
 impl KubeletProxy {
     /// A way to kubelets whose certificates the configured authorities have signed.
-    pub fn new(client: &KubeletClient, tasks: TaskTracker, shutdown: CancellationToken) -> Result<Self, ConfigError> {
+    pub(crate) fn new(client: &KubeletClient, tasks: TaskTracker, shutdown: CancellationToken) -> Result<Self, ConfigError> {
         let config = tls::client_config(client)?;
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), tasks, shutdown })
     }
@@ -104,7 +104,7 @@ impl KubeletProxy {
     }
 
     /// Asks a kubelet and passes its answer on; its errors become the API's.
-    pub async fn fetch(&self, to: &Endpoint, request: Request) -> Result<Response, Status> {
+    pub(crate) async fn fetch(&self, to: &Endpoint, request: Request) -> Result<Response, Status> {
         let response = self.send(to, request).await.map_err(|error| unreachable(&error))?;
         if response.status().is_success() {
             return Ok(response.map(|body| body.map_err(BoxError::from).boxed_unsync()));
@@ -113,7 +113,7 @@ impl KubeletProxy {
     }
 
     /// Asks a kubelet to switch protocols, and joins the two connections if it does.
-    pub async fn upgrade(
+    pub(crate) async fn upgrade(
         &self,
         to: &Endpoint,
         request: Request,

@@ -5,13 +5,13 @@
 mod accept;
 mod admission;
 mod alloc;
-pub mod api;
+mod api;
 mod authn;
-pub mod authz;
+mod authz;
 mod background;
 mod body;
 mod bootstrap;
-pub mod cache;
+mod cache;
 mod config;
 mod handler;
 mod identity;
@@ -21,11 +21,14 @@ mod nonresource;
 mod registry;
 mod reply;
 mod request_info;
-pub mod resources;
+mod resources;
 mod reviews;
 mod server;
 mod transport;
 
+pub use authn::KeyError;
+pub use bootstrap::BootstrapError;
+pub use cache::FeedError;
 pub use config::{
     CertifiedKeyPem, Config, ConfigError, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Network, ServiceAccountKeys,
 };

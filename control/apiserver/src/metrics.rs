@@ -16,7 +16,7 @@ type Labels = Vec<(&'static str, String)>;
 const BUCKETS: [f64; 14] = [0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0];
 
 /// The server's metrics.
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     requests: Family<Labels, Counter>,
     durations: Family<Labels, Histogram, fn() -> Histogram>,
@@ -25,7 +25,7 @@ pub struct Metrics {
 }
 
 /// Counts a request as long as it is being answered.
-pub struct InFlight(Arc<Gauge>);
+pub(crate) struct InFlight(Arc<Gauge>);
 
 impl Drop for InFlight {
     fn drop(&mut self) {
@@ -45,7 +45,7 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Metrics without a value yet.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut registry = Registry::default();
         let requests = Family::default();
         let durations = Family::new_with_constructor(histogram as fn() -> Histogram);
@@ -67,7 +67,7 @@ impl Metrics {
     }
 
     /// Counts a request that begins.
-    pub fn begin(&self, info: &RequestInfo) -> InFlight {
+    pub(crate) fn begin(&self, info: &RequestInfo) -> InFlight {
         let kind = if info.is_read_only() { "readOnly" } else { "mutating" };
         let gauge = self.in_flight.get_or_create_owned(&vec![("request_kind", kind.to_owned())]);
         gauge.inc();
@@ -75,7 +75,7 @@ impl Metrics {
     }
 
     /// Counts a request that was answered.
-    pub fn finish(&self, info: &RequestInfo, code: StatusCode, took: Duration) {
+    pub(crate) fn finish(&self, info: &RequestInfo, code: StatusCode, took: Duration) {
         let verb = if info.is_resource { info.verb.to_uppercase() } else { info.verb.clone() };
         let scope = match (info.is_resource, info.name.is_empty(), info.namespace.is_empty()) {
             (false, _, _) => "",
@@ -103,13 +103,13 @@ impl Metrics {
     }
 
     /// Sets how many objects a resource has.
-    pub fn set_objects(&self, resource: String, count: usize) {
+    pub(crate) fn set_objects(&self, resource: String, count: usize) {
         let count = i64::try_from(count).unwrap_or(i64::MAX);
         self.objects.get_or_create(&vec![("resource", resource)]).set(count);
     }
 
     /// All metrics as text.
-    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+    pub(crate) fn encode(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
         Ok(text)

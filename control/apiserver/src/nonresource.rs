@@ -24,7 +24,7 @@ const METRICS_TYPE: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
 
 /// Answers a request that names no resource.
-pub async fn answer(
+pub(crate) async fn answer(
     api: &Arc<Api>,
     info: &RequestInfo,
     query: &Query,

@@ -4,15 +4,15 @@ mod convert;
 mod create;
 mod delete;
 mod list;
-pub mod options;
+pub(crate) mod options;
 mod output;
 mod subresource;
 mod update;
 mod watch;
 
-pub use create::{Extra, NewObject, create, now, random_suffix};
-pub use subresource::bind;
-pub use update::{Change, update_object};
+pub(crate) use create::{Extra, NewObject, create, now, random_suffix};
+pub(crate) use subresource::bind;
+pub(crate) use update::{Change, update_object};
 
 use crate::accept::{self, Shape};
 use crate::api::{Api, object_key};
@@ -32,54 +32,54 @@ use weft_control_api::patch::PatchType;
 use weft_control_api::status::Status;
 
 /// A request for a resource, authenticated and authorized.
-pub struct Call {
+pub(crate) struct Call {
     /// What all requests share.
-    pub api: Arc<Api>,
+    pub(crate) api: Arc<Api>,
     /// Who asks.
-    pub user: User,
+    pub(crate) user: User,
     /// What for.
-    pub info: RequestInfo,
+    pub(crate) info: RequestInfo,
     /// The query.
-    pub query: Query,
+    pub(crate) query: Query,
     /// Method, headers and extensions.
-    pub head: http::request::Parts,
+    pub(crate) head: http::request::Parts,
     /// Whether the client takes gzip.
-    pub gzip: bool,
+    pub(crate) gzip: bool,
     /// The kind as the path names it.
-    pub kind: &'static Kind,
+    pub(crate) kind: &'static Kind,
     /// Where it is stored; none for reviews.
-    pub resource: Option<Arc<Resource>>,
+    pub(crate) resource: Option<Arc<Resource>>,
 }
 
 /// An object as it was written: its JSON in the stored version, and whether it is new.
-pub struct Written {
+pub(crate) struct Written {
     /// The object's JSON in the stored version.
-    pub json: Bytes,
+    pub(crate) json: Bytes,
     /// Whether it was created by this request.
-    pub created: bool,
+    pub(crate) created: bool,
     /// What the client should be told.
-    pub warnings: Vec<String>,
+    pub(crate) warnings: Vec<String>,
 }
 
 impl Call {
     /// The stored resource.
-    pub fn stored(&self) -> &Arc<Resource> {
+    pub(crate) fn stored(&self) -> &Arc<Resource> {
         self.resource.as_ref().expect("requests for what isn't stored are answered by the reviews")
     }
 
     /// The key of the object that the path names.
-    pub fn key(&self) -> String {
+    pub(crate) fn key(&self) -> String {
         let namespace = if self.kind.namespaced { self.info.namespace.as_str() } else { "" };
         object_key(namespace, &self.info.name)
     }
 
     /// The refusal of an object that isn't there.
-    pub fn not_found(&self) -> Status {
+    pub(crate) fn not_found(&self) -> Status {
         Status::not_found(self.kind.group_resource(), &self.info.name)
     }
 
     /// Reads the body.
-    pub async fn read(&self, body: Body) -> Result<Bytes, Status> {
+    pub(crate) async fn read(&self, body: Body) -> Result<Bytes, Status> {
         body::read(body, self.api.config.max_request_bytes).await.map_err(|error| match error {
             ReadError::TooLarge { limit_bytes } => Status::request_entity_too_large(limit_bytes),
             ReadError::Broken(source) => Status::bad_request(format!("the body couldn't be read: {source}")),
@@ -87,13 +87,13 @@ impl Call {
     }
 
     /// The media type of the body, without parameters.
-    pub fn content_type(&self) -> &str {
+    pub(crate) fn content_type(&self) -> &str {
         let value = self.head.headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         value.and_then(|v| v.split(';').next()).map_or("application/json", str::trim)
     }
 
     /// Decodes a body as the kind of the path, and checks that it is for this path.
-    pub fn decode(&self, body: &[u8], options: &WriteOptions) -> Result<Decoded, Status> {
+    pub(crate) fn decode(&self, body: &[u8], options: &WriteOptions) -> Result<Decoded, Status> {
         let decoded = codec::decode(self.kind, self.content_type(), body, options.field_validation)?;
         self.check_path(&decoded.object)?;
         Ok(decoded)
@@ -103,9 +103,9 @@ impl Call {
         let metadata = &object["metadata"];
         let namespace = metadata["namespace"].as_str().unwrap_or_default();
         if self.kind.namespaced && !namespace.is_empty() && namespace != self.info.namespace {
-            return Err(Status::bad_request(format!(
-                "the namespace of the provided object does not match the namespace sent on the request"
-            )));
+            return Err(Status::bad_request(
+                "the namespace of the provided object does not match the namespace sent on the request",
+            ));
         }
         let name = metadata["name"].as_str().unwrap_or_default();
         let on_path = &self.info.name;
@@ -119,16 +119,15 @@ impl Call {
 }
 
 /// Answers a request for a stored resource.
-pub async fn answer(call: Call, body: Body) -> Result<Response, Status> {
+pub(crate) async fn answer(call: Call, body: Body) -> Result<Response, Status> {
     if !call.info.subresource.is_empty() {
         return subresource::answer(call, body).await;
     }
-    let unplaced = call.kind.namespaced && call.info.namespace.is_empty() && is_named(&call);
+    let unplaced = call.kind.namespaced && call.info.namespace.is_empty() && call.info.named;
     if unplaced || call.info.name.contains('/') {
         return Err(Status::unknown_path());
     }
-    let collection = call.head.uri.path().trim_end_matches('/').rsplit('/').next() == Some(call.kind.plural)
-        && !is_named(&call);
+    let collection = !call.info.named;
     let verb = call.info.verb.as_str();
     let in_place = !call.kind.namespaced || !call.info.namespace.is_empty();
     match (&call.head.method, collection) {
@@ -163,18 +162,12 @@ pub async fn answer(call: Call, body: Body) -> Result<Response, Status> {
     }
 }
 
-/// Whether the path itself names an object (a field selector may have put a name into the info).
-fn is_named(call: &Call) -> bool {
-    let tail = call.head.uri.path().trim_matches('/').rsplit('/').take_while(|part| *part != call.kind.plural);
-    tail.count() > 0
-}
-
 fn require_verb(call: &Call, verb: &str) -> Result<(), Status> {
     if call.kind.has_verb(verb) { Ok(()) } else { Err(Status::method_not_allowed()) }
 }
 
 /// The patch type of a content type; server-side apply isn't there yet.
-pub fn patch_type(content_type: &str) -> Result<PatchType, Status> {
+pub(crate) fn patch_type(content_type: &str) -> Result<PatchType, Status> {
     match content_type {
         "application/json-patch+json" => Ok(PatchType::Json),
         "application/merge-patch+json" => Ok(PatchType::Merge),
@@ -188,7 +181,7 @@ pub fn patch_type(content_type: &str) -> Result<PatchType, Status> {
 }
 
 /// Which shapes objects are served in.
-pub fn shape(call: &Call) -> Result<Shape, Status> {
+pub(crate) fn shape(call: &Call) -> Result<Shape, Status> {
     accept::negotiate(&call.head.headers, |shape| !matches!(shape, Shape::Discovery(_)))
 }
 

@@ -11,7 +11,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const GZIP_FROM_BYTES: usize = 128 * 1024;
 
 /// A JSON answer.
-pub fn json(code: StatusCode, bytes: Bytes) -> Response {
+pub(crate) fn json(code: StatusCode, bytes: Bytes) -> Response {
     let mut response = Response::new(body::full(bytes));
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, JSON);
@@ -19,7 +19,7 @@ pub fn json(code: StatusCode, bytes: Bytes) -> Response {
 }
 
 /// A JSON answer made of pieces, compressed if it is large and the client takes that.
-pub fn json_pieces(pieces: Vec<Bytes>, gzip: bool) -> Response {
+pub(crate) fn json_pieces(pieces: Vec<Bytes>, gzip: bool) -> Response {
     let length: usize = pieces.iter().map(Bytes::len).sum();
     let packed = (gzip && length >= GZIP_FROM_BYTES).then(|| compress(&pieces)).flatten();
     let mut response = match packed {
@@ -45,7 +45,7 @@ fn compress(pieces: &[Bytes]) -> Option<Bytes> {
 }
 
 /// A plain text answer.
-pub fn text(code: StatusCode, text: impl Into<Bytes>) -> Response {
+pub(crate) fn text(code: StatusCode, text: impl Into<Bytes>) -> Response {
     let mut response = Response::new(body::full(text.into()));
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -54,7 +54,7 @@ pub fn text(code: StatusCode, text: impl Into<Bytes>) -> Response {
 }
 
 /// The answer that a failure makes.
-pub fn status(status: &Status) -> Response {
+pub(crate) fn status(status: &Status) -> Response {
     let code = StatusCode::from_u16(status.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = json(code, status.to_json());
     let retry = status.details.as_ref().and_then(|details| details.retry_after_seconds);
@@ -68,7 +68,7 @@ pub fn status(status: &Status) -> Response {
 }
 
 /// Adds `Warning: 299` headers.
-pub fn warn(headers: &mut HeaderMap, warnings: &[String]) {
+pub(crate) fn warn(headers: &mut HeaderMap, warnings: &[String]) {
     for warning in warnings {
         let quoted = warning.replace('\\', "\\\\").replace('"', "\\\"");
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{quoted}\"")) {

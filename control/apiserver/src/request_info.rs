@@ -5,27 +5,27 @@ use std::collections::HashMap;
 
 /// What a request asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RequestInfo {
+pub(crate) struct RequestInfo {
     /// Whether the path names an API resource.
-    pub is_resource: bool,
+    pub(crate) is_resource: bool,
     /// The whole path.
-    pub path: String,
+    pub(crate) path: String,
     /// The verb of authorization: get, list, watch, create, … or the lower-case method.
-    pub verb: String,
+    pub(crate) verb: String,
     /// The API group; empty for the core.
-    pub group: String,
+    pub(crate) group: String,
     /// The API version.
-    pub version: String,
+    pub(crate) version: String,
     /// The namespace; empty for cluster scope.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// The resource's plural.
-    pub resource: String,
+    pub(crate) resource: String,
     /// The subresource, if any.
-    pub subresource: String,
+    pub(crate) subresource: String,
     /// The object's name, if any.
-    pub name: String,
-    /// What follows the subresource (proxy).
-    pub rest: String,
+    pub(crate) name: String,
+    /// Whether the path, rather than a field selector, names the object.
+    pub(crate) named: bool,
 }
 
 /// Subresources of a namespace; everything else after its name is a resource within it.
@@ -33,7 +33,7 @@ const NAMESPACE_SUBRESOURCES: [&str; 2] = ["status", "finalize"];
 
 impl RequestInfo {
     /// Reads a request. `query` decides between list and watch.
-    pub fn parse(method: &Method, path: &str, query: &Query) -> Self {
+    pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Self {
         let mut info = Self { path: path.to_owned(), verb: method.as_str().to_lowercase(), ..Self::default() };
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         let rest = match parts.as_slice() {
@@ -88,7 +88,7 @@ impl RequestInfo {
         if let Some(subresource) = rest.get(2) {
             (*subresource).clone_into(&mut self.subresource);
         }
-        self.rest = rest.get(3..).unwrap_or_default().join("/");
+        self.named = !self.name.is_empty();
     }
 
     fn refine_verb(&mut self, query: &Query) {
@@ -112,17 +112,8 @@ impl RequestInfo {
         }
     }
 
-    /// The resource as policy names it: with its subresource.
-    pub fn full_resource(&self) -> String {
-        if self.subresource.is_empty() {
-            self.resource.clone()
-        } else {
-            format!("{}/{}", self.resource, self.subresource)
-        }
-    }
-
     /// Whether the request changes nothing.
-    pub fn is_read_only(&self) -> bool {
+    pub(crate) fn is_read_only(&self) -> bool {
         matches!(self.verb.as_str(), "get" | "list" | "watch" | "head" | "options")
     }
 }
@@ -149,40 +140,34 @@ fn percent_decode(text: &str) -> String {
 
 /// The query of a request.
 #[derive(Clone, Debug, Default)]
-pub struct Query {
-    raw: String,
+pub(crate) struct Query {
     values: HashMap<String, Vec<String>>,
 }
 
 impl Query {
     /// Reads a query string.
-    pub fn parse(raw: Option<&str>) -> Self {
-        let raw = raw.unwrap_or_default().to_owned();
+    pub(crate) fn parse(raw: Option<&str>) -> Self {
+        let raw = raw.unwrap_or_default();
         let mut values: HashMap<String, Vec<String>> = HashMap::new();
         for (key, value) in form_urlencoded::parse(raw.as_bytes()) {
             values.entry(key.into_owned()).or_default().push(value.into_owned());
         }
-        Self { raw, values }
+        Self { values }
     }
 
     /// The first value of a parameter; an empty one counts as absent.
-    pub fn get(&self, key: &str) -> Option<&str> {
+    pub(crate) fn get(&self, key: &str) -> Option<&str> {
         self.values.get(key)?.first().map(String::as_str).filter(|v| !v.is_empty())
     }
 
     /// All values of a parameter.
-    pub fn all(&self, key: &str) -> &[String] {
+    pub(crate) fn all(&self, key: &str) -> &[String] {
         self.values.get(key).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// A boolean parameter, read as upstream does: present and neither `false` nor `0` is true.
-    pub fn flag(&self, key: &str) -> bool {
+    pub(crate) fn flag(&self, key: &str) -> bool {
         self.values.get(key).and_then(|v| v.first()).is_some_and(|v| v != "false" && v != "0")
-    }
-
-    /// The query string as it came.
-    pub fn raw(&self) -> &str {
-        &self.raw
     }
 }
 

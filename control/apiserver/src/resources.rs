@@ -7,29 +7,20 @@ use weft_control_api::kinds::{self, Kind};
 use crate::cache::PREFIX;
 
 /// One stored resource: all served versions of one kind share it.
-pub struct Resource {
+pub(crate) struct Resource {
     /// Its place in the cache.
-    pub id: usize,
+    pub(crate) id: usize,
     /// The kind that is stored.
-    pub storage: &'static Kind,
+    pub(crate) storage: &'static Kind,
     /// What its keys begin with, after the common prefix; ends in a slash.
-    pub prefix: String,
+    pub(crate) prefix: String,
 }
 
 /// All stored resources.
-pub struct Resources {
+pub(crate) struct Resources {
     all: Vec<Arc<Resource>>,
     by_name: HashMap<&'static str, HashMap<&'static str, Arc<Resource>>>,
     by_prefix: HashMap<String, Arc<Resource>>,
-}
-
-/// A kind together with where it is stored.
-#[derive(Clone)]
-pub struct Served {
-    /// The kind as the request names it.
-    pub kind: &'static Kind,
-    /// Where it is stored.
-    pub resource: Arc<Resource>,
 }
 
 /// Whether objects of the kind are kept, rather than only answered (reviews, bindings).
@@ -52,7 +43,7 @@ impl Default for Resources {
 
 impl Resources {
     /// All resources that the API's kinds name.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut this = Self { all: Vec::new(), by_name: HashMap::new(), by_prefix: HashMap::new() };
         for kind in kinds::served().filter(|kind| is_stored(kind)) {
             if this.by_plural(kind.group, kind.plural).is_some() || kind.group == "events.k8s.io" {
@@ -77,24 +68,17 @@ impl Resources {
     }
 
     /// All resources; the index is the id.
-    pub fn all(&self) -> &[Arc<Resource>] {
+    pub(crate) fn all(&self) -> &[Arc<Resource>] {
         &self.all
     }
 
     /// The resource of a group and plural.
-    pub fn by_plural(&self, group: &str, plural: &str) -> Option<&Arc<Resource>> {
+    pub(crate) fn by_plural(&self, group: &str, plural: &str) -> Option<&Arc<Resource>> {
         self.by_name.get(group)?.get(plural)
     }
 
-    /// What a request for a group, version and plural is served from.
-    pub fn served(&self, group: &str, version: &str, plural: &str) -> Option<Served> {
-        let kind = kinds::find(group, version, plural)?;
-        let resource = self.by_plural(group, plural)?.clone();
-        Some(Served { kind, resource })
-    }
-
     /// The resource and the key within it of a key in the store.
-    pub fn by_store_key<'a>(&self, key: &'a str) -> Option<(&Arc<Resource>, &'a str)> {
+    pub(crate) fn by_store_key<'a>(&self, key: &'a str) -> Option<(&Arc<Resource>, &'a str)> {
         let rest = key.strip_prefix(PREFIX)?;
         let first = rest.find('/')? + 1;
         if let Some(resource) = self.by_prefix.get(&rest[..first]) {

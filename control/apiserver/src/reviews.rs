@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use weft_control_api::status::Status;
 
 /// Answers a request for a kind that isn't stored.
-pub async fn answer(call: &Call, body: Body) -> Result<Response, Status> {
+pub(crate) async fn answer(call: &Call, body: Body) -> Result<Response, Status> {
     if call.kind.kind == "ComponentStatus" {
         return component_statuses(call);
     }

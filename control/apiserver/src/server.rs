@@ -95,11 +95,6 @@ impl Server {
         kube::Client::new(InProcess::new(self.api.clone(), user), "default")
     }
 
-    /// What all requests share.
-    pub fn api(&self) -> &Arc<Api> {
-        &self.api
-    }
-
     /// Ends watches and background work, and waits for them.
     pub async fn stop(&self) {
         self.api.shutdown.cancel();

@@ -1,6 +1,6 @@
 //! Owns how requests come in: HTTP/1.1 and HTTP/2 over TLS, and the transport within the process.
 
-pub mod tls;
+pub(crate) mod tls;
 
 use crate::api::Api;
 use crate::authn::{Peer, user_of_certificate};
@@ -35,7 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Serves a listener until `shutdown`, then lets requests in progress end.
-pub async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpListener, shutdown: CancellationToken) {
+pub(crate) async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpListener, shutdown: CancellationToken) {
     let connections = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
@@ -73,7 +73,7 @@ async fn connection(api: Arc<Api>, acceptor: TlsAcceptor, stream: TcpStream, shu
         Err(_elapsed) => return,
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let peer = Peer { user: certificate.and_then(|der| user_of_certificate(der)), in_process: false };
+    let peer = Peer { user: certificate.and_then(|der| user_of_certificate(der)) };
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         let api = api.clone();
         request.extensions_mut().insert(peer.clone());
@@ -108,15 +108,15 @@ fn log_end(outcome: Result<(), BoxError>) {
 
 /// The transport within the process: the same handlers, the identity given, no socket and no TLS.
 #[derive(Clone)]
-pub struct InProcess {
+pub(crate) struct InProcess {
     api: Arc<Api>,
     peer: Peer,
 }
 
 impl InProcess {
     /// A transport whose requests come from `user`.
-    pub fn new(api: Arc<Api>, user: User) -> Self {
-        Self { api, peer: Peer { user: Some(user), in_process: true } }
+    pub(crate) fn new(api: Arc<Api>, user: User) -> Self {
+        Self { api, peer: Peer { user: Some(user) } }
     }
 }
 

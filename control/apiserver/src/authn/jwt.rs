@@ -25,7 +25,7 @@ struct VerificationKey {
 }
 
 /// The keys of service-account tokens.
-pub struct TokenKeys {
+pub(crate) struct TokenKeys {
     pair: EcdsaKeyPair,
     random: SystemRandom,
     keys: Vec<VerificationKey>,
@@ -41,7 +41,7 @@ const POINT_BYTES: usize = 65;
 
 impl TokenKeys {
     /// Reads a PKCS#8 signing key and further public keys, all PEM.
-    pub fn new(signing_pem: &str, verification_pems: &[String]) -> Result<Self, KeyError> {
+    pub(crate) fn new(signing_pem: &str, verification_pems: &[String]) -> Result<Self, KeyError> {
         let random = SystemRandom::new();
         let der = PrivatePkcs8KeyDer::from_pem_slice(signing_pem.as_bytes())
             .map_err(|_ignored| KeyError::Pem("signing key"))?;
@@ -63,7 +63,7 @@ impl TokenKeys {
     }
 
     /// Signs claims.
-    pub fn sign(&self, claims: &Value) -> Result<String, KeyError> {
+    pub(crate) fn sign(&self, claims: &Value) -> Result<String, KeyError> {
         let header = json!({"alg": "ES256", "kid": self.keys[0].id});
         let mut token = BASE64.encode(header.to_string());
         token.push('.');
@@ -76,7 +76,7 @@ impl TokenKeys {
     }
 
     /// The claims of a token that one of the keys has signed.
-    pub fn verify(&self, token: &str) -> Option<Value> {
+    pub(crate) fn verify(&self, token: &str) -> Option<Value> {
         let (signed, signature) = token.rsplit_once('.')?;
         let (header, payload) = signed.split_once('.')?;
         let header: Value = serde_json::from_slice(&BASE64.decode(header).ok()?).ok()?;
@@ -97,7 +97,7 @@ impl TokenKeys {
     }
 
     /// The public keys as a JSON Web Key Set (RFC 7517).
-    pub fn jwks(&self) -> Value {
+    pub(crate) fn jwks(&self) -> Value {
         let keys: Vec<Value> = self
             .keys
             .iter()

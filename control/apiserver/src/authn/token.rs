@@ -14,35 +14,35 @@ const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
 /// Something that a token is bound to: it is worthless when that is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BoundObject {
+pub(crate) struct BoundObject {
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
     /// Its uid.
-    pub uid: String,
+    pub(crate) uid: String,
 }
 
 /// What a token is made of.
 #[derive(Clone, Debug)]
-pub struct Claims {
+pub(crate) struct Claims {
     /// The service account's namespace.
-    pub namespace: String,
+    pub(crate) namespace: String,
     /// The service account.
-    pub account: BoundObject,
+    pub(crate) account: BoundObject,
     /// For whom the token is.
-    pub audiences: Vec<String>,
+    pub(crate) audiences: Vec<String>,
     /// How long it is good, in seconds.
-    pub seconds: i64,
+    pub(crate) seconds: i64,
     /// The pod it is bound to.
-    pub pod: Option<BoundObject>,
+    pub(crate) pod: Option<BoundObject>,
     /// The node of that pod, or the node it is bound to.
-    pub node: Option<BoundObject>,
+    pub(crate) node: Option<BoundObject>,
     /// The secret it is bound to.
-    pub secret: Option<BoundObject>,
+    pub(crate) secret: Option<BoundObject>,
 }
 
 /// Why a token isn't good.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum TokenError {
+pub(crate) enum TokenError {
     /// Not signed by one of the cluster's keys.
     #[error("the token is not signed by this cluster")]
     Signature,
@@ -61,7 +61,7 @@ pub enum TokenError {
 }
 
 /// Makes and checks service-account tokens.
-pub struct Tokens {
+pub(crate) struct Tokens {
     keys: TokenKeys,
     issuer: String,
     audiences: Vec<String>,
@@ -70,27 +70,27 @@ pub struct Tokens {
 
 impl Tokens {
     /// Tokens of an issuer for the server's audiences.
-    pub fn new(keys: TokenKeys, issuer: String, audiences: Vec<String>, cache: Arc<Cache>) -> Self {
+    pub(crate) fn new(keys: TokenKeys, issuer: String, audiences: Vec<String>, cache: Arc<Cache>) -> Self {
         Self { keys, issuer, audiences, cache }
     }
 
     /// The audiences of this server.
-    pub fn audiences(&self) -> &[String] {
+    pub(crate) fn audiences(&self) -> &[String] {
         &self.audiences
     }
 
     /// The issuer.
-    pub fn issuer(&self) -> &str {
+    pub(crate) fn issuer(&self) -> &str {
         &self.issuer
     }
 
     /// The public keys.
-    pub fn keys(&self) -> &TokenKeys {
+    pub(crate) fn keys(&self) -> &TokenKeys {
         &self.keys
     }
 
     /// Makes a token.
-    pub fn issue(&self, claims: &Claims) -> Result<String, KeyError> {
+    pub(crate) fn issue(&self, claims: &Claims) -> Result<String, KeyError> {
         let now = jiff::Timestamp::now().as_second();
         let bound = |o: &BoundObject| json!({"name": o.name, "uid": o.uid});
         let mut kubernetes = json!({"namespace": claims.namespace, "serviceaccount": bound(&claims.account)});
@@ -112,7 +112,7 @@ impl Tokens {
     }
 
     /// The user of a token for one of `audiences` (none: this server's), and the audiences that matched.
-    pub fn authenticate(
+    pub(crate) fn authenticate(
         &self,
         token: &str,
         audiences: Option<&[String]>,

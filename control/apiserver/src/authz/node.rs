@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::sync::Arc;
 
 /// The node authorizer.
-pub struct NodeAuthorizer {
+pub(crate) struct NodeAuthorizer {
     cache: Arc<Cache>,
     rules: Vec<Rule>,
 }
@@ -23,13 +23,13 @@ fn deny(reason: impl Into<String>) -> Decision {
 
 impl NodeAuthorizer {
     /// An authorizer over the cache's pods.
-    pub fn new(cache: Arc<Cache>) -> Self {
+    pub(crate) fn new(cache: Arc<Cache>) -> Self {
         let rules = policy::node_rules();
         Self { cache, rules: rules_of(&serde_json::json!({ "rules": rules })) }
     }
 
     /// What the node may do.
-    pub fn authorize(&self, node: &str, what: &Attributes) -> Decision {
+    pub(crate) fn authorize(&self, node: &str, what: &Attributes) -> Decision {
         if !what.is_resource {
             return deny("");
         }

@@ -10,21 +10,21 @@ use std::sync::Arc;
 use weft_control_api::selector::LabelSelector;
 
 /// The group of RBAC's own kinds.
-pub const GROUP: &str = "rbac.authorization.k8s.io";
+pub(crate) const GROUP: &str = "rbac.authorization.k8s.io";
 
 /// One rule of a role.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// Verbs, or `*`.
-    pub verbs: Vec<String>,
+    pub(crate) verbs: Vec<String>,
     /// API groups, or `*`.
-    pub api_groups: Vec<String>,
+    pub(crate) api_groups: Vec<String>,
     /// Resources, `resource/subresource`, `*/subresource` or `*`.
-    pub resources: Vec<String>,
+    pub(crate) resources: Vec<String>,
     /// Names; none means all.
-    pub resource_names: Vec<String>,
+    pub(crate) resource_names: Vec<String>,
     /// Paths, or prefixes that end in `*`.
-    pub non_resource_urls: Vec<String>,
+    pub(crate) non_resource_urls: Vec<String>,
 }
 
 type Rules = Arc<Vec<Rule>>;
@@ -52,7 +52,7 @@ struct Index {
 }
 
 /// The RBAC authorizer.
-pub struct Rbac {
+pub(crate) struct Rbac {
     cache: Arc<Cache>,
     /// Roles, cluster roles, role bindings, cluster role bindings.
     ids: Option<[usize; 4]>,
@@ -61,7 +61,7 @@ pub struct Rbac {
 
 impl Rbac {
     /// An authorizer over the cache's roles and bindings.
-    pub fn new(cache: Arc<Cache>) -> Self {
+    pub(crate) fn new(cache: Arc<Cache>) -> Self {
         let id = |plural| cache.resources().by_plural(GROUP, plural).map(|r| r.id);
         let ids = match (id("roles"), id("clusterroles"), id("rolebindings"), id("clusterrolebindings")) {
             (Some(a), Some(b), Some(c), Some(d)) => Some([a, b, c, d]),
@@ -83,7 +83,7 @@ impl Rbac {
     }
 
     /// Whether some rule allows it.
-    pub fn authorize(&self, user: &User, what: &Attributes) -> Decision {
+    pub(crate) fn authorize(&self, user: &User, what: &Attributes) -> Decision {
         let index = self.index();
         let allowed = index
             .grants(user, &what.namespace)
@@ -95,18 +95,18 @@ impl Rbac {
     }
 
     /// All rules that a user has in a namespace (empty: at cluster scope).
-    pub fn rules(&self, user: &User, namespace: &str) -> Vec<Rule> {
+    pub(crate) fn rules(&self, user: &User, namespace: &str) -> Vec<Rule> {
         let index = self.index();
         index.grants(user, namespace).flat_map(|grant| grant.rules.iter().cloned()).collect()
     }
 
     /// The rules that aggregated cluster roles should have, by name.
-    pub fn aggregated(&self) -> BTreeMap<String, Vec<Rule>> {
+    pub(crate) fn aggregated(&self) -> BTreeMap<String, Vec<Rule>> {
         self.index().aggregated.clone()
     }
 
     /// The rules of the role that a binding names; none if there is no such role.
-    pub fn rules_of_ref(&self, role_ref: &Value, namespace: &str) -> Option<Vec<Rule>> {
+    pub(crate) fn rules_of_ref(&self, role_ref: &Value, namespace: &str) -> Option<Vec<Rule>> {
         let [roles, cluster_roles, ..] = self.ids?;
         let name = role_ref["name"].as_str()?;
         if role_ref["kind"] == "Role" {
@@ -225,7 +225,7 @@ fn aggregate(roles: &[(Arc<Item>, Value)]) -> BTreeMap<String, Vec<Rule>> {
 }
 
 /// The rules of a role object.
-pub fn rules_of(role: &Value) -> Vec<Rule> {
+pub(crate) fn rules_of(role: &Value) -> Vec<Rule> {
     let list = |value: &Value| -> Vec<String> {
         value.as_array().into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
     };
@@ -249,7 +249,7 @@ fn has(list: &[String], wanted: &str) -> bool {
 
 impl Rule {
     /// Whether the rule allows it.
-    pub fn allows(&self, what: &Attributes) -> bool {
+    pub(crate) fn allows(&self, what: &Attributes) -> bool {
         if !has(&self.verbs, &what.verb) {
             return false;
         }
@@ -261,11 +261,11 @@ impl Rule {
         }
         has(&self.api_groups, &what.group)
             && self.resources.iter().any(|entry| resource_matches(entry, what))
-            && (self.resource_names.is_empty() || self.resource_names.iter().any(|n| *n == what.name))
+            && (self.resource_names.is_empty() || self.resource_names.contains(&what.name))
     }
 
     /// Whether everything that `other` allows is allowed by one of `rules`; for the escalation check.
-    pub fn covered_by(&self, rules: &[Self]) -> bool {
+    pub(crate) fn covered_by(&self, rules: &[Self]) -> bool {
         let mut single = Vec::new();
         for verb in &self.verbs {
             for url in &self.non_resource_urls {

@@ -21,7 +21,7 @@ pub enum BootstrapError {
         /// Its name.
         name: String,
         /// Why.
-        status: Status,
+        status: Box<Status>,
     },
     /// The kind isn't served.
     #[error("the kind {0} is not served")]
@@ -47,7 +47,7 @@ struct Writer<'a> {
 }
 
 /// Writes what every cluster has.
-pub async fn bootstrap(api: &Arc<Api>) -> Result<(), BootstrapError> {
+pub(crate) async fn bootstrap(api: &Arc<Api>) -> Result<(), BootstrapError> {
     let writer = Writer { api, user: User::new("system:apiserver", &[MASTERS]) };
     for name in ["kube-system", "kube-public", "kube-node-lease", "default"] {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
@@ -73,7 +73,7 @@ impl Writer<'_> {
     async fn write(&self, object: Value, keep: Keep) -> Result<(), BootstrapError> {
         let (kind, name) = (kind_of(&object)?, object["metadata"]["name"].as_str().unwrap_or_default().to_owned());
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
-        let refused = |status| BootstrapError::Refused { kind: kind.kind, name: name.clone(), status };
+        let refused = |status: Status| BootstrapError::Refused { kind: kind.kind, name: name.clone(), status: Box::new(status) };
         let present = self.api.cached(kind.group, kind.plural, &namespace, &name).is_some();
         if !present {
             let new = NewObject { kind, namespace: &namespace, object: object.clone(), dry_run: false };

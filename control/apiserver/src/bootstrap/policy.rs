@@ -60,7 +60,7 @@ fn cluster_binding(name: &str, role: &str, subjects: &[Value]) -> Value {
 }
 
 /// The rules of kubelets, as far as they don't depend on what their pods refer to.
-pub fn node_rules() -> Vec<Value> {
+pub(crate) fn node_rules() -> Vec<Value> {
     rules(&[
         ("create", "authentication.k8s.io", "tokenreviews"),
         ("create", "authorization.k8s.io", "subjectaccessreviews localsubjectaccessreviews"),
@@ -326,7 +326,7 @@ fn controllers() -> Vec<(&'static str, Vec<Row>)> {
 }
 
 /// All cluster roles.
-pub fn cluster_roles() -> Vec<Value> {
+pub(crate) fn cluster_roles() -> Vec<Value> {
     let mut all = user_roles();
     all.extend(public_roles());
     all.extend(component_roles());
@@ -339,7 +339,7 @@ pub fn cluster_roles() -> Vec<Value> {
 }
 
 /// All cluster role bindings.
-pub fn cluster_role_bindings() -> Vec<Value> {
+pub(crate) fn cluster_role_bindings() -> Vec<Value> {
     let group = |name| subject("Group", name);
     let user = |name| subject("User", name);
     let account = |name: &str| subject("ServiceAccount", &format!("kube-system/{name}"));
@@ -381,7 +381,7 @@ fn namespaced(kind: &str, namespace: &str, name: &str, rest: Value) -> Value {
 }
 
 /// Roles and role bindings in `kube-system`: the leases of leader election, and the client CA's ConfigMap.
-pub fn namespaced_roles() -> Vec<Value> {
+pub(crate) fn namespaced_roles() -> Vec<Value> {
     const NAMESPACE: &str = "kube-system";
     const LEADERS: &str = "system::leader-locking-controllers";
     const READER: &str = "extension-apiserver-authentication-reader";

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use weft_control_store::{Error, Event, KeyValue, Range, Revision, Store, Watch};
 
 /// The prefix of every object in the store.
-pub const PREFIX: &str = "/registry/";
+pub(crate) const PREFIX: &str = "/registry/";
 /// Keys per page of the first load: bounds memory without many round trips.
 const PAGE: usize = 500;
 /// Pause before the store is asked again after an error.
@@ -31,7 +31,7 @@ enum Put {
 
 impl Cache {
     /// Fills the cache with all objects at one revision. What watches could resume from is forgotten.
-    pub async fn load(&self, store: &dyn Store) -> Result<(), FeedError> {
+    pub(crate) async fn load(&self, store: &dyn Store) -> Result<(), FeedError> {
         let mut fresh: Vec<Objects> = self.slots.iter().map(|_slot| Objects::new_sync()).collect();
         let mut range = Range::prefix(PREFIX);
         let mut revision = Revision(0);
@@ -66,7 +66,7 @@ impl Cache {
     }
 
     /// Follows the store until `shutdown`.
-    pub async fn follow(&self, store: Arc<dyn Store>, shutdown: CancellationToken) {
+    pub(crate) async fn follow(&self, store: Arc<dyn Store>, shutdown: CancellationToken) {
         while !shutdown.is_cancelled() {
             let outcome = tokio::select! {
                 () = shutdown.cancelled() => return,

@@ -22,17 +22,17 @@ const SEARCH_BYTES: usize = 400;
 
 /// An object's bytes with what selectors and authorization need to know without parsing it.
 #[derive(Debug)]
-pub struct Item {
+pub(crate) struct Item {
     /// `namespace/name` or `name`.
-    pub key: Arc<str>,
+    pub(crate) key: Arc<str>,
     /// The revision of its last write.
-    pub revision: u64,
+    pub(crate) revision: u64,
     /// Its uid.
-    pub uid: Box<str>,
+    pub(crate) uid: Box<str>,
     /// Its labels, sorted.
-    pub labels: Box<[(Box<str>, Box<str>)]>,
+    pub(crate) labels: Box<[(Box<str>, Box<str>)]>,
     /// The fields that field selectors may name.
-    pub fields: Box<[(&'static str, Box<str>)]>,
+    pub(crate) fields: Box<[(&'static str, Box<str>)]>,
     buffer: Bytes,
     /// Where the revision's digits stand in `buffer`.
     digits: std::ops::Range<usize>,
@@ -40,7 +40,7 @@ pub struct Item {
 
 /// Why stored bytes are no object.
 #[derive(Debug, thiserror::Error)]
-pub enum ItemError {
+pub(crate) enum ItemError {
     /// The value isn't JSON.
     #[error("the stored value of {key} is not JSON")]
     Json {
@@ -59,7 +59,7 @@ pub enum ItemError {
 }
 
 /// The bytes that are stored for an object: type first, then metadata, then the rest; no `resourceVersion`.
-pub fn object_value_bytes(object: &Value) -> Bytes {
+pub(crate) fn object_value_bytes(object: &Value) -> Bytes {
     let mut out = Vec::with_capacity(1024);
     out.extend_from_slice(b"{\"apiVersion\":");
     put_json(&mut out, object.get("apiVersion").unwrap_or(&Value::Null));
@@ -99,7 +99,7 @@ fn put_json(out: &mut Vec<u8>, value: &Value) {
 
 impl Item {
     /// Makes an item of a stored value.
-    pub fn decode(kind: &Kind, key: &str, revision: u64, value: &[u8]) -> Result<Self, ItemError> {
+    pub(crate) fn decode(kind: &Kind, key: &str, revision: u64, value: &[u8]) -> Result<Self, ItemError> {
         let object: Value = serde_json::from_slice(value)
             .map_err(|source| ItemError::Json { key: key.to_owned(), source })?;
         let metadata = &object["metadata"];
@@ -121,7 +121,7 @@ impl Item {
     }
 
     /// The object with another revision: what a deletion shows.
-    pub fn at_revision(&self, revision: u64) -> Self {
+    pub(crate) fn at_revision(&self, revision: u64) -> Self {
         let text = revision.to_string();
         let mut buffer = BytesMut::with_capacity(self.buffer.len() + text.len());
         buffer.put_slice(&self.buffer[..self.digits.start]);
@@ -139,55 +139,49 @@ impl Item {
     }
 
     /// The object's JSON.
-    pub fn json(&self) -> Bytes {
+    pub(crate) fn json(&self) -> Bytes {
         self.buffer.slice(1..self.buffer.len() - 2)
     }
 
     /// A comma and the object's JSON: an element of a list after the first.
-    pub fn json_after_comma(&self) -> Bytes {
+    pub(crate) fn json_after_comma(&self) -> Bytes {
         self.buffer.slice(..self.buffer.len() - 2)
     }
 
     /// The object's JSON and the end of a watch event.
-    pub fn event_tail(&self) -> Bytes {
+    pub(crate) fn event_tail(&self) -> Bytes {
         self.buffer.slice(1..)
     }
 
     /// Bytes held.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.buffer.len()
     }
 
     /// The object's name.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.key.rsplit_once('/').map_or(&self.key, |(_, name)| name)
     }
 
     /// The object's namespace; empty for cluster scope.
-    pub fn namespace(&self) -> &str {
+    pub(crate) fn namespace(&self) -> &str {
         self.key.split_once('/').map_or("", |(namespace, _)| namespace)
     }
 
     /// The parsed object, for what can't be done on bytes.
-    pub fn parse(&self) -> Value {
+    pub(crate) fn parse(&self) -> Value {
         serde_json::from_slice(&self.buffer[1..self.buffer.len() - 2])
             .expect("the bytes were parsed when the item was made, and only digits were put in since")
     }
 
-    /// The value of a label.
-    pub fn label(&self, key: &str) -> Option<&str> {
-        let index = self.labels.binary_search_by(|(k, _)| (**k).cmp(key)).ok()?;
-        Some(&self.labels[index].1)
-    }
-
     /// The value of a selectable field.
-    pub fn field(&self, name: &str) -> Option<&str> {
+    pub(crate) fn field(&self, name: &str) -> Option<&str> {
         self.fields.iter().find(|(k, _)| *k == name).map(|(_, v)| &**v)
     }
 }
 
 /// A stored value with its revision: the object's final JSON.
-pub fn json_with_revision(value: &[u8], revision: u64) -> Bytes {
+pub(crate) fn json_with_revision(value: &[u8], revision: u64) -> Bytes {
     match splice(value, revision) {
         Some((buffer, _)) => buffer.slice(1..buffer.len() - 2),
         None => Bytes::copy_from_slice(value),

@@ -22,39 +22,39 @@ const MAX_NAME_BASE: usize = 63 - NAME_SUFFIX;
 const MAX_TRIES: usize = 8;
 
 /// What is to be created.
-pub struct NewObject<'a> {
+pub(crate) struct NewObject<'a> {
     /// The kind as the request names it.
-    pub kind: &'static Kind,
+    pub(crate) kind: &'static Kind,
     /// The namespace; empty at cluster scope.
-    pub namespace: &'a str,
+    pub(crate) namespace: &'a str,
     /// The decoded object.
-    pub object: Value,
+    pub(crate) object: Value,
     /// Do everything but write.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
 }
 
 /// What else a creation or update writes and demands, atomically with the object itself.
 #[derive(Default)]
-pub struct Extra {
+pub(crate) struct Extra {
     /// Further conditions.
-    pub conditions: Vec<Condition>,
+    pub(crate) conditions: Vec<Condition>,
     /// Further writes.
-    pub ops: Vec<Op>,
+    pub(crate) ops: Vec<Op>,
 }
 
 /// A random suffix for a generated name.
-pub fn random_suffix() -> String {
+pub(crate) fn random_suffix() -> String {
     let mut random = rand::rng();
     (0..NAME_SUFFIX).map(|_| char::from(NAME_ALPHABET[random.random_range(0..NAME_ALPHABET.len())])).collect()
 }
 
 /// The present as objects carry it.
-pub fn now() -> String {
+pub(crate) fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// Creates an object.
-pub async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> Result<Written, Status> {
+pub(crate) async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> Result<Written, Status> {
     let NewObject { kind, namespace, mut object, dry_run } = new;
     let resource =
         api.resources.by_plural(kind.group, kind.plural).ok_or_else(Status::method_not_allowed)?.clone();
@@ -81,6 +81,7 @@ pub async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> Result<W
             namespace,
             name: &name,
         };
+        admission::await_account(api, storage, namespace, &object).await;
         admission::mutate(&review, &mut object, None)?;
         strategy::prepare_create(storage, &mut object, &context(user, &user_extra));
         let mut extra = Extra { conditions: guard, ops: Vec::new() };

@@ -29,7 +29,7 @@ const MAX_TRIES: usize = 16;
 
 /// What becomes of an object's dependents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Propagation {
+pub(crate) enum Propagation {
     /// They are kept.
     Orphan,
     /// They go later.
@@ -40,17 +40,17 @@ pub enum Propagation {
 
 /// `metav1.DeleteOptions`.
 #[derive(Clone, Debug, Default)]
-pub struct DeleteOptions {
+pub(crate) struct DeleteOptions {
     /// Seconds that a pod is given.
-    pub grace_seconds: Option<i64>,
+    pub(crate) grace_seconds: Option<i64>,
     /// The uid that the object must have.
-    pub uid: Option<String>,
+    pub(crate) uid: Option<String>,
     /// The revision that the object must have.
-    pub resource_version: Option<String>,
+    pub(crate) resource_version: Option<String>,
     /// What becomes of its dependents.
-    pub propagation: Option<Propagation>,
+    pub(crate) propagation: Option<Propagation>,
     /// Do everything but write.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
 }
 
 impl DeleteOptions {
@@ -109,7 +109,7 @@ fn decode(call: &Call, body: &[u8]) -> Result<Value, Status> {
 }
 
 /// How a deletion ended.
-pub enum Deleted {
+pub(crate) enum Deleted {
     /// The object is gone; its last state.
     Gone(Value),
     /// The object waits for its end; its JSON.
@@ -159,7 +159,7 @@ pub(super) async fn collection(call: &Call, body: Body) -> Result<Response, Stat
 }
 
 /// Deletes an object, or begins to.
-pub async fn delete_object(
+pub(crate) async fn delete_object(
     api: &Arc<Api>,
     user: &User,
     kind: &'static Kind,

@@ -25,6 +25,8 @@ const STORE_PAGE: usize = 500;
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
     pub(super) namespace: String,
+    /// The one object that the path names, for a watch.
+    pub(super) name: Option<String>,
     pub(super) labels: LabelSelector,
     pub(super) fields: FieldSelector,
 }
@@ -35,7 +37,7 @@ impl Selection {
             .map_err(|error| Status::bad_request(error.to_string()))?;
         let fields = FieldSelector::parse(call.query.get("fieldSelector").unwrap_or_default())
             .map_err(|error| Status::bad_request(error.to_string()))?;
-        let this = Self { namespace: namespace(call), labels, fields };
+        let this = Self { namespace: namespace(call), name: call.info.named.then(|| call.info.name.clone()), labels, fields };
         this.check_fields(call)?;
         Ok(this)
     }
@@ -65,6 +67,7 @@ impl Selection {
 
     pub(super) fn matches(&self, item: &Item) -> bool {
         (self.namespace.is_empty() || item.namespace() == self.namespace)
+            && self.name.as_ref().is_none_or(|name| item.name() == name)
             && self.labels.matches(&*item.labels)
             && self.fields.matches(&*item.fields)
     }

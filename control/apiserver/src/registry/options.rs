@@ -11,16 +11,16 @@ const REVISION_WAIT: Duration = Duration::from_secs(3);
 
 /// Parameters of a write.
 #[derive(Clone, Copy, Debug)]
-pub struct WriteOptions {
+pub(crate) struct WriteOptions {
     /// Do everything but write.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
     /// What to do about unknown and duplicate fields.
-    pub field_validation: FieldValidation,
+    pub(crate) field_validation: FieldValidation,
 }
 
 impl WriteOptions {
     /// Reads them from the query.
-    pub fn of(query: &Query) -> Result<Self, Status> {
+    pub(crate) fn of(query: &Query) -> Result<Self, Status> {
         let field_validation = match query.get("fieldValidation") {
             None | Some("Warn") => FieldValidation::Warn,
             Some("Ignore") => FieldValidation::Ignore,
@@ -37,7 +37,7 @@ impl WriteOptions {
 }
 
 /// Whether `dryRun` asks for a dry run; `All` is all there is.
-pub fn dry_run<'a>(values: impl Iterator<Item = &'a str>) -> Result<bool, Status> {
+pub(crate) fn dry_run<'a>(values: impl Iterator<Item = &'a str>) -> Result<bool, Status> {
     let mut dry = false;
     for value in values.filter(|v| !v.is_empty()) {
         if value != "All" {
@@ -51,14 +51,14 @@ pub fn dry_run<'a>(values: impl Iterator<Item = &'a str>) -> Result<bool, Status
 }
 
 /// Reads a resourceVersion.
-pub fn revision(text: &str) -> Result<u64, Status> {
+pub(crate) fn revision(text: &str) -> Result<u64, Status> {
     text.parse().map_err(|_ignored| {
         Status::bad_request(format!("invalid resource version {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"))
     })
 }
 
 /// Waits until the cache shows a revision that a client has named.
-pub async fn wait_for_revision(api: &Api, text: &str) -> Result<u64, Status> {
+pub(crate) async fn wait_for_revision(api: &Api, text: &str) -> Result<u64, Status> {
     let wanted = revision(text)?;
     match tokio::time::timeout(REVISION_WAIT, api.cache.wait_for(wanted)).await {
         Ok(()) => Ok(wanted),

@@ -4,7 +4,7 @@ mod kubelet;
 mod pods;
 mod token;
 
-pub use pods::bind;
+pub(crate) use pods::bind;
 
 use super::options::WriteOptions;
 use super::update::{Change, update_object};

@@ -24,17 +24,17 @@ use weft_control_store::{Condition, Op, TxnOutcome};
 const MAX_TRIES: usize = 16;
 
 /// Which object is changed, and how.
-pub struct Change<'a> {
+pub(crate) struct Change<'a> {
     /// The kind that the change is said in.
-    pub kind: &'static Kind,
+    pub(crate) kind: &'static Kind,
     /// Its namespace; empty at cluster scope.
-    pub namespace: &'a str,
+    pub(crate) namespace: &'a str,
     /// Its name.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
     /// The subresource through which it is changed; empty for the object itself.
-    pub subresource: &'a str,
+    pub(crate) subresource: &'a str,
     /// Do everything but write.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
 }
 
 /// Kinds that a PUT creates if they aren't there, as upstream.
@@ -124,7 +124,7 @@ fn respond(
 
 /// Changes an object: `transform` is given the present state and makes the wanted one. It is called anew when
 /// somebody else was faster, unless the wanted state names a `resourceVersion` that isn't the present one's.
-pub async fn update_object(
+pub(crate) async fn update_object(
     api: &Arc<Api>,
     user: &User,
     change: &Change<'_>,

@@ -37,7 +37,7 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 /// TLS of the server: client certificates are asked for, and checked if given.
-pub fn server_config(serving: &CertifiedKeyPem, client_ca: &str) -> Result<rustls::ServerConfig, ConfigError> {
+pub(crate) fn server_config(serving: &CertifiedKeyPem, client_ca: &str) -> Result<rustls::ServerConfig, ConfigError> {
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots(client_ca, "client CA")?), provider())
             .allow_unauthenticated()
@@ -56,7 +56,7 @@ pub fn server_config(serving: &CertifiedKeyPem, client_ca: &str) -> Result<rustl
 }
 
 /// TLS towards kubelets. HTTP/1.1 alone: upgrades need it.
-pub fn client_config(client: &KubeletClient) -> Result<rustls::ClientConfig, ConfigError> {
+pub(crate) fn client_config(client: &KubeletClient) -> Result<rustls::ClientConfig, ConfigError> {
     let (chain, key) = identity(&client.identity, "kubelet client certificate")?;
     let tls = |source| ConfigError::Tls { what: "kubelet client", source };
     rustls::ClientConfig::builder_with_provider(provider())

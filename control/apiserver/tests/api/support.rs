@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use weft_control_apiserver::{
-    CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, Server, ServiceAccountKeys,
+    CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Server, ServiceAccountKeys,
 };
 
 /// A cluster's authority.
@@ -78,7 +78,10 @@ impl Cluster {
             },
             service_cidr: "10.43.0.0/16".parse().unwrap(),
             node_port_range: 30000..=32767,
-            kubelet_client: None,
+            kubelet_client: Some(KubeletClient {
+                identity: authority.sign("system:kube-apiserver", &[], false),
+                ca: authority.pem.clone(),
+            }),
             cluster_domain: "cluster.local".into(),
             max_request_bytes: DEFAULT_MAX_REQUEST_BYTES,
             event_ttl: std::time::Duration::from_secs(3600),

@@ -22,7 +22,7 @@ fn pod_kind() -> Result<&'static Kind, Status> {
 }
 
 /// Puts a pod on a node: once.
-pub async fn bind(call: &Call, binding: &Value, options: &WriteOptions) -> Result<Response, Status> {
+pub(crate) async fn bind(call: &Call, binding: &Value, options: &WriteOptions) -> Result<Response, Status> {
     let name = match call.info.name.as_str() {
         "" => binding["metadata"]["name"].as_str().unwrap_or_default(),
         name => name,
