@@ -6,8 +6,6 @@
 mod kubectl;
 #[path = "api/kubelet.rs"]
 mod kubelet;
-#[path = "api/store.rs"]
-mod store;
 #[path = "api/support.rs"]
 mod support;
 #[path = "api/access.rs"]

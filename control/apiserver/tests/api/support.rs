@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
+use weft_control_store::embedded::{EmbeddedStore, Options};
 use weft_control_apiserver::{
     CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Server, ServiceAccountKeys,
 };
@@ -61,7 +62,7 @@ pub(crate) fn base64(text: &str) -> String {
 impl Cluster {
     pub(crate) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = super::store::open(dir.path()).await;
+        let store = EmbeddedStore::open(dir.path().join("store"), Options::default()).unwrap();
         let authority = Authority::new();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -87,7 +88,7 @@ impl Cluster {
             event_ttl: std::time::Duration::from_secs(3600),
             compaction_interval: std::time::Duration::from_secs(300),
         };
-        let server = Arc::new(Server::start(config, store).await.unwrap());
+        let server = Arc::new(Server::start(config, Arc::new(store)).await.unwrap());
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
