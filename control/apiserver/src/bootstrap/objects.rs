@@ -53,20 +53,25 @@ pub(crate) async fn bootstrap(api: &Arc<Api>) -> Result<(), BootstrapError> {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         writer.write(namespace, Keep::AsIs).await?;
     }
-    for object in policy::cluster_roles() {
-        writer.write(object, Keep::Reconcile).await?;
-    }
-    for object in policy::cluster_role_bindings().into_iter().chain(policy::namespaced_roles()) {
-        writer.write(object, Keep::Reconcile).await?;
-    }
-    for object in priority_classes() {
-        writer.write(object, Keep::AsIs).await?;
-    }
-    writer.write(service_cidr(api), Keep::AsIs).await?;
-    writer.write(kubernetes_service(api), Keep::AsIs).await?;
-    writer.write(endpoint_slice(api), Keep::Set(&["addressType", "endpoints", "ports"])).await?;
-    writer.write(endpoints(api), Keep::Set(&["subsets"])).await?;
-    writer.write(client_ca(api), Keep::Set(&["data"])).await
+    // All at once: the store makes a few commits of them.
+    futures::future::try_join_all(objects(api).into_iter().map(|(object, keep)| writer.write(object, keep))).await?;
+    Ok(())
+}
+
+fn objects(api: &Api) -> Vec<(Value, Keep)> {
+    let policy = policy::cluster_roles()
+        .into_iter()
+        .chain(policy::cluster_role_bindings())
+        .chain(policy::namespaced_roles())
+        .map(|object| (object, Keep::Reconcile));
+    let mut all: Vec<(Value, Keep)> = policy.collect();
+    all.extend(priority_classes().map(|object| (object, Keep::AsIs)));
+    all.push((service_cidr(api), Keep::AsIs));
+    all.push((kubernetes_service(api), Keep::AsIs));
+    all.push((endpoint_slice(api), Keep::Set(&["addressType", "endpoints", "ports"])));
+    all.push((endpoints(api), Keep::Set(&["subsets"])));
+    all.push((client_ca(api), Keep::Set(&["data"])));
+    all
 }
 
 impl Writer<'_> {

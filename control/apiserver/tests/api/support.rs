@@ -88,7 +88,9 @@ impl Cluster {
             event_ttl: std::time::Duration::from_secs(3600),
             compaction_interval: std::time::Duration::from_secs(300),
         };
+        let began = std::time::Instant::now();
         let server = Arc::new(Server::start(config, Arc::new(store)).await.unwrap());
+        println!("started in {:?}", began.elapsed());
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
