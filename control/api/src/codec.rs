@@ -115,12 +115,32 @@ pub(crate) fn read_value(
     }
 }
 
+/// Reads JSON of no schema, such as a patch, and the duplicate fields in it; or says what is wrong with it.
+pub(crate) fn read_plain(body: &[u8], report: bool) -> Result<(Value, Vec<String>), String> {
+    let mut walk = Walk::new(Schema::builtin(), report);
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let read = walk.plain(&mut deserializer).and_then(|value| {
+        deserializer.end()?;
+        Ok(value)
+    });
+    match read {
+        Ok(value) => Ok((value, walk.into_problems())),
+        Err(error) => Err(syntax::check(body).err().unwrap_or_else(|| error.to_string())),
+    }
+}
+
+/// Checks that an object's `apiVersion` and `kind`, where it has them, are those of `kind`.
+pub(crate) fn check_meta(kind: &impl Typed, object: &Value) -> Result<(), Status> {
+    let meta = Meta::of(object);
+    check_type(kind.type_name(), definition(kind)?, meta.gvk(kind.type_name()))
+}
+
 /// The message for fields that strict validation refuses.
 pub(crate) fn strict_message(problems: &[String]) -> String {
     format!("strict decoding error: {}", problems.join(", "))
 }
 
-fn definition(kind: &impl Typed) -> Result<DefinitionId, Status> {
+pub(crate) fn definition(kind: &impl Typed) -> Result<DefinitionId, Status> {
     let gvk = kind.type_name();
     kind.definition()
         .ok_or_else(|| Status::internal(format!("{} {} has no schema", gvk.api_version(), gvk.kind)))

@@ -44,6 +44,12 @@ impl<'s> Walk<'s> {
         Root { walk: self, definition }
     }
 
+    /// Reads any value and notes duplicate fields.
+    pub(super) fn plain<'de, D: Deserializer<'de>>(&mut self, deserializer: D) -> Result<Value, D::Error> {
+        let seed = Seed { walk: self, want: Want::Plain, owner: None };
+        Ok(seed.deserialize(deserializer)?.unwrap_or(Value::Null))
+    }
+
     /// Unknown and duplicate fields, in upstream's words.
     pub(super) fn into_problems(self) -> Vec<String> {
         self.problems
@@ -141,6 +147,8 @@ enum Want<'s> {
     Bool,
     Bytes,
     Any,
+    /// Any value, with its nulls and all that is in it noted: a patch.
+    Plain,
     Time,
     MicroTime,
     Quantity,
@@ -197,9 +205,13 @@ impl<'s> Want<'s> {
             Self::Bool => Value::Bool(false),
             Self::Quantity => Value::from("0"),
             Self::Fields(_) => Value::Object(Map::new()),
-            Self::Any | Self::Time | Self::MicroTime | Self::JsonSchema | Self::List(_) | Self::Map(_) => {
-                Value::Null
-            }
+            Self::Any
+            | Self::Plain
+            | Self::Time
+            | Self::MicroTime
+            | Self::JsonSchema
+            | Self::List(_)
+            | Self::Map(_) => Value::Null,
         }
     }
 
@@ -211,7 +223,7 @@ impl<'s> Want<'s> {
             Self::Double => "float64".to_owned(),
             Self::Bool => "bool".to_owned(),
             Self::Bytes => "[]uint8".to_owned(),
-            Self::Any => "interface {}".to_owned(),
+            Self::Any | Self::Plain => "interface {}".to_owned(),
             Self::Time => "v1.Time".to_owned(),
             Self::MicroTime => "v1.MicroTime".to_owned(),
             Self::Quantity => "resource.Quantity".to_owned(),
@@ -310,7 +322,7 @@ impl<'s> Seed<'_, 's> {
     fn scalar<E: de::Error>(self, scalar: Scalar<'_>) -> Result<Option<Value>, E> {
         let fits_i32 = |number: i64| i32::try_from(number).is_ok();
         let value = match (self.want, scalar) {
-            (Want::Any | Want::JsonSchema, scalar) => scalar.into_value(),
+            (Want::Any | Want::Plain | Want::JsonSchema, scalar) => scalar.into_value(),
             (Want::String | Want::IntOrString, Scalar::Str(text)) => Value::String(text.into_owned()),
             (Want::Bool, Scalar::Bool(value)) => Value::Bool(value),
             (Want::Int32 | Want::IntOrString, Scalar::Int(number)) if fits_i32(number) => Value::from(number),
@@ -375,11 +387,11 @@ impl<'s> Seed<'_, 's> {
         Ok(Some(Value::Object(object)))
     }
 
-    fn map<'de, A: MapAccess<'de>>(self, item: &'s Type, mut access: A) -> Result<Option<Value>, A::Error> {
+    fn map<'de, A: MapAccess<'de>>(self, want: Want<'s>, mut access: A) -> Result<Option<Value>, A::Error> {
         let Self { walk, owner, .. } = self;
-        let want = Want::within(walk.schema, item);
         // Only what has fields of its own needs its key on the path.
-        let deep = matches!(want, Want::Fields(_) | Want::List(_) | Want::Map(_) | Want::JsonSchema);
+        let deep =
+            matches!(want, Want::Plain | Want::Fields(_) | Want::List(_) | Want::Map(_) | Want::JsonSchema);
         let mut map = Map::new();
         while let Some(key) = access.next_key::<String>()? {
             if map.contains_key(&key) {
@@ -446,6 +458,7 @@ impl<'de, 's> Visitor<'de> for Seed<'_, 's> {
             Want::List(item) => Want::within(self.walk.schema, item),
             Want::JsonSchema => Want::JsonSchema,
             Want::Any => Want::Any,
+            Want::Plain => Want::Plain,
             Want::Bytes
             | Want::String
             | Want::Int32
@@ -474,7 +487,11 @@ impl<'de, 's> Visitor<'de> for Seed<'_, 's> {
     fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Self::Value, A::Error> {
         match self.want {
             Want::Fields(definition) => self.object(definition, access),
-            Want::Map(item) => self.map(item, access),
+            Want::Map(item) => {
+                let want = Want::within(self.walk.schema, item);
+                self.map(want, access)
+            }
+            Want::Plain => self.map(Want::Plain, access),
             Want::Any => {
                 let value =
                     <Value as de::Deserialize>::deserialize(de::value::MapAccessDeserializer::new(access))?;
