@@ -1,12 +1,87 @@
-//! Entry point.
-mod facts;
+//! `cargo xtask`: builds what plain cargo can't, brings a cluster up, and runs every check.
 
-fn main() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().collect();
-    match args.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        [_, "facts", swagger, discovery, out] => {
-            facts::generate(swagger.as_ref(), discovery.as_ref(), out.as_ref())
+mod artifacts;
+mod checks;
+mod ebpf;
+mod facts;
+mod images;
+mod layers;
+mod machine;
+mod steps;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Build, run and check weft")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing, build, and bring up a cluster with a sample application
+    Up,
+    /// Stop the cluster that `up` started, and remove it
+    Down,
+    /// Build the binary with everything it carries into target/artifacts
+    Build {
+        /// Build `weft` without optimisation
+        #[arg(long)]
+        dev: bool,
+    },
+    /// Run all tests and say what was skipped and why
+    Test {
+        /// Further arguments for cargo test
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Everything that a change must pass: format, clippy, layers, docs, and all tests with no skip allowed
+    Ci,
+    /// Build the eBPF programs into target/artifacts
+    Ebpf,
+    /// Build the sample images into target/images
+    Images,
+    /// Measure against peers and floors
+    Bench {
+        /// Further arguments for the benchmark
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Make the API's table of facts anew from a published OpenAPI document and discovery documents
+    Facts {
+        /// The OpenAPI v2 document
+        swagger: std::path::PathBuf,
+        /// Folder of discovery documents
+        discovery: std::path::PathBuf,
+        /// Where the table goes
+        out: std::path::PathBuf,
+    },
+    /// Check which crate may use which
+    Layers,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Up => up::up(),
+        Task::Down => up::down(),
+        Task::Build { dev } => artifacts::build_all(!dev).map(|_| ()),
+        Task::Test { args } => checks::test(&args),
+        Task::Ci => checks::ci(),
+        Task::Ebpf => artifacts::build_ebpf().map(|_| ()),
+        Task::Images => images::build_all().map(|_| ()),
+        Task::Bench { args } => checks::bench(&args),
+        Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
+        Task::Layers => layers::check(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
         }
-        _ => anyhow::bail!("usage: xtask facts <swagger.json> <discovery folder> <out>"),
     }
 }

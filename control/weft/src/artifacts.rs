@@ -1,0 +1,59 @@
+//! The programs that the binary carries: `weft-init`, `weft-cni` and the eBPF object.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
+
+/// Where the node's programs lie once they are unpacked.
+#[derive(Clone, Debug)]
+pub(crate) struct Programs {
+    pub(crate) init: PathBuf,
+    /// Folder with the CNI plugins.
+    pub(crate) cni_bin: PathBuf,
+    pub(crate) ebpf: &'static [u8],
+}
+
+/// Why the node's programs can't be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("this build of weft carries no {0}; build it with `cargo xtask build`")]
+    Missing(&'static str),
+    #[error("cannot write {path:?}")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Writes the programs below `bin` unless they are there already. A running program is replaced by rename, never written over.
+pub(crate) fn unpack(bin: &Path) -> Result<Programs, Error> {
+    let ebpf = EBPF.ok_or(Error::Missing("eBPF programs"))?;
+    let init = place(bin, "weft-init", WEFT_INIT.ok_or(Error::Missing("weft-init"))?)?;
+    place(bin, "weft-cni", WEFT_CNI.ok_or(Error::Missing("weft-cni"))?)?;
+    Ok(Programs { init, cni_bin: bin.to_path_buf(), ebpf })
+}
+
+fn place(bin: &Path, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
+    let path = bin.join(name);
+    if fs::read(&path).is_ok_and(|present| present == content) {
+        return Ok(path);
+    }
+    let failed = |source| Error::Write { path: path.clone(), source };
+    fs::create_dir_all(bin).map_err(failed)?;
+    let fresh = bin.join(format!(".{name}.new"));
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o755)
+        .open(&fresh)
+        .map_err(failed)?;
+    file.write_all(content).map_err(failed)?;
+    drop(file);
+    fs::rename(&fresh, &path).map_err(failed)?;
+    Ok(path)
+}
