@@ -94,7 +94,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
-            async move { server.serve(listener, shutdown).await }
+            async move { server.serve(listener, shutdown).await.unwrap() }
         });
         let cluster = Self { server, authority, url: format!("https://{address}"), dir, shutdown, serving };
         cluster.kubeconfig("admin", &["system:masters"]);
