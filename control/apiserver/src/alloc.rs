@@ -114,16 +114,25 @@ pub(crate) fn on_delete(kind: &Kind, object: &Value, extra: &mut Extra) {
     extra.ops.extend(keys.map(|key| Op::Delete { key }));
 }
 
+fn is_external(spec: &Value) -> bool {
+    matches!(text(spec, "type"), "NodePort" | "LoadBalancer")
+        || spec["externalIPs"].as_array().is_some_and(|ips| !ips.is_empty())
+}
+
+fn remove_unchanged(spec: &mut serde_json::Map<String, Value>, old: &Value, keys: &[&str]) {
+    for key in keys {
+        if spec.get(*key) == old.get(*key) {
+            spec.remove(*key);
+        }
+    }
+}
+
 /// A client that changes the type and leaves the rest as it was means the rest to go.
 fn drop_what_the_type_forbids(new: &mut Value, old: &Value) {
     let Some(spec) = new["spec"].as_object_mut() else { return };
     let now = Value::Object(spec.clone());
     if text(&now, "type") == "ExternalName" && text(old, "type") != "ExternalName" {
-        for key in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
-            if now[key] == old[key] {
-                spec.remove(key);
-            }
-        }
+        remove_unchanged(spec, old, &["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"]);
     }
     if has_node_ports(old) && !has_node_ports(&now) {
         let before = ports(old);
@@ -139,6 +148,13 @@ fn drop_what_the_type_forbids(new: &mut Value, old: &Value) {
     if needs_health_port(old) && !needs_health_port(&now) && now["healthCheckNodePort"] == old["healthCheckNodePort"]
     {
         spec.remove("healthCheckNodePort");
+    }
+    let balanced = |spec: &Value| text(spec, "type") == "LoadBalancer";
+    if balanced(old) && !balanced(&now) {
+        remove_unchanged(spec, old, &["allocateLoadBalancerNodePorts", "loadBalancerClass"]);
+    }
+    if is_external(old) && !is_external(&now) {
+        remove_unchanged(spec, old, &["externalTrafficPolicy"]);
     }
 }
 

@@ -33,4 +33,4 @@ pub use config::{
     CertifiedKeyPem, Config, ConfigError, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Network, ServiceAccountKeys,
 };
 pub use identity::User;
-pub use server::{Server, StartError};
+pub use server::{ServeError, Server, StartError};

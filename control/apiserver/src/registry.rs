@@ -168,16 +168,13 @@ fn require_verb(call: &Call, verb: &str) -> Result<(), Status> {
 
 /// The patch type of a content type; server-side apply isn't there yet.
 pub(crate) fn patch_type(content_type: &str) -> Result<PatchType, Status> {
-    match content_type {
-        "application/json-patch+json" => Ok(PatchType::Json),
-        "application/merge-patch+json" => Ok(PatchType::Merge),
-        "application/strategic-merge-patch+json" => Ok(PatchType::Strategic),
-        _ => Err(Status::unsupported_media_type(&[
+    PatchType::from_media_type(content_type).ok_or_else(|| {
+        Status::unsupported_media_type(&[
             "application/json-patch+json",
             "application/merge-patch+json",
             "application/strategic-merge-patch+json",
-        ])),
-    }
+        ])
+    })
 }
 
 /// Which shapes objects are served in.

@@ -37,6 +37,11 @@ pub enum StartError {
     Bootstrap(#[from] BootstrapError),
 }
 
+/// The listener failed for good.
+#[derive(Debug, thiserror::Error)]
+#[error("the API server's listener failed")]
+pub struct ServeError(#[source] std::io::Error);
+
 /// An API server. It works until it is shut down or dropped.
 pub struct Server {
     api: Arc<Api>,
@@ -82,8 +87,8 @@ impl Server {
 
     /// Serves HTTPS on a listener until `shutdown`, then ends all watches and lets requests in progress end.
     /// Clients within the process can still read and write until the server is stopped or dropped.
-    pub async fn serve(&self, listener: TcpListener, shutdown: CancellationToken) {
-        transport::serve(self.api.clone(), self.acceptor.clone(), listener, shutdown).await;
+    pub async fn serve(&self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServeError> {
+        transport::serve(self.api.clone(), self.acceptor.clone(), listener, shutdown).await.map_err(ServeError)
     }
 
     /// A client within the process. It is authenticated as `user`, and authorized like everybody.

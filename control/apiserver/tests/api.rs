@@ -6,6 +6,8 @@
 mod kubectl;
 #[path = "api/kubelet.rs"]
 mod kubelet;
+#[path = "api/refusals.rs"]
+mod refusals;
 #[path = "api/support.rs"]
 mod support;
 #[path = "api/access.rs"]

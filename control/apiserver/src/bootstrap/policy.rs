@@ -234,10 +234,21 @@ fn component_roles() -> Vec<Value> {
                 ("create", "authorization.k8s.io", "subjectaccessreviews"),
             ]),
         ),
-        cluster_role("system:kube-controller-manager", &[], rules(&[
-            EVENTS,
-            ("create get update list watch", "coordination.k8s.io", "leases"),
-        ])),
+        cluster_role("system:kube-controller-manager", &[], rules(&controller_manager_rows())),
+    ]
+}
+
+fn controller_manager_rows() -> Vec<Row> {
+    vec![
+        EVENTS,
+        ("create get list patch update watch", "coordination.k8s.io", "leases"),
+        ("create get delete update", "core", "secrets serviceaccounts"),
+        ("get", "core", "namespaces configmaps"),
+        ("create", "core", "serviceaccounts/token"),
+        ("create", "authentication.k8s.io", "tokenreviews"),
+        ("create", "authorization.k8s.io", "subjectaccessreviews"),
+        // The caches that all controllers share.
+        ("list watch", "*", "*"),
     ]
 }
 

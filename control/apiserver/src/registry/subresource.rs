@@ -79,8 +79,7 @@ async fn scale_set(call: &Call, body: Body) -> Result<Response, Status> {
         let decoded = match patch_type {
             Some(kind) => {
                 let before = strategy::scale_get(call.kind, old);
-                let patched = patching::apply(&SCALE, kind, &before, &body)?;
-                codec::decode_value(&SCALE, patched, options.field_validation)?
+                patching::apply_and_decode(&SCALE, kind, &before, &body, options.field_validation)?
             }
             None => codec::decode(&SCALE, call.content_type(), &body, options.field_validation)?,
         };

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use weft_control_api::kinds::Kind;
 use weft_control_api::status::Status;
-use weft_control_api::{codec, patch as patching, strategy};
+use weft_control_api::{patch as patching, strategy};
 use weft_control_store::{Condition, Op, TxnOutcome};
 
 /// How often a change without a precondition is made anew after it lost a race.
@@ -81,8 +81,8 @@ pub(super) async fn patch(call: &Call, body: Body) -> Result<Response, Status> {
     let body = call.read(body).await?;
     let mut warnings = Vec::new();
     let written = update_object(&call.api, &call.user, &change(call, &options), |old| {
-        let patched = patching::apply(call.kind, patch_type, old, &body)?;
-        let decoded = codec::decode_value(call.kind, patched, options.field_validation)?;
+        let decoded =
+            patching::apply_and_decode(call.kind, patch_type, old, &body, options.field_validation)?;
         warnings = decoded.warnings;
         let mut object = decoded.object;
         strategy::default(call.kind, &mut object);

@@ -67,7 +67,7 @@ impl Cluster {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let config = Config {
-            advertise_address: "127.0.0.1".parse().unwrap(),
+            advertise_address: "192.0.2.10".parse().unwrap(),
             advertise_port: address.port(),
             serving: authority.sign("apiserver", &[], true),
             client_ca: authority.pem.clone(),
@@ -94,7 +94,7 @@ impl Cluster {
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
-            async move { server.serve(listener, shutdown).await }
+            async move { server.serve(listener, shutdown).await.unwrap() }
         });
         let cluster = Self { server, authority, url: format!("https://{address}"), dir, shutdown, serving };
         cluster.kubeconfig("admin", &["system:masters"]);
