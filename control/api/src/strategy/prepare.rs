@@ -4,7 +4,9 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::pod;
-use super::value::{at, copy, default_object, default_to, each, entries, is_empty, items, remove, same, text};
+use super::value::{
+    at, copy, default_object, default_to, each, entries, is_empty, items, remove, same, text,
+};
 use crate::kinds::Kind;
 
 /// Who creates the object, and when. Some kinds record it.
@@ -70,13 +72,11 @@ pub fn prepare_create(kind: &Kind, object: &mut Value, context: &Context<'_>) {
         ("", "Namespace") => namespace_finalizer(object),
         ("", "Secret") => merge_string_data(object),
         ("", "Service") => mirror_cluster_ips(object),
+        ("", "PersistentVolumeClaim") => claim_data_source(object),
         ("batch", "Job") => job_selector(object),
         ("certificates.k8s.io", "CertificateSigningRequest") => requestor(object, context),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => stored_version(object),
         _ => {}
-    }
-    if (group, name) == ("", "PersistentVolumeClaim") {
-        claim_data_source(object);
     }
 }
 
@@ -84,7 +84,9 @@ fn reset_status(group: &str, kind: &str, object: &mut Value, context: &Context<'
     object["status"] = match (group, kind) {
         ("", "Namespace") => json!({"phase": "Active"}),
         ("", "PersistentVolumeClaim") => json!({"phase": "Pending"}),
-        ("", "PersistentVolume") => json!({"phase": "Pending", "lastPhaseTransitionTime": seconds(context.now)}),
+        ("", "PersistentVolume") => {
+            json!({"phase": "Pending", "lastPhaseTransitionTime": seconds(context.now)})
+        }
         ("", "Service") | ("networking.k8s.io", "Ingress") => json!({"loadBalancer": {}}),
         ("apps", "StatefulSet") => json!({"replicas": 0}),
         ("apps", "ReplicaSet") | ("", "ReplicationController") => json!({"replicas": 0}),
@@ -97,7 +99,9 @@ fn reset_status(group: &str, kind: &str, object: &mut Value, context: &Context<'
         ("autoscaling", "HorizontalPodAutoscaler") => json!({"desiredReplicas": 0, "currentMetrics": null}),
         _ => json!({}),
     };
-    if (group, kind) == ("autoscaling", "HorizontalPodAutoscaler") && text(&object["apiVersion"]) == "autoscaling/v1" {
+    if (group, kind) == ("autoscaling", "HorizontalPodAutoscaler")
+        && text(&object["apiVersion"]) == "autoscaling/v1"
+    {
         object["status"] = json!({"currentReplicas": 0, "desiredReplicas": 0});
     }
 }
@@ -152,7 +156,9 @@ fn job_selector(job: &mut Value) {
     let uid = job["metadata"]["uid"].clone();
     let name = job["metadata"]["name"].clone();
     let Some(template) = at(job, &["spec", "template"]) else { return };
-    let Some(labels) = default_object(template, "metadata").and_then(|metadata| default_object(metadata, "labels")) else {
+    let Some(labels) =
+        default_object(template, "metadata").and_then(|metadata| default_object(metadata, "labels"))
+    else {
         return;
     };
     for (key, value) in [("controller-uid", &uid), ("job-name", &name)] {
@@ -277,7 +283,9 @@ fn update_main(kind: &Kind, new: &mut Value, old: &Value) {
 
 fn update_status(group: &str, kind: &str, new: &mut Value, old: &Value) {
     let fields: Vec<String> = entries(old).chain(entries(new)).map(|(field, _)| field.to_owned()).collect();
-    for field in fields.iter().filter(|field| !matches!(field.as_str(), "apiVersion" | "kind" | "metadata" | "status")) {
+    for field in
+        fields.iter().filter(|field| !matches!(field.as_str(), "apiVersion" | "kind" | "metadata" | "status"))
+    {
         copy(new, old, field);
     }
     let kept: &[&str] = match (group, kind) {
@@ -305,7 +313,8 @@ fn update_status(group: &str, kind: &str, new: &mut Value, old: &Value) {
 /// Status updates may not approve or deny: those conditions stay as they are.
 fn keep_decisions(new: &mut Value, old: &Value) {
     let decides = |one: &Value| matches!(text(&one["type"]), "Approved" | "Denied");
-    let mut conditions: Vec<Value> = items(&old["status"]["conditions"]).iter().filter(|one| decides(one)).cloned().collect();
+    let mut conditions: Vec<Value> =
+        items(&old["status"]["conditions"]).iter().filter(|one| decides(one)).cloned().collect();
     conditions.extend(items(&new["status"]["conditions"]).iter().filter(|one| !decides(one)).cloned());
     if let Some(status) = at(new, &["status"]) {
         status["conditions"] = conditions.into();
@@ -375,7 +384,9 @@ fn keep_node_ports(spec: &mut Value, old: &Value) {
     let taken: Vec<Value> = items(&spec["ports"]).iter().map(|port| port["nodePort"].clone()).collect();
     for port in each(spec, "ports").filter(|port| port["nodePort"].as_i64().unwrap_or_default() == 0) {
         let same_port = |one: &&Value| {
-            one["port"] == port["port"] && one["protocol"] == port["protocol"] && !taken.contains(&one["nodePort"])
+            one["port"] == port["port"]
+                && one["protocol"] == port["protocol"]
+                && !taken.contains(&one["nodePort"])
         };
         if let Some(found) = items(&old["ports"]).iter().find(same_port) {
             copy(port, found, "nodePort");
@@ -387,7 +398,8 @@ fn bump_generation(group: &str, kind: &str, new: &mut Value, old: &Value) {
     let Some(fields) = generation_fields(group, kind) else { return };
     let changed = if fields.is_empty() {
         let rest = |object: &Value| -> Value {
-            let rest = entries(object).filter(|(field, _)| !matches!(*field, "apiVersion" | "kind" | "metadata" | "status"));
+            let rest = entries(object)
+                .filter(|(field, _)| !matches!(*field, "apiVersion" | "kind" | "metadata" | "status"));
             rest.map(|(field, value)| (field.to_owned(), value.clone())).collect::<Map<_, _>>().into()
         };
         !same(&rest(new), &rest(old))
@@ -396,6 +408,8 @@ fn bump_generation(group: &str, kind: &str, new: &mut Value, old: &Value) {
     };
     if changed {
         let generation = old["metadata"]["generation"].as_i64().unwrap_or_default() + 1;
-        new["metadata"]["generation"] = generation.into();
+        if let Some(metadata) = at(new, &["metadata"]) {
+            metadata["generation"] = generation.into();
+        }
     }
 }

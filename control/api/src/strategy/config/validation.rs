@@ -49,7 +49,8 @@ fn sealed(errors: &mut Errors, new: &Value, old: &Value) {
 
 fn decoded_bytes(value: &Value) -> usize {
     let text = text(value);
-    base64::decoded_len_estimate(text.len()).saturating_sub(text.bytes().rev().take_while(|byte| *byte == b'=').count())
+    base64::decoded_len_estimate(text.len())
+        .saturating_sub(text.bytes().rev().take_while(|byte| *byte == b'=').count())
 }
 
 fn config_map(object: &Value, errors: &mut Errors) {

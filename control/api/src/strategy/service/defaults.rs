@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::super::value::{at, default_object, default_to, default_zero, each, is_empty, items, remove, text};
+use super::super::value::{
+    at, default_object, default_to, default_zero, each, is_empty, items, remove, text,
+};
 
 /// Three hours: how long a client stays with its endpoint under ClientIP affinity.
 const AFFINITY_SECONDS: i64 = 10_800;

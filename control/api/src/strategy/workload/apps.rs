@@ -34,7 +34,12 @@ pub(super) fn update(kind: &str, subresource: Option<&str>, change: &Change<'_>,
         ("Deployment" | "ReplicaSet" | "DaemonSet", None) => {
             create(kind, change.new, errors);
             let path = FieldPath::new("spec").child("selector");
-            checks::immutable(errors, &path, &change.new["spec"]["selector"], &change.old["spec"]["selector"]);
+            checks::immutable(
+                errors,
+                &path,
+                &change.new["spec"]["selector"],
+                &change.old["spec"]["selector"],
+            );
         }
         ("StatefulSet", None) => {
             create(kind, change.new, errors);
@@ -44,7 +49,10 @@ pub(super) fn update(kind: &str, subresource: Option<&str>, change: &Change<'_>,
         ("ControllerRevision", None) => {
             checks::immutable(errors, &FieldPath::new("data"), &change.new["data"], &change.old["data"]);
         }
-        ("Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet" | "ReplicationController", Some("status")) => {
+        (
+            "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet" | "ReplicationController",
+            Some("status"),
+        ) => {
             status(kind, change.new, errors);
         }
         ("Deployment" | "ReplicaSet" | "StatefulSet" | "ReplicationController", Some("scale")) => {
@@ -205,14 +213,19 @@ pub(super) fn count_or_percent(errors: &mut Errors, path: &FieldPath, value: &Va
 
 /// At most 100 %.
 fn not_above_all(errors: &mut Errors, path: &FieldPath, value: &Value) {
-    let above = value.as_str().and_then(|text| text.strip_suffix('%')?.parse::<i64>().ok()).is_some_and(|percent| percent > 100);
+    let above = value
+        .as_str()
+        .and_then(|text| text.strip_suffix('%')?.parse::<i64>().ok())
+        .is_some_and(|percent| percent > 100);
     if above {
         errors.push(FieldError::invalid(path, value.clone(), "must not be greater than 100%"));
     }
 }
 
 fn is_nothing(value: &Value) -> bool {
-    value.is_null() || value.as_i64() == Some(0) || value.as_str().is_some_and(|text| text.trim_end_matches('%').parse() == Ok(0))
+    value.is_null()
+        || value.as_i64() == Some(0)
+        || value.as_str().is_some_and(|text| text.trim_end_matches('%').parse() == Ok(0))
 }
 
 fn rolling_update(errors: &mut Errors, path: &FieldPath, rolling: &Value) {
@@ -273,7 +286,11 @@ fn stateful_set(object: &Value, errors: &mut Errors) {
         "" => errors.push(FieldError::required(&at, "")),
         "OnDelete" if !strategy["rollingUpdate"].is_null() => {
             let detail = "only allowed for updateStrategy 'RollingUpdate'";
-            errors.push(FieldError::invalid(&at.child("rollingUpdate"), strategy["rollingUpdate"].clone(), detail));
+            errors.push(FieldError::invalid(
+                &at.child("rollingUpdate"),
+                strategy["rollingUpdate"].clone(),
+                detail,
+            ));
         }
         "RollingUpdate" => {
             let rolling = &strategy["rollingUpdate"];

@@ -43,7 +43,10 @@ fn replication_controller(object: &mut Value) {
 /// Objects without labels of their own get those of their template.
 fn labels_from_template(object: &mut Value) {
     let labels = object["spec"]["template"]["metadata"]["labels"].clone();
-    if labels.is_object() && is_empty(&object["metadata"]["labels"]) && let Some(metadata) = default_object(object, "metadata") {
+    if labels.is_object()
+        && is_empty(&object["metadata"]["labels"])
+        && let Some(metadata) = default_object(object, "metadata")
+    {
         metadata["labels"] = labels;
     }
 }
@@ -64,7 +67,9 @@ fn deployment(object: &mut Value) {
     default_to(spec, "progressDeadlineSeconds", 600);
     if let Some(strategy) = default_object(spec, "strategy") {
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if strategy["type"] == "RollingUpdate"
+            && let Some(rolling) = default_object(strategy, "rollingUpdate")
+        {
             default_to(rolling, "maxUnavailable", "25%");
             default_to(rolling, "maxSurge", "25%");
         }
@@ -80,7 +85,9 @@ fn stateful_set(object: &mut Value) {
     default_zero(spec, "podManagementPolicy", "OrderedReady");
     if let Some(strategy) = default_object(spec, "updateStrategy") {
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if strategy["type"] == "RollingUpdate"
+            && let Some(rolling) = default_object(strategy, "rollingUpdate")
+        {
             default_to(rolling, "partition", 0);
         }
     }
@@ -104,13 +111,16 @@ fn daemon_set(object: &mut Value) {
     default_to(spec, "revisionHistoryLimit", 10);
     if let Some(strategy) = default_object(spec, "updateStrategy") {
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if strategy["type"] == "RollingUpdate"
+            && let Some(rolling) = default_object(strategy, "rollingUpdate")
+        {
             default_to(rolling, "maxUnavailable", 1);
             default_to(rolling, "maxSurge", 0);
         }
     }
     if let Some(status) = default_object(object, "status") {
-        for field in ["currentNumberScheduled", "numberMisscheduled", "desiredNumberScheduled", "numberReady"] {
+        for field in ["currentNumberScheduled", "numberMisscheduled", "desiredNumberScheduled", "numberReady"]
+        {
             default_to(status, field, 0);
         }
     }
