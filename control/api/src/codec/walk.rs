@@ -193,7 +193,14 @@ impl<'s> Want<'s> {
         match ty {
             Type::List(item) => Self::List(item),
             Type::Map(value) => Self::Map(value),
-            other => Self::of(schema, other),
+            Type::Ref(_)
+            | Type::String
+            | Type::Int32
+            | Type::Int64
+            | Type::Double
+            | Type::Bool
+            | Type::Bytes
+            | Type::Object => Self::of(schema, ty),
         }
     }
 
@@ -241,7 +248,9 @@ fn go_type(schema: &Schema, ty: &Type) -> String {
         Type::List(item) => format!("[]{}", go_type(schema, item)),
         Type::Map(value) => format!("map[string]{}", go_type(schema, value)),
         Type::Ref(id) => schema.get(*id).go_type(),
-        scalar => Want::of(schema, scalar).go_type(schema),
+        Type::String | Type::Int32 | Type::Int64 | Type::Double | Type::Bool | Type::Bytes | Type::Object => {
+            Want::of(schema, ty).go_type(schema)
+        }
     }
 }
 
@@ -314,7 +323,18 @@ impl<'s> Seed<'_, 's> {
             }
             Want::Quantity => crate::quantity::QuantityError::Format.to_string(),
             Want::IntOrString => format!("json: cannot unmarshal {value} into Go value of type int32"),
-            want => self.walk.misfit(value, self.owner, &want.go_type(self.walk.schema)),
+            want @ (Want::String
+            | Want::Int32
+            | Want::Int64
+            | Want::Double
+            | Want::Bool
+            | Want::Bytes
+            | Want::Any
+            | Want::Plain
+            | Want::JsonSchema
+            | Want::Fields(_)
+            | Want::List(_)
+            | Want::Map(_)) => self.walk.misfit(value, self.owner, &want.go_type(self.walk.schema)),
         };
         self.stop(message)
     }
