@@ -2,6 +2,7 @@
 //! writes their logs and exit codes, and serves the agent on a socket in the folder. It outlives the agent.
 
 mod clock;
+mod connection;
 mod identity;
 mod launch;
 mod log;
@@ -64,6 +65,7 @@ fn run(folder: &Path) -> Result<(), String> {
 /// Tells the agent, and lets go of its pipe.
 fn report_ready() -> Result<(), String> {
     writeln!(std::io::stdout(), "ready {}", std::process::id()).context(|| "report".to_owned())?;
-    let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
+    let null =
+        File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
     sys::dup_to(null.as_fd(), 1).context(|| "close stdout".to_owned())
 }

@@ -112,12 +112,14 @@ pub(crate) fn seal(spec: &Start) -> Result<(), String> {
 }
 
 fn clone_tree(path: &Path) -> Result<OwnedFd, String> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     open_tree(CWD, path, flags).context(|| format!("mount source {}", path.display()))
 }
 
 fn source(mount: &Mount) -> Result<Bind<'_>, String> {
-    let folder = fs::metadata(&mount.source).context(|| format!("mount source {}", mount.source.display()))?.is_dir();
+    let folder =
+        fs::metadata(&mount.source).context(|| format!("mount source {}", mount.source.display()))?.is_dir();
     let tree = clone_tree(&mount.source)?;
     let mut set = 0;
     if mount.read_only {
@@ -155,7 +157,8 @@ fn pivot(root: &Root, devices: bool) -> Result<(), String> {
     let target = root.folder.join("root");
     std::env::set_current_dir(&root.layers).context(|| format!("enter {}", root.layers.display()))?;
     let part = |name: &str| escape(&root.folder.join(name).to_string_lossy());
-    let options = format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
     let flags = if devices { MsFlags::empty() } else { MsFlags::MS_NODEV };
     let overlay = |options: &str| mount(Some("overlay"), &target, Some("overlay"), flags, Some(options));
     // A container's root outlives no crash of the machine, so it need never be synced.
@@ -189,7 +192,9 @@ fn make_folder(target: &str) -> Result<(), String> {
 
 fn mount_cgroups(views: Vec<(String, OwnedFd)>) -> Result<(), String> {
     let base = Path::new("/sys/fs/cgroup");
-    if let [(name, tree)] = views.as_slice() && name.is_empty() {
+    if let [(name, tree)] = views.as_slice()
+        && name.is_empty()
+    {
         return attach(tree, base, true);
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -206,14 +211,19 @@ fn mount_cgroups(views: Vec<(String, OwnedFd)>) -> Result<(), String> {
 fn host_nodes(folder: &Path, relative: &Path) -> Vec<Node> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let (Ok(meta), name) = (entry.path().symlink_metadata(), relative.join(entry.file_name())) else { continue };
+        let (Ok(meta), name) = (entry.path().symlink_metadata(), relative.join(entry.file_name())) else {
+            continue;
+        };
         let kind = meta.file_type();
         if kind.is_dir() {
             let own = ["pts", "shm", "mqueue", "hugepages"].iter().any(|own| name == Path::new(own));
             if !own {
                 found.extend(host_nodes(&entry.path(), &name));
             }
-        } else if (kind.is_char_device() || kind.is_block_device()) && name != Path::new("console") && name != Path::new("ptmx") {
+        } else if (kind.is_char_device() || kind.is_block_device())
+            && name != Path::new("console")
+            && name != Path::new("ptmx")
+        {
             found.push(Node { name, mode: meta.mode(), device: meta.rdev() });
         }
     }
@@ -232,7 +242,8 @@ fn devices(host: Vec<Node>) -> Result<(), String> {
         }
     }
     for (target, name) in LINKS {
-        std::os::unix::fs::symlink(target, Path::new("/dev").join(name)).context(|| format!("link /dev/{name}"))?;
+        std::os::unix::fs::symlink(target, Path::new("/dev").join(name))
+            .context(|| format!("link /dev/{name}"))?;
     }
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     special("devpts", "/dev/pts", quiet, Some(DEVPTS_OPTIONS))?;
@@ -248,7 +259,8 @@ fn node(name: &Path, mode: u32, device: u64) -> Result<(), String> {
     let (kind, permissions) = (SFlag::from_bits_truncate(mode), Mode::from_bits_truncate(mode));
     mknod(&path, kind, permissions, device).context(|| format!("make the device {}", path.display()))?;
     // mknod's mode is cut by the umask.
-    fs::set_permissions(&path, fs::Permissions::from_mode(mode & 0o7777)).context(|| format!("open {}", path.display()))
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode & 0o7777))
+        .context(|| format!("open {}", path.display()))
 }
 
 /// Attaches a detached mount, making its target if missing.

@@ -39,7 +39,8 @@ pub(crate) fn make(config: &Sandbox) -> Result<(), String> {
     if let Some(path) = &config.shm {
         fs::create_dir_all(path).context(|| format!("make {}", path.display()))?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("shm"), path, Some("tmpfs"), flags, Some(SHM_OPTIONS)).context(|| "mount shared memory".to_owned())?;
+        mount(Some("shm"), path, Some("tmpfs"), flags, Some(SHM_OPTIONS))
+            .context(|| "mount shared memory".to_owned())?;
     }
     if let Some(name) = &config.hostname {
         nix::unistd::sethostname(name).context(|| format!("set the host name {name:?}"))?;
@@ -79,8 +80,14 @@ mod tests {
     #[test]
     fn sysctls_stay_below_their_folder() {
         assert_eq!(sysctl_path("net.ipv4.ip_forward"), Some("/proc/sys/net/ipv4/ip_forward".into()));
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/rp_filter"), Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into()));
-        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.rp_filter"), Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into()));
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/rp_filter"),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into())
+        );
+        assert_eq!(
+            sysctl_path("net.ipv4.conf.eth0/1.rp_filter"),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into())
+        );
         assert_eq!(sysctl_path("net/../../x"), None);
         assert_eq!(sysctl_path("net..x"), None);
     }

@@ -17,13 +17,15 @@ use weft_agent_runtime_init::wire::{self, Reply, Request, Sandbox};
 use super::records;
 use crate::Error;
 
-const READ_BYTES: usize = 16 << 10;
+/// Answers are small; one listener per sandbox keeps its buffer.
+const READ_BYTES: usize = 4 << 10;
 
 /// Starts an init from its folder and waits until it serves. Blocks for a few milliseconds.
 pub(super) fn spawn(program: &Path, folder: &Path, config: &Sandbox) -> Result<i32, Error> {
     records::save(&folder.join(wire::CONFIG), config)?;
     let log = folder.join("init.log");
-    let log_file = File::options().create(true).append(true).open(&log).map_err(records::io_error("open", &log))?;
+    let log_file =
+        File::options().create(true).append(true).open(&log).map_err(records::io_error("open", &log))?;
     let mut child = Command::new(program)
         .arg0("weft-init")
         .arg(folder)
@@ -41,7 +43,7 @@ pub(super) fn spawn(program: &Path, folder: &Path, config: &Sandbox) -> Result<i
     child.wait().map_err(records::io_error("wait for", program))?;
     read.map_err(records::io_error("hear from", program))?;
     match line.trim().split_once(' ') {
-        Some(("ready", pid)) => pid.parse().map_err(|_| refused("no pid")),
+        Some(("ready", pid)) => pid.parse().map_err(|_no_number| refused("no pid")),
         Some((_, reason)) => Err(refused(reason)),
         None => Err(refused("weft-init ended without a word")),
     }
@@ -61,7 +63,8 @@ pub(super) struct Connection {
 impl Connection {
     /// Fails at once if the init is dead.
     pub(super) async fn open(folder: &Path) -> io::Result<Self> {
-        let place = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let place =
+            rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let stream = UnixStream::connect(wire::socket_path(place.as_fd())).await?;
         Ok(Self { stream, received: Vec::new(), path: folder.join(wire::SOCKET) })
     }
@@ -84,7 +87,8 @@ impl Connection {
             self.stream.writable().await?;
             let attempt = self.stream.try_io(Interest::WRITABLE, || {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None).map_err(io::Error::from)
+                sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None)
+                    .map_err(io::Error::from)
             });
             match attempt {
                 Ok(sent) => break sent,
@@ -101,15 +105,14 @@ impl Connection {
             if let Some(message) = wire::decode(&mut self.received)? {
                 return Ok(Some(message));
             }
-            let mut bytes = [0; READ_BYTES];
-            let read = match self.stream.read(&mut bytes).await {
+            self.received.reserve(READ_BYTES);
+            let read = match self.stream.read_buf(&mut self.received).await {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
                 other => other?,
             };
             if read == 0 {
                 return Ok(None);
             }
-            self.received.extend_from_slice(&bytes[..read]);
         }
     }
 

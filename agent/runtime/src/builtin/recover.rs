@@ -60,13 +60,17 @@ impl Inner {
                 records::remove(&self.paths.container(&record.id))?;
                 continue;
             }
-            let exit: Option<wire::Exit> = records::load(&self.paths.container(&record.id).join(wire::EXIT_FILE))?;
+            let exit: Option<wire::Exit> =
+                records::load(&self.paths.container(&record.id).join(wire::EXIT_FILE))?;
             let state = exit.map_or(ContainerState::Created, |exit| ContainerState::Exited(from_wire(exit)));
             containers.push((record, state));
         }
         let ids: BTreeSet<&str> = containers.iter().map(|(record, _)| record.id.as_str()).collect();
         let uses = self.images.uses().map_err(image_error)?;
-        uses.iter().filter(|id| !ids.contains(id.as_str())).try_for_each(|id| self.images.release(id)).map_err(image_error)?;
+        uses.iter()
+            .filter(|id| !ids.contains(id.as_str()))
+            .try_for_each(|id| self.images.release(id))
+            .map_err(image_error)?;
         Ok(Found { sandboxes, containers })
     }
 
@@ -134,7 +138,9 @@ impl Inner {
             let parent = inner.paths.cgroup.parent().filter(|parent| !parent.as_os_str().is_empty());
             parent.iter().for_each(|parent| inner.hierarchies.remove_if_empty(parent));
             let run = ["sandboxes", "netns", "seccomp"].map(|part| inner.paths.run.join(part));
-            run.iter().chain([&inner.paths.sandboxes(), &inner.paths.containers()]).try_for_each(|path| records::remove(path))?;
+            run.iter()
+                .chain([&inner.paths.sandboxes(), &inner.paths.containers()])
+                .try_for_each(|path| records::remove(path))?;
             // The folder may hold what others keep in it.
             let _ = fs::remove_dir(&inner.paths.run);
             Ok(())

@@ -28,8 +28,13 @@ const SYSCTLS: [(&str, &str); 2] =
 impl Inner {
     pub(super) async fn run_sandbox(self: &Arc<Self>, spec: SandboxSpec) -> Result<Sandbox, Error> {
         spec::check_cgroup(&spec.cgroup)?;
-        let record =
-            SandboxRecord { id: new_id(), spec, phase: Phase::Creating, ips: Vec::new(), created_at_ns: now_ns() };
+        let record = SandboxRecord {
+            id: new_id(),
+            spec,
+            phase: Phase::Creating,
+            ips: Vec::new(),
+            created_at_ns: now_ns(),
+        };
         let made = self.make_sandbox(record.clone()).await;
         if made.is_err()
             && let Err(error) = self.undo_sandbox(&record).await
@@ -69,7 +74,8 @@ impl Inner {
         let resolv_conf = run.join("resolv.conf");
         fs::write(&resolv_conf, &spec.resolv_conf).map_err(records::io_error("write", &resolv_conf))?;
         let (pod, group) = (self.paths.pod_cgroup(spec), self.paths.leaf_cgroup(spec, id));
-        let refused = self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
+        let refused =
+            self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
         self.warn_refused(refused);
         self.warn_refused(self.hierarchies.limit(&pod, &spec::limits(&spec.resources)));
         let own_network = !spec.host_network;
@@ -141,7 +147,9 @@ impl Inner {
         loop {
             match connection.receive().await {
                 Ok(Some(Reply::Event(status))) => self.observe(status),
-                Ok(Some(other)) => tracing::warn!(sandbox = id, message = ?other, "unexpected message of an init"),
+                Ok(Some(other)) => {
+                    tracing::warn!(sandbox = id, message = ?other, "unexpected message of an init")
+                }
                 Ok(None) | Err(_) => break,
             }
         }

@@ -25,10 +25,16 @@ pub(crate) fn init_path() -> PathBuf {
         let exe = std::env::current_exe().unwrap();
         let path = exe.ancestors().nth(2).unwrap().join("weft-init");
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("init/src");
-        let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let newest = fs::read_dir(sources).unwrap().map(|entry| modified(&entry.unwrap().path())).max().unwrap();
+        let modified = |path: &Path| {
+            fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        let newest =
+            fs::read_dir(sources).unwrap().map(|entry| modified(&entry.unwrap().path())).max().unwrap();
         if modified(&path) < newest {
-            let built = Command::new(env!("CARGO")).args(["build", "--package", "weft-agent-runtime-init"]).status().unwrap();
+            let built = Command::new(env!("CARGO"))
+                .args(["build", "--package", "weft-agent-runtime-init"])
+                .status()
+                .unwrap();
             assert!(built.success(), "weft-init does not build");
         }
         path
@@ -59,7 +65,8 @@ impl Node {
         node.plugin(NOOP_PLUGIN);
         node.network(&json!({"cniVersion": "1.1.0", "name": "t", "plugins": [{"type": "noop"}]}));
         node.runtime = Some(BuiltinRuntime::open(node.config.clone()).await.unwrap());
-        let archive = image::busybox("busybox:1", json!({"Env": ["FROM=image", "KEEP=1"], "Cmd": ["sh"]})).write(node.folder.path());
+        let archive = image::busybox("busybox:1", json!({"Env": ["FROM=image", "KEEP=1"], "Cmd": ["sh"]}))
+            .write(node.folder.path());
         node.runtime().images().import(&archive).unwrap();
         node
     }
@@ -147,10 +154,15 @@ impl Node {
     /// Runs a command in a container; its code and output.
     pub(crate) async fn exec(&self, id: &str, command: &[&str]) -> (i32, String) {
         let (read, write) = std::io::pipe().unwrap();
-        let stdio = Stdio { stdout: Some(write.try_clone().unwrap().into()), stderr: Some(write.into()), ..Stdio::default() };
+        let stdio = Stdio {
+            stdout: Some(write.try_clone().unwrap().into()),
+            stderr: Some(write.into()),
+            ..Stdio::default()
+        };
         let command = command.iter().map(|word| (*word).to_owned()).collect();
         let code = self.runtime().exec(id, command, stdio).await.unwrap();
-        let output = tokio::task::spawn_blocking(move || std::io::read_to_string(read).unwrap()).await.unwrap();
+        let output =
+            tokio::task::spawn_blocking(move || std::io::read_to_string(read).unwrap()).await.unwrap();
         (code, output)
     }
 

@@ -18,16 +18,31 @@ async fn containers_outlive_the_agent_with_logs_and_codes() {
     }
     let mut node = Node::new().await;
     let sandbox = node.sandbox().await;
-    let ends = node.start(&sandbox, script("ends", "while ! test -e /dev/shm/go; do sleep 0.02; done; echo last words; exit 9")).await;
+    let ends = node
+        .start(
+            &sandbox,
+            script("ends", "while ! test -e /dev/shm/go; do sleep 0.02; done; echo last words; exit 9"),
+        )
+        .await;
     let stays = node.start(&sandbox, script("stays", "while :; do echo tick; sleep 0.05; done")).await;
     let created = node.runtime().create_container(&sandbox, script("created", "echo late")).await.unwrap();
     let before = node.runtime().list_sandboxes().await.unwrap();
-    let ContainerState::Running { started_at_ns } = node.runtime().container(&stays).await.unwrap().state else { panic!() };
+    let ContainerState::Running { started_at_ns } = node.runtime().container(&stays).await.unwrap().state
+    else {
+        panic!()
+    };
     assert_eq!(node.exec(&stays, &["touch", "/dev/shm/go"]).await.0, 0);
 
     // The agent is away while one ends and the other talks on.
     node.runtime = None;
-    let exit = node.folder.path().join("data/nodes").join(&node.config.node_name).join("containers").join(&ends).join("exit.json");
+    let exit = node
+        .folder
+        .path()
+        .join("data/nodes")
+        .join(&node.config.node_name)
+        .join("containers")
+        .join(&ends)
+        .join("exit.json");
     wait_until("the container has ended", PATIENCE, || Ok(exit.exists().then_some(()))).unwrap();
     let said = node.output("stays").len();
     wait_until("the log grows", PATIENCE, || Ok((node.output("stays").len() > said).then_some(()))).unwrap();
@@ -36,7 +51,10 @@ async fn containers_outlive_the_agent_with_logs_and_codes() {
     assert_eq!(node.runtime().list_sandboxes().await.unwrap(), before);
     assert_eq!(node.exit(&ends).await.code, 9);
     assert_eq!(node.output("ends"), "last words\n");
-    assert_eq!(node.runtime().container(&stays).await.unwrap().state, ContainerState::Running { started_at_ns });
+    assert_eq!(
+        node.runtime().container(&stays).await.unwrap().state,
+        ContainerState::Running { started_at_ns }
+    );
     assert_eq!(node.runtime().container(&created).await.unwrap().state, ContainerState::Created);
     node.runtime().start_container(&created).await.unwrap();
     assert_eq!(node.exit(&created).await.code, 0);
@@ -60,8 +78,15 @@ async fn the_death_of_an_init_ends_its_pod() {
     assert_eq!([events.recv().await.unwrap(), events.recv().await.unwrap()], [exited, died]);
     assert_eq!(node.exit(&id).await.code, 137);
     assert!(!node.runtime().list_sandboxes().await.unwrap()[0].ready);
-    let group = node.config.cgroup_root.join("unified").join(&node.config.cgroup_parent).join("burstable/poduid-1").join(&id);
-    let empty = || Ok(fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default().is_empty().then_some(()));
+    let group = node
+        .config
+        .cgroup_root
+        .join("unified")
+        .join(&node.config.cgroup_parent)
+        .join("burstable/poduid-1")
+        .join(&id);
+    let empty =
+        || Ok(fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default().is_empty().then_some(()));
     wait_until("the container's process is gone", PATIENCE, empty).unwrap();
     assert!(node.runtime().create_container(&sandbox, script("d", "true")).await.is_err());
     node.runtime().stop_sandbox(&sandbox).await.unwrap();
@@ -96,7 +121,10 @@ async fn after_a_restart_of_the_machine_everything_is_exited_and_removable() {
     assert_eq!(node.exit(&id).await.code, 137);
     node.runtime().remove_sandbox(&sandbox).await.unwrap();
     let calls = fs::read_to_string(node.plugin_log()).unwrap();
-    assert!(calls.lines().any(|line| line.starts_with(&format!("DEL {sandbox} eth0  IgnoreUnknown"))), "{calls}");
+    assert!(
+        calls.lines().any(|line| line.starts_with(&format!("DEL {sandbox} eth0  IgnoreUnknown"))),
+        "{calls}"
+    );
     node.finish().await;
 }
 
@@ -116,14 +144,23 @@ async fn half_made_things_are_undone() {
     fs::write(&record, text).unwrap();
     fs::create_dir_all(data.join("containers").join("f".repeat(64)).join("upper")).unwrap();
     fs::create_dir_all(data.join("sandboxes").join("e".repeat(64))).unwrap();
-    let orphan = node.config.cgroup_root.join("unified").join(&node.config.cgroup_parent).join("besteffort/podx").join("a".repeat(64));
+    let orphan = node
+        .config
+        .cgroup_root
+        .join("unified")
+        .join(&node.config.cgroup_parent)
+        .join("besteffort/podx")
+        .join("a".repeat(64));
     if node.config.cgroup_root.join("unified").exists() {
         fs::create_dir_all(&orphan).unwrap();
     }
 
     node.restart().await;
     assert!(node.runtime().list_sandboxes().await.unwrap().is_empty());
-    assert!(!Path::new(&format!("/proc/{pid}")).exists() || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") Z "));
+    assert!(
+        !Path::new(&format!("/proc/{pid}")).exists()
+            || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") Z ")
+    );
     assert_eq!(fs::read_dir(data.join("containers")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(data.join("sandboxes")).unwrap().count(), 0);
     assert!(!orphan.exists());
