@@ -406,6 +406,30 @@ fn sealed_config_does_not_change() {
 }
 
 #[test]
+fn what_is_left_out_is_missed_where_it_belongs() {
+    let bare = |api_version: &str, kind: &str| json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "x", "namespace": "n"}});
+    let cases = [
+        (bare("v1", "Pod"), vec!["spec.containers: Required value"]),
+        (bare("v1", "Service"), vec!["spec.ports: Required value"]),
+        (
+            bare("apps/v1", "Deployment"),
+            vec!["spec.selector: Required value", "spec.template.spec.containers: Required value"],
+        ),
+        (
+            bare("v1", "ReplicationController"),
+            vec![
+                "spec.selector: Required value",
+                "spec.replicas: Required value",
+                "spec.template: Required value",
+            ],
+        ),
+    ];
+    for (object, expected) in cases {
+        assert_eq!(on_create(object), expected);
+    }
+}
+
+#[test]
 fn every_mistake_is_reported() {
     let mut object = deployment();
     object["metadata"]["labels"] = json!({"bad key": ""});
