@@ -111,8 +111,9 @@ fn metadata_messages() {
         let found = on_create(object);
         assert!(matches!(&found[..], [one] if one.ends_with(expected)), "{expected}: {found:?}");
     }
-    let service = name_problems(kind("v1", "Service"), "1a", false);
-    assert!(service[0].starts_with("a DNS-1035 label must consist of"), "{service:?}");
+    assert!(name_problems(kind("v1", "Service"), "1a", false).is_empty());
+    let service = name_problems(kind("v1", "Service"), "a.b", false);
+    assert!(service[0].starts_with("a lowercase RFC 1123 label must consist of"), "{service:?}");
     assert!(name_problems(kind("v1", "Pod"), "web-", true).is_empty());
     assert!(!name_problems(kind("v1", "Pod"), "web-", false).is_empty());
 }

@@ -303,7 +303,14 @@ fn stateful_set(object: &Value, errors: &mut Errors) {
         }
         "RollingUpdate" => {
             let rolling = &strategy["rollingUpdate"];
-            not_negative(errors, &at.child("rollingUpdate").child("partition"), &rolling["partition"]);
+            let at = at.child("rollingUpdate");
+            not_negative(errors, &at.child("partition"), &rolling["partition"]);
+            count_or_percent(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
+            if !rolling["maxUnavailable"].is_null() && is_nothing(&rolling["maxUnavailable"]) {
+                let value = rolling["maxUnavailable"].clone();
+                errors.push(FieldError::invalid(&at.child("maxUnavailable"), value, "cannot be 0"));
+            }
+            not_above_all(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
         }
         "OnDelete" => {}
         _ => {

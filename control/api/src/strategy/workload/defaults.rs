@@ -93,6 +93,7 @@ fn stateful_set(object: &mut Value) {
         default_zero(strategy, "type", "RollingUpdate");
         if let Some(rolling) = at(strategy, &["rollingUpdate"]) {
             default_to(rolling, "partition", 0);
+            default_to(rolling, "maxUnavailable", 1);
         }
     }
     if let Some(retention) = default_object(spec, "persistentVolumeClaimRetentionPolicy") {
