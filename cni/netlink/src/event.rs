@@ -45,8 +45,10 @@ impl Events {
         socket.bind(&SocketAddr::new(0, GROUPS)).map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("make non-blocking"))?;
 
-        let socket = AsyncFd::register_with_interest(socket, Interest::READABLE)
-            .map_err(|error| Error::Socket { op: "register", source: error.into_parts().1 })?;
+        // SAFETY: the socket owns its descriptor for as long as the AsyncFd owns the socket, and never replaces it.
+        let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+        let socket =
+            registered.map_err(|error| Error::Socket { op: "register", source: error.into_parts().1 })?;
         Ok(Self { socket })
     }
 
