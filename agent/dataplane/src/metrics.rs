@@ -1,6 +1,5 @@
 //! Metrics of the service proxy, with kube-proxy's names where it has them.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
@@ -59,31 +58,5 @@ impl Metrics {
     pub(crate) fn dropped(&self, reason: &'static str, count: u64) {
         let drops = self.drops.get_or_create(&vec![("reason", reason)]);
         drops.set(i64::try_from(count).unwrap_or(i64::MAX));
-    }
-}
-
-/// Shared signals of a running dataplane: make one, hand a clone to [`run`](crate::run), and wait or read metrics here.
-#[derive(Clone, Debug, Default)]
-pub struct Handle {
-    /// Its metrics.
-    pub metrics: Metrics,
-    synced: Arc<tokio::sync::watch::Sender<bool>>,
-}
-
-impl Handle {
-    /// Waits until programs are attached and all Services known at the start are in the maps. Nothing in a pod may run before.
-    pub async fn synced(&self) {
-        // The sender is in `self`: the channel can't close.
-        let _ = self.synced.subscribe().wait_for(|synced| *synced).await;
-    }
-
-    /// Whether that has happened.
-    #[must_use]
-    pub fn is_synced(&self) -> bool {
-        *self.synced.borrow()
-    }
-
-    pub(crate) fn set_synced(&self) {
-        self.synced.send_replace(true);
     }
 }

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::ifaddrs::getifaddrs;
 use nix::mount::{MsFlags, mount};
-use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::statfs::{FsType, statfs};
-use weft_ebpf_abi::Address;
+use weft_cni_netlink::Netlink;
+
+use crate::{BRIDGE, OVERLAY};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -73,40 +74,31 @@ pub fn ensure_bpffs(path: &Path) -> Result<(), NodeError> {
 /// The node's devices and addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Devices {
-    /// Index and name of the Ethernet devices that have an IPv4 address, bridge and overlay included.
+    /// Number and name of the Ethernet devices that have an IPv4 address, bridge and overlay included.
     pub edge: BTreeMap<u32, String>,
-    /// Their addresses.
-    pub addresses: BTreeSet<Address>,
+    /// IPv4 addresses of the node, loopback's excepted.
+    pub addresses: BTreeSet<Ipv4Addr>,
+    /// Number of the pods' bridge; 0 while there is none.
+    pub bridge: u32,
+    /// Number of the overlay's device; 0 while there is none.
+    pub overlay: u32,
 }
 
-/// Looks at the devices of the current network namespace. `bridge` and `overlay` are edges even without an address.
-pub fn devices(bridge: &str, overlay: &str) -> io::Result<Devices> {
-    let mut ethernet = BTreeSet::new();
-    let mut with_address = BTreeSet::from([bridge.to_owned(), overlay.to_owned()]);
-    let mut found = Devices::default();
-    for interface in getifaddrs()? {
-        if interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
-            continue;
-        }
-        let Some(address) = interface.address else { continue };
-        if let Some(v4) = address.as_sockaddr_in() {
-            found.addresses.insert(Address::from(v4.ip()));
-            with_address.insert(interface.interface_name);
-        } else if address.as_link_addr().is_some_and(|link| link.hatype() == libc::ARPHRD_ETHER) {
-            ethernet.insert(interface.interface_name);
+/// Looks at the devices of the current network namespace. Bridge and overlay are edges even without an address.
+pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
+    let mut netlink = Netlink::open()?;
+    let links = netlink.links()?;
+    let named = |name| links.iter().find(|link| link.name == name).map_or(0, |link| link.index);
+    let mut found = Devices { bridge: named(BRIDGE), overlay: named(OVERLAY), ..Devices::default() };
+    let mut edges = BTreeSet::from([found.bridge, found.overlay]);
+    for address in netlink.addresses()? {
+        let IpAddr::V4(ip) = address.network.ip() else { continue };
+        if links.iter().any(|link| link.index == address.index && !link.loopback) {
+            found.addresses.insert(ip);
+            edges.insert(address.index);
         }
     }
-    for name in with_address.intersection(&ethernet) {
-        // A device that went away meanwhile is none.
-        if let Ok(index) = if_nametoindex(name.as_str()) {
-            found.edge.insert(index, name.clone());
-        }
-    }
+    let ethernet = links.into_iter().filter(|link| link.mac.is_some() && !link.loopback);
+    found.edge = ethernet.filter(|l| edges.contains(&l.index)).map(|l| (l.index, l.name)).collect();
     Ok(found)
-}
-
-/// Index of a device; 0 if there is none.
-#[must_use]
-pub fn ifindex(name: &str) -> u32 {
-    if_nametoindex(name).unwrap_or(0)
 }

@@ -255,8 +255,5 @@ pub fn remove(pins: &Path) -> Result<(), NodeError> {
         }
         fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
     }
-    match fs::remove_dir(pins) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove folder", pins)(source)),
-        _ => Ok(()),
-    }
+    Ok(())
 }

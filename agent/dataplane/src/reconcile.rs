@@ -38,12 +38,11 @@ pub struct Reconciler<M> {
 }
 
 impl<M: MapSet> Reconciler<M> {
-    /// Adopts the maps as they are.
-    pub fn adopt(node_name: &str, mut maps: M) -> Result<Self, MapError> {
+    /// Adopts the maps as they are. `tables` are empty yet.
+    pub fn adopt(tables: Tables, mut maps: M) -> Result<Self, MapError> {
         let ledger = read_ledger(&mut maps)?;
         let node_addresses = ledger.node_addresses.clone();
         let planner = Planner::adopt(ledger);
-        let tables = Tables::new(node_name);
         Ok(Self { tables, maps, planner, dirty: BTreeSet::new(), node_addresses, prune: false })
     }
 

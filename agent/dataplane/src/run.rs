@@ -2,28 +2,33 @@
 
 use std::collections::HashSet;
 use std::hash::Hash;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, StreamExt};
+use ipnetwork::Ipv4Network;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::watcher::{self, watcher};
 use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use weft_ebpf_abi::NodeConfig;
+use weft_cni_netlink::Netlink;
+use weft_ebpf_abi::{Address, NodeConfig};
 
 use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
-use crate::metrics::Handle;
-use crate::node::{self, NodeError};
+use crate::metrics::Metrics;
+use crate::node::{self, Devices, NodeError};
+use crate::overlay::Overlay;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
-use crate::tables::{service_name, slice_name};
+use crate::tables::{Tables, service_name, slice_name};
 
 /// Annotation with the time of the change that a slice carries on.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
@@ -40,26 +45,20 @@ const DROPS_EVERY: Duration = Duration::from_secs(10);
 pub struct Config {
     /// Name of the Node.
     pub node_name: String,
-    /// Where cgroup2 is mounted; `None` looks for it.
-    pub cgroup2: Option<PathBuf>,
-    /// The node's cgroup below it: `weft/<node>`. Processes below it are served, wherever their network namespace is.
-    pub node_cgroup: String,
-    /// A bpffs, mounted there if it is not. Pins are at `<bpffs>/weft/<node>`, and live as long as that mount.
-    pub bpffs: PathBuf,
+    /// The node's address on the network that joins the nodes.
+    pub node_ip: Ipv4Addr,
+    /// Addresses of all pods.
+    pub cluster_cidr: Ipv4Network,
+    /// Addresses of all Services.
+    pub service_cidr: Ipv4Network,
+    /// Service addresses that the node answers itself (cluster DNS): neither translated nor refused.
+    pub node_local: Vec<Ipv4Addr>,
+    /// Where links and maps are pinned: a bpffs, mounted there if it is not. Services live as long as that mount.
+    pub pin_dir: PathBuf,
+    /// The node's cgroup below cgroup2's root: `weft/<node>`. Processes below it are served, wherever their network namespace is.
+    pub node_cgroup: PathBuf,
     /// The programs.
-    pub object: Arc<[u8]>,
-    /// Bridge of the pods.
-    pub bridge: String,
-    /// The overlay's device.
-    pub overlay: String,
-}
-
-impl Config {
-    /// Where this node's pins are.
-    #[must_use]
-    pub fn pins(&self) -> PathBuf {
-        self.bpffs.join("weft").join(&self.node_name)
-    }
+    pub ebpf_object: &'static [u8],
 }
 
 /// Why the dataplane does not run.
@@ -77,9 +76,9 @@ pub enum Error {
     /// A blocking task ended early.
     #[error("setting up the dataplane was interrupted")]
     Interrupted(#[from] tokio::task::JoinError),
-    /// Devices could not be listed.
-    #[error("cannot list the node's devices")]
-    Devices(#[source] std::io::Error),
+    /// Devices could not be listed or watched.
+    #[error("cannot watch the node's devices")]
+    Devices(#[from] weft_cni_netlink::Error),
 }
 
 enum Event {
@@ -110,68 +109,98 @@ impl<K: Eq + Hash> Relist<K> {
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
-/// Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+/// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
+/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+///
+/// # Errors
+/// If the programs can't be put in place, or the node's devices can't be watched. What the API or single map operations
+/// refuse is retried instead.
 pub async fn run(
     config: Config,
     client: Client,
+    programmed: watch::Sender<bool>,
     shutdown: CancellationToken,
-    handle: Handle,
+) -> Result<(), Error> {
+    run_with_metrics(config, client, programmed, Metrics::default(), shutdown).await
+}
+
+/// As [`run`], with metrics that the caller has registered.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with_metrics(
+    config: Config,
+    client: Client,
+    programmed: watch::Sender<bool>,
+    metrics: Metrics,
+    shutdown: CancellationToken,
 ) -> Result<(), Error> {
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
-    let (programs, reconciler) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let mut dataplane = Dataplane {
-        config,
+        overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
-        handle,
+        identity,
+        devices: Devices::default(),
+        metrics,
+        programmed,
         services: Relist::new(),
         slices: Relist::new(),
         nodes: Relist::new(),
         triggers: Vec::new(),
         retry: RETRY_FIRST,
     };
-    dataplane.refresh_devices()?;
     dataplane.run(client, shutdown).await
 }
 
-/// Removes all that a dataplane left on its node: links, then maps.
-pub fn cleanup(config: &Config) -> Result<(), Error> {
-    programs::remove(&config.pins())?;
-    // Another node of the machine may still have its pins in the folder above: then it stays.
-    let _ = std::fs::remove_dir(config.bpffs.join("weft"));
-    Ok(())
+/// Removes all that a dataplane left on its node: links, maps, the overlay. What is gone already is no error.
+///
+/// # Errors
+/// If the kernel refuses to remove something.
+pub async fn cleanup(config: &Config) -> Result<(), Error> {
+    let pins = config.pin_dir.clone();
+    tokio::task::spawn_blocking(move || {
+        programs::remove(&pins)?;
+        Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        Ok(())
+    })
+    .await?
 }
 
 /// Loads and attaches. Programs see a node's Services as soon as they are in the maps, so attaching comes first.
-fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>), Error> {
-    node::ensure_bpffs(&config.bpffs)?;
-    let cgroup2 = match &config.cgroup2 {
-        Some(path) => path.clone(),
-        None => node::cgroup2_mount()?,
-    };
+fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConfig), Error> {
+    node::ensure_bpffs(&config.pin_dir)?;
+    let cgroup2 = node::cgroup2_mount()?;
     let cgroup_id = node::cgroup_id(&cgroup2.join(&config.node_cgroup))?;
     let netns = std::path::Path::new("/proc/self/ns/net");
     let netns_cookie = crate::sys::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
-    let mut programs = Programs::load(&config.object, &config.pins())?;
-    programs.configure(NodeConfig {
+    let mut programs = Programs::load(config.ebpf_object, &config.pin_dir)?;
+    let devices = node::devices()?;
+    let identity = NodeConfig {
         netns_cookie,
         cgroup_id,
-        bridge_ifindex: node::ifindex(&config.bridge),
-        overlay_ifindex: node::ifindex(&config.overlay),
+        bridge_ifindex: devices.bridge,
+        overlay_ifindex: devices.overlay,
         ..NodeConfig::default()
-    })?;
+    };
+    programs.configure(identity)?;
     programs.attach_sockets(&cgroup2)?;
-    let reconciler = Reconciler::adopt(&config.node_name, programs.maps()?)?;
+    let node_local = config.node_local.iter().map(|ip| Address::from(*ip)).collect();
+    let reconciler = Reconciler::adopt(Tables::new(&config.node_name, node_local), programs.maps()?)?;
     tracing::info!(node = %config.node_name, services = reconciler.ledger().services.len(), "dataplane attached");
-    Ok((programs, reconciler))
+    Ok((programs, reconciler, identity))
 }
 
 struct Dataplane {
-    config: Arc<Config>,
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
-    handle: Handle,
+    overlay: Overlay,
+    identity: NodeConfig,
+    devices: Devices,
+    metrics: Metrics,
+    programmed: watch::Sender<bool>,
     services: Relist<crate::tables::ServiceName>,
     slices: Relist<(String, String)>,
     nodes: Relist<String>,
@@ -183,10 +212,12 @@ struct Dataplane {
 impl Dataplane {
     async fn run(&mut self, client: Client, shutdown: CancellationToken) -> Result<(), Error> {
         let mut events = sources(&client);
-        let mut links = crate::links::LinkChanges::open().map_err(Error::Devices)?;
+        // Subscribed before the first look: no change falls between the two.
+        let mut changes = weft_cni_netlink::Events::subscribe()?;
+        self.refresh_devices()?;
         let mut drops = tokio::time::interval(DROPS_EVERY);
         loop {
-            let lagging = self.all_known() && self.reconciler.is_dirty();
+            let lagging = self.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -196,14 +227,20 @@ impl Dataplane {
                         self.absorb(event);
                     }
                 }
-                changed = links.changed() => {
-                    changed.map_err(Error::Devices)?;
+                changed = changes.next() => {
+                    let mut relevant = concerns_devices(&changed?);
+                    while let Some(more) = changes.next().now_or_never() {
+                        relevant |= concerns_devices(&more?);
+                    }
+                    if !relevant {
+                        continue;
+                    }
                     self.refresh_devices()?;
                 }
                 () = tokio::time::sleep(self.retry), if lagging => {}
                 _ = drops.tick() => {
                     for (reason, count) in self.programs.drops()? {
-                        self.handle.metrics.dropped(reason, count);
+                        self.metrics.dropped(reason, count);
                     }
                     continue;
                 }
@@ -218,33 +255,58 @@ impl Dataplane {
 
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
     fn sync(&mut self) {
-        if !self.all_known() || !self.reconciler.is_dirty() {
-            if self.all_known() {
-                self.handle.set_synced();
-            }
+        if !self.all_known() {
             return;
         }
+        if self.overlay.is_dirty()
+            && let Err(error) = self.overlay.sync()
+        {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+        }
+        if self.reconciler.is_dirty() {
+            self.sync_maps();
+        }
+        if self.reconciler.is_dirty() || self.overlay.is_dirty() {
+            self.retry = (self.retry * 2).min(RETRY_LONGEST);
+        } else {
+            self.retry = RETRY_FIRST;
+        }
+        if !self.reconciler.is_dirty() {
+            self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
+        }
+    }
+
+    fn sync_maps(&mut self) {
         let started = Instant::now();
         let report = self.reconciler.sync();
         let now = Timestamp::now();
         let (took, services) = (started.elapsed(), self.reconciler.services());
-        self.handle.metrics.synced(took, now.as_duration().as_secs_f64(), report.failed, services);
-        tracing::debug!(applied = report.applied, failed = report.failed, took = ?took, "maps synchronised");
-        if self.reconciler.is_dirty() {
-            self.retry = (self.retry * 2).min(RETRY_LONGEST);
-            return;
+        self.metrics.synced(took, now.as_duration().as_secs_f64(), report.failed, services);
+        tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
+        if !self.reconciler.is_dirty() {
+            for trigger in self.triggers.drain(..) {
+                self.metrics.programmed(now.duration_since(trigger).as_secs_f64());
+            }
         }
-        self.retry = RETRY_FIRST;
-        for trigger in self.triggers.drain(..) {
-            self.handle.metrics.programmed(now.duration_since(trigger).as_secs_f64());
-        }
-        self.handle.set_synced();
     }
 
+    /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
     fn refresh_devices(&mut self) -> Result<(), Error> {
-        let devices = node::devices(&self.config.bridge, &self.config.overlay).map_err(Error::Devices)?;
-        self.programs.attach_edges(&devices.edge)?;
-        self.reconciler.set_node_addresses(devices.addresses);
+        let devices = node::devices()?;
+        if devices == self.devices {
+            return Ok(());
+        }
+        if devices.bridge != self.identity.bridge_ifindex || devices.overlay != self.identity.overlay_ifindex {
+            self.identity.bridge_ifindex = devices.bridge;
+            self.identity.overlay_ifindex = devices.overlay;
+            self.programs.configure(self.identity)?;
+        }
+        if devices.edge != self.devices.edge {
+            self.programs.attach_edges(&devices.edge)?;
+        }
+        self.reconciler.set_node_addresses(devices.addresses.iter().map(|ip| Address::from(*ip)).collect());
+        self.overlay.set_devices(&devices);
+        self.devices = devices;
         Ok(())
     }
 
@@ -316,14 +378,30 @@ impl Dataplane {
         match event {
             watcher::Event::Init => self.nodes.seen.clear(),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.nodes.seen.extend(object.metadata.name);
+                self.nodes.seen.extend(object.metadata.name.clone());
+                self.overlay.apply_node(&object);
             }
-            watcher::Event::Delete(_) => {}
+            watcher::Event::Delete(object) => {
+                if let Some(name) = &object.metadata.name {
+                    self.overlay.delete_node(name);
+                }
+            }
             watcher::Event::InitDone => {
-                self.nodes.finish(Vec::new());
+                for name in self.nodes.finish(self.overlay.node_names()) {
+                    self.overlay.delete_node(&name);
+                }
             }
         }
     }
+}
+
+/// Routes and neighbours come and go without a change of devices.
+fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
+    use weft_cni_netlink::Event as E;
+    events.iter().any(|event| match event {
+        E::Link(_) | E::Address(_) | E::Lost => true,
+        E::Route | E::Neighbour(_) => false,
+    })
 }
 
 fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {

@@ -105,6 +105,8 @@ pub enum EndpointState {
 #[derive(Debug, Default)]
 pub struct Tables {
     node_name: String,
+    /// Addresses that the node answers itself (cluster DNS): they are no Service's to the programs.
+    node_local: Vec<Address>,
     services: HashMap<ServiceName, Service>,
     slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
     /// Which Service a slice (namespace, name) belongs to.
@@ -114,8 +116,8 @@ pub struct Tables {
 impl Tables {
     /// Empty tables of a node.
     #[must_use]
-    pub fn new(node_name: &str) -> Self {
-        Self { node_name: node_name.to_owned(), ..Self::default() }
+    pub fn new(node_name: &str, node_local: Vec<Address>) -> Self {
+        Self { node_name: node_name.to_owned(), node_local, ..Self::default() }
     }
 
     /// A Service and its slices.
@@ -128,7 +130,7 @@ impl Tables {
     /// Enters a Service; returns its name if that changed anything.
     pub fn apply_service(&mut self, object: &core::Service) -> Option<ServiceName> {
         let name = service_name(object)?;
-        let Some(service) = trim_service(object) else { return self.delete_service(&name) };
+        let Some(service) = trim_service(object, &self.node_local) else { return self.delete_service(&name) };
         match self.services.insert(name.clone(), service) {
             Some(old) if self.services.get(&name) == Some(&old) => None,
             Some(_) | None => Some(name),
@@ -217,7 +219,7 @@ fn protocol(name: Option<&str>) -> Option<u8> {
 }
 
 /// `None` for what no proxy serves: headless, ExternalName, another proxy's.
-fn trim_service(object: &core::Service) -> Option<Service> {
+fn trim_service(object: &core::Service, node_local: &[Address]) -> Option<Service> {
     let spec = object.spec.as_ref()?;
     let labels = object.metadata.labels.as_ref();
     let labelled = |key| labels.is_some_and(|l| l.contains_key(key));
@@ -229,6 +231,7 @@ fn trim_service(object: &core::Service) -> Option<Service> {
     let mut cluster: Vec<_> = listed.chain(spec.cluster_ip.as_deref()).filter_map(ipv4).collect();
     cluster.sort_unstable();
     cluster.dedup();
+    cluster.retain(|address| !node_local.contains(address));
     if cluster.is_empty() {
         return None;
     }

@@ -6,12 +6,17 @@ use std::path::Path;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::{Value, json};
+use weft_ebpf_abi::Address;
 
 use crate::maps::MapSet;
 use crate::maps::faulty::FaultyMaps;
 use crate::maps::memory::MemoryMaps;
 use crate::reconcile::{Reconciler, dangling, render};
-use crate::tables::{service_name, slice_name};
+use crate::tables::{Tables, service_name, slice_name};
+
+fn tables() -> Tables {
+    Tables::new("node-a", vec![Address::v4([10, 43, 0, 99])])
+}
 
 fn object<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap()
@@ -62,7 +67,7 @@ fn settle<M: MapSet>(reconciler: &mut Reconciler<M>) {
 /// Runs the steps of a file; every `expect` is compared with the maps themselves.
 fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
     let steps: Vec<Value> = serde_saphyr::from_str(text).unwrap();
-    let mut reconciler = Reconciler::adopt("node-a", maps).unwrap();
+    let mut reconciler = Reconciler::adopt(tables(), maps).unwrap();
     let mut expectations = 0;
     for (number, step) in steps.iter().enumerate() {
         if let Some(value) = step.get("apply") {
@@ -139,7 +144,7 @@ fn slice(service: &str, pods: std::ops::Range<u16>) -> Value {
 
 #[test]
 fn the_cost_of_a_change_is_its_size() {
-    let mut reconciler = Reconciler::adopt("node-a", MemoryMaps::default()).unwrap();
+    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
     for i in 0..200_u8 {
         let mut one = service(&format!("s{i}"), &format!("10.43.0.{i}"));
         one["spec"]["type"] = "ClusterIP".into();
@@ -167,7 +172,7 @@ fn the_cost_of_a_change_is_its_size() {
 
 #[test]
 fn a_new_agent_adopts_and_prunes() {
-    let mut first = Reconciler::adopt("node-a", MemoryMaps::default()).unwrap();
+    let mut first = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
     apply(&mut first, &service("web", "10.43.0.1"));
     apply(&mut first, &slice("web", 0..50));
     let mut doomed = service("old", "10.43.0.2");
@@ -177,7 +182,7 @@ fn a_new_agent_adopts_and_prunes() {
     settle(&mut first);
     let before = first.ledger().clone();
 
-    let mut second = Reconciler::adopt("node-a", first.maps).unwrap();
+    let mut second = Reconciler::adopt(tables(), first.maps).unwrap();
     assert_eq!(*second.ledger(), before);
     second.maps.changes = 0;
     apply(&mut second, &service("web", "10.43.0.1"));
@@ -200,7 +205,7 @@ fn a_new_agent_adopts_and_prunes() {
 
 #[test]
 fn another_pod_on_the_same_address_is_another_generation() {
-    let mut reconciler = Reconciler::adopt("node-a", MemoryMaps::default()).unwrap();
+    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
     apply(&mut reconciler, &service("web", "10.43.0.1"));
     apply(&mut reconciler, &slice("web", 0..1));
     settle(&mut reconciler);
@@ -211,4 +216,14 @@ fn another_pod_on_the_same_address_is_another_generation() {
     apply(&mut reconciler, &other);
     settle(&mut reconciler);
     assert!(generation(&reconciler) > first);
+}
+
+#[test]
+fn what_the_node_answers_itself_is_no_service() {
+    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
+    let mut dns = service("kube-dns", "10.43.0.99");
+    dns["spec"]["type"] = "ClusterIP".into();
+    apply(&mut reconciler, &dns);
+    settle(&mut reconciler);
+    assert_eq!(reconciler.render().unwrap(), "maps empty\n");
 }

@@ -23,7 +23,7 @@ struct Toolchain {
 ///
 /// # Errors
 /// If a tool is missing, with how to get it, or if the compiler refuses the programs.
-pub fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
+pub(crate) fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
     let linker = linker(root)?;
     let toolchain = toolchain()?;
     let llvm = llvm_folder().context(
