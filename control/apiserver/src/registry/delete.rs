@@ -19,7 +19,7 @@ use std::sync::Arc;
 use weft_control_api::codec::FieldValidation;
 use weft_control_api::kinds::{Gvk, Kind};
 use weft_control_api::status::Status;
-use weft_control_api::{codec, field::{FieldError, FieldPath}};
+use weft_control_api::field::{FieldError, FieldPath};
 use weft_control_store::Op;
 
 const ORPHAN: &str = "orphan";
@@ -101,11 +101,11 @@ impl DeleteOptions {
 fn decode(call: &Call, body: &[u8]) -> Result<Value, Status> {
     let core = Gvk { group: "", version: "v1", kind: "DeleteOptions" };
     let validation = FieldValidation::Ignore;
-    let kind = match codec::decode(&core, call.content_type(), body, validation) {
+    let kind = match call.decode_as(&core, body, validation) {
         Ok(decoded) => return Ok(decoded.object),
         Err(_other) => Gvk { group: call.kind.group, version: call.kind.version, kind: "DeleteOptions" },
     };
-    codec::decode(&kind, call.content_type(), body, validation).map(|decoded| decoded.object)
+    call.decode_as(&kind, body, validation).map(|decoded| decoded.object)
 }
 
 /// How a deletion ended.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use weft_control_api::kinds::{Gvk, Kind};
 use weft_control_api::selector::LabelSelector;
 use weft_control_api::status::{Cause, GroupResource, Status};
-use weft_control_api::{codec, kinds};
+use weft_control_api::kinds;
 
 const PODS: GroupResource<'static> = GroupResource { group: "", resource: "pods" };
 
@@ -99,7 +99,7 @@ pub(super) async fn evict(call: &Call, body: Body) -> Result<Response, Status> {
     let body = call.read(body).await?;
     let options = WriteOptions::of(&call.query)?;
     let eviction = Gvk { group: "policy", version: "v1", kind: "Eviction" };
-    let decoded = codec::decode(&eviction, call.content_type(), &body, options.field_validation)?;
+    let decoded = call.decode_as(&eviction, &body, options.field_validation)?;
     call.check_path(&decoded.object)?;
     let mut delete = DeleteOptions::read(&decoded.object["deleteOptions"])?;
     delete.dry_run |= options.dry_run;
