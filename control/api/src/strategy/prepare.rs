@@ -75,7 +75,7 @@ pub fn prepare_create(kind: &Kind, object: &mut Value, context: &Context<'_>) {
         ("", "PersistentVolumeClaim") => claim_data_source(object),
         ("batch", "Job") => job_selector(object),
         ("certificates.k8s.io", "CertificateSigningRequest") => requestor(object, context),
-        ("apiextensions.k8s.io", "CustomResourceDefinition") => stored_version(object),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => new_definition_status(object),
         _ => {}
     }
 }
@@ -96,7 +96,7 @@ fn reset_status(group: &str, kind: &str, object: &mut Value, context: &Context<'
         ("policy", "PodDisruptionBudget") => {
             json!({"disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 0, "expectedPods": 0})
         }
-        ("autoscaling", "HorizontalPodAutoscaler") => json!({"desiredReplicas": 0, "currentMetrics": null}),
+        ("autoscaling", "HorizontalPodAutoscaler") => json!({"desiredReplicas": 0}),
         _ => json!({}),
     };
     if (group, kind) == ("autoscaling", "HorizontalPodAutoscaler")
@@ -186,13 +186,24 @@ fn requestor(request: &mut Value, context: &Context<'_>) {
     }
 }
 
-fn stored_version(definition: &mut Value) {
-    let stored = items(&definition["spec"]["versions"]).iter().find(|version| version["storage"] == true);
-    let stored = stored.map(|version| version["name"].clone());
-    let versions: Vec<Value> = stored.into_iter().collect();
+fn new_definition_status(definition: &mut Value) {
     definition["status"] = json!({
-        "conditions": [], "storedVersions": versions, "acceptedNames": {"plural": "", "kind": ""},
+        "conditions": [], "storedVersions": [], "acceptedNames": {"plural": "", "kind": ""},
     });
+    add_stored_version(definition);
+}
+
+/// Objects may have been stored in every version that was ever the storage version.
+fn add_stored_version(definition: &mut Value) {
+    let stored = items(&definition["spec"]["versions"]).iter().find(|version| version["storage"] == true);
+    let Some(stored) = stored.map(|version| version["name"].clone()) else { return };
+    let Some(status) = default_object(definition, "status") else { return };
+    default_to(status, "storedVersions", json!([]));
+    if let Some(versions) = status["storedVersions"].as_array_mut()
+        && !versions.contains(&stored)
+    {
+        versions.push(stored);
+    }
 }
 
 /// `dataSource` and `dataSourceRef` say the same when the source is in the claim's namespace.
@@ -221,7 +232,10 @@ pub fn prepare_update(kind: &Kind, subresource: Option<&str>, new: &mut Value, o
         }
         Some(_) => {}
     }
-    bump_generation(group, name, new, old);
+    // The scheduler's binding is no change of what the author asked for.
+    if subresource != Some("binding") {
+        bump_generation(group, name, new, old);
+    }
 }
 
 /// Identity and deletion are the server's: an update that leaves them out keeps them.
@@ -272,6 +286,7 @@ fn update_main(kind: &Kind, new: &mut Value, old: &Value) {
             }
         }
         ("certificates.k8s.io", "CertificateSigningRequest") => copy(new, old, "spec"),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => add_stored_version(new),
         ("discovery.k8s.io", "EndpointSlice") if is_empty(&new["addressType"]) => {
             copy(new, old, "addressType")
         }
