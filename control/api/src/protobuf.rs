@@ -159,7 +159,8 @@ impl<'a> Reader<'a> {
     }
 
     fn take(&mut self, length: u64) -> Result<&'a [u8], WireError> {
-        let length = usize::try_from(length).ok().filter(|length| *length <= self.0.len()).ok_or(WireError::End)?;
+        let length =
+            usize::try_from(length).ok().filter(|length| *length <= self.0.len()).ok_or(WireError::End)?;
         let (taken, rest) = self.0.split_at(length);
         self.0 = rest;
         Ok(taken)
@@ -193,15 +194,17 @@ impl<'a> Reader<'a> {
 ///
 /// Fails with 400 for a body that is no message, with 415 for a type that has no protobuf form here.
 pub fn read(body: &[u8]) -> Result<Value, Status> {
-    let broken = |error: WireError| Status::bad_request(format!("the object provided is unrecognized: {error}"));
+    let broken =
+        |error: WireError| Status::bad_request(format!("the object provided is unrecognized: {error}"));
     let envelope = body.strip_prefix(MAGIC).ok_or_else(|| {
-        Status::bad_request("the object provided is unrecognized: provided data does not appear to be a protobuf message")
+        Status::bad_request(
+            "the object provided is unrecognized: provided data does not appear to be a protobuf message",
+        )
     })?;
     let (api_version, kind, raw) = read_envelope(envelope).map_err(broken)?;
     let gvk = Gvk::parse(&api_version, &kind);
-    let message = message_name(gvk).ok_or_else(|| {
-        Status::unsupported_media_type(&crate::codec::MEDIA_TYPES)
-    })?;
+    let message =
+        message_name(gvk).ok_or_else(|| Status::unsupported_media_type(&crate::codec::MEDIA_TYPES))?;
     let mut object = read_message(message, raw, 0).map_err(broken)?;
     object.insert("apiVersion".to_owned(), api_version.into());
     object.insert("kind".to_owned(), kind.into());
@@ -344,7 +347,9 @@ fn read_value(field: &Field, wire: Wire<'_>, depth: usize) -> Result<Value, Wire
         (Type::Bool, Wire::Number(number)) => (number != 0).into(),
         (Type::Double, Wire::Number(bits)) => json!(f64::from_bits(bits)),
         (Type::Bytes, Wire::Bytes(bytes)) => base64::engine::general_purpose::STANDARD.encode(bytes).into(),
-        (Type::Message(message), Wire::Bytes(bytes)) => Value::Object(read_message(message, bytes, depth + 1)?),
+        (Type::Message(message), Wire::Bytes(bytes)) => {
+            Value::Object(read_message(message, bytes, depth + 1)?)
+        }
         (ty, Wire::Bytes(bytes)) => read_special(ty, bytes)?,
         (_, Wire::Number(_)) => return Err(WireError::Mismatch(field.number)),
     };
@@ -381,7 +386,14 @@ fn read_special(ty: Type, bytes: &[u8]) -> Result<Value, WireError> {
         Type::IntOrString if numbers[1] == 0 => i64::from(low_half(numbers[2])).into(),
         Type::Raw if raw.is_empty() => Value::Null,
         Type::Raw => serde_json::from_slice(raw).map_err(|error| WireError::Raw(error.to_string()))?,
-        _ => first.into(),
+        Type::Text
+        | Type::Integer
+        | Type::Bool
+        | Type::Bytes
+        | Type::Double
+        | Type::Quantity
+        | Type::IntOrString
+        | Type::Message(_) => first.into(),
     })
 }
 

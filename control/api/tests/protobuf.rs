@@ -70,5 +70,5 @@ fn every_object_of_upstream() {
         return;
     };
     let read = objects(&dir).iter().filter(|path| same(path)).count();
-    assert!(read > 90, "only {read} objects");
+    assert!(read >= 88, "only {read} objects");
 }

@@ -101,7 +101,12 @@ impl Call {
     }
 
     /// Decodes a body of any type, whatever its media type.
-    pub(crate) fn decode_as(&self, kind: &impl Typed, body: &[u8], validation: FieldValidation) -> Result<Decoded, Status> {
+    pub(crate) fn decode_as(
+        &self,
+        kind: &impl Typed,
+        body: &[u8],
+        validation: FieldValidation,
+    ) -> Result<Decoded, Status> {
         let media_type = self.content_type();
         if media_type == protobuf::MEDIA_TYPE {
             return codec::decode_value(kind, protobuf::read(body)?, validation);

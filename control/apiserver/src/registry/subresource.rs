@@ -32,7 +32,9 @@ pub(super) async fn answer(call: Call, body: Body) -> Result<Response, Status> {
     }
     match (call.kind.plural, name.as_str(), method) {
         ("pods", "log", Method::GET) => kubelet::log(&call).await,
-        ("pods", "exec" | "attach" | "portforward", Method::GET | Method::POST) => kubelet::stream(&call).await,
+        ("pods", "exec" | "attach" | "portforward", Method::GET | Method::POST) => {
+            kubelet::stream(&call).await
+        }
         ("pods", "binding", Method::POST) => {
             let options = WriteOptions::of(&call.query)?;
             let body = call.read(body).await?;

@@ -1,14 +1,16 @@
 //! Owns a server on a loopback port with certificates of its own, and kubectl and HTTP against it.
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
-use weft_control_store::embedded::{EmbeddedStore, Options};
 use weft_control_apiserver::{
     CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Server, ServiceAccountKeys,
 };
+use weft_control_store::embedded::{EmbeddedStore, Options};
 
 /// A cluster's authority.
 pub(crate) struct Authority {
@@ -90,7 +92,7 @@ impl Cluster {
         };
         let began = std::time::Instant::now();
         let server = Arc::new(Server::start(config, Arc::new(store)).await.unwrap());
-        println!("started in {:?}", began.elapsed());
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "slow start: {:?}", began.elapsed());
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
@@ -209,7 +211,13 @@ pub(crate) struct Http {
 }
 
 impl Http {
-    pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub(crate) async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         use http_body_util::BodyExt;
         let mut request = http::Request::builder().method(method).uri(path);
         for (name, value) in headers {
