@@ -8,6 +8,8 @@ mod access;
 mod kubectl;
 #[path = "api/kubelet.rs"]
 mod kubelet;
+#[path = "api/lifetime.rs"]
+mod lifetime;
 #[path = "api/objects.rs"]
 mod objects;
 #[path = "api/refusals.rs"]

@@ -63,12 +63,16 @@ pub(crate) fn base64(text: &str) -> String {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_with(tempfile::tempdir().unwrap(), |_config| {}).await
+    }
+
+    /// Starts on a folder, which may be that of a cluster before, with a configuration changed by `adapt`.
+    pub(crate) async fn start_with(dir: tempfile::TempDir, adapt: impl FnOnce(&mut Config)) -> Self {
         let store = EmbeddedStore::open(dir.path().join("store"), Options::default()).unwrap();
         let authority = Authority::new();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let config = Config {
+        let mut config = Config {
             advertise_address: "192.0.2.10".parse().unwrap(),
             advertise_port: address.port(),
             serving: authority.sign("apiserver", &[], true),
@@ -90,6 +94,7 @@ impl Cluster {
             event_ttl: std::time::Duration::from_secs(3600),
             compaction_interval: std::time::Duration::from_secs(300),
         };
+        adapt(&mut config);
         let began = std::time::Instant::now();
         let server = Arc::new(Server::start(config, Arc::new(store)).await.unwrap());
         assert!(began.elapsed() < std::time::Duration::from_secs(5), "slow start: {:?}", began.elapsed());
@@ -167,10 +172,12 @@ impl Cluster {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    pub(crate) async fn stop(self) {
+    /// Stops the server; its folder.
+    pub(crate) async fn stop(self) -> tempfile::TempDir {
         self.shutdown.cancel();
         self.serving.await.unwrap();
         self.server.stop().await;
+        self.dir
     }
 }
 
