@@ -3,6 +3,10 @@
 //! The built-in runtime keeps one `weft-init` process per sandbox, which owns its containers, logs and exit codes;
 //! the agent may die and come back at any time and finds everything again by `list`.
 
+pub mod builtin;
+mod cni;
+pub mod images;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;

@@ -235,12 +235,13 @@ impl Rendering<'_> {
     }
 
     fn need(&mut self, ty: &Type, done: &Map<String, Value>) {
-        match ty {
-            Type::Ref(id) if !done.contains_key(self.schema.get(*id).name.as_ref()) => {
-                self.used.insert(*id);
-            }
-            Type::List(item) | Type::Map(item) => self.need(item, done),
-            _ => {}
+        if let Type::List(item) | Type::Map(item) = ty {
+            self.need(item, done);
+        }
+        if let Type::Ref(id) = ty
+            && !done.contains_key(self.schema.get(*id).name.as_ref())
+        {
+            self.used.insert(*id);
         }
     }
 
@@ -420,7 +421,7 @@ mod tests {
                 fields.values().for_each(|value| references(value, found));
             }
             Value::Array(items) => items.iter().for_each(|item| references(item, found)),
-            _ => {}
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
         }
     }
 
