@@ -290,7 +290,8 @@ impl Controller {
     /// Takes an owner out of all its dependents, then lets it go.
     async fn orphan(&self, uid: &str) -> Result<Outcome, SyncError> {
         let Some(owner) = self.graph.lock().get(uid).cloned() else { return Ok(Outcome::Done) };
-        for dependent in self.graph.lock().dependents(uid) {
+        let dependents = self.graph.lock().dependents(uid);
+        for dependent in dependents {
             let Some(api) = self.api_of(&dependent.identity) else { continue };
             let name = &dependent.identity.name;
             let Some(latest) = found(api.get_metadata(name).await).doing("get", name)? else { continue };
