@@ -216,7 +216,8 @@ mod tests {
 
     #[test]
     fn more_than_a_thousand_are_cut_unready_first() {
-        let ready = (0..990).map(|n| endpoint_pod(&format!("r{n}"), &format!("10.1.{}.{}", n / 250, n % 250), true));
+        let ready =
+            (0..990).map(|n| endpoint_pod(&format!("r{n}"), &format!("10.1.{}.{}", n / 250, n % 250), true));
         let rest = (0..20).map(|n| endpoint_pod(&format!("u{n}"), &format!("10.2.0.{n}"), false));
         let pods: Vec<_> = ready.chain(rest).map(Arc::new).collect();
         let endpoints = plan(&web(), &pods, None).unwrap();

@@ -138,7 +138,12 @@ impl Controller {
         while watches.join_next().await.is_some() {}
     }
 
-    fn watch_new(self: &Arc<Self>, all: Vec<Resource>, watches: &mut JoinSet<()>, shutdown: &CancellationToken) {
+    fn watch_new(
+        self: &Arc<Self>,
+        all: Vec<Resource>,
+        watches: &mut JoinSet<()>,
+        shutdown: &CancellationToken,
+    ) {
         // Events own nothing, are owned by nothing, and are many.
         let wanted = |r: &Resource| r.supports("watch") && r.api.plural != "events";
         for resource in all.into_iter().filter(wanted) {
@@ -211,13 +216,20 @@ impl Controller {
         }
     }
 
-    async fn owner_state(&self, owner: &OwnerReference, namespace: &str) -> Result<Option<OwnerState>, SyncError> {
-        let Some(api) = self.api(group_of(&owner.api_version), &owner.kind, namespace) else { return Ok(None) };
+    async fn owner_state(
+        &self,
+        owner: &OwnerReference,
+        namespace: &str,
+    ) -> Result<Option<OwnerState>, SyncError> {
+        let Some(api) = self.api(group_of(&owner.api_version), &owner.kind, namespace) else {
+            return Ok(None);
+        };
         let live = found(api.get_metadata(&owner.name).await).doing("get owner", &owner.name)?;
         let Some(live) = live.filter(|l| l.uid().as_deref() == Some(&owner.uid)) else {
             return Ok(Some(OwnerState::Dangling));
         };
-        let waiting = live.metadata.deletion_timestamp.is_some() && live.finalizers().iter().any(|f| f == FOREGROUND);
+        let waiting =
+            live.metadata.deletion_timestamp.is_some() && live.finalizers().iter().any(|f| f == FOREGROUND);
         Ok(Some(if waiting { OwnerState::Waiting } else { OwnerState::Solid }))
     }
 
@@ -276,7 +288,8 @@ impl Controller {
     async fn finish_foreground(&self, node: &Node) -> Result<Outcome, SyncError> {
         let uid = &node.identity.uid;
         let dependents = self.graph.lock().dependents(uid);
-        let blocks = |d: &&Node| d.owners.iter().any(|o| o.uid == *uid && o.block_owner_deletion == Some(true));
+        let blocks =
+            |d: &&Node| d.owners.iter().any(|o| o.uid == *uid && o.block_owner_deletion == Some(true));
         let blocking: Vec<_> = dependents.iter().filter(blocks).collect();
         if blocking.is_empty() {
             return self.remove_finalizer(&node.identity, FOREGROUND).await;
@@ -309,7 +322,9 @@ impl Controller {
     async fn remove_finalizer(&self, id: &Identity, finalizer: &str) -> Result<Outcome, SyncError> {
         let Some(api) = self.api_of(id) else { return Ok(Outcome::Done) };
         let latest = found(api.get_metadata(&id.name).await).doing("get", &id.name)?;
-        let Some(latest) = latest.filter(|l| l.uid().as_deref() == Some(&id.uid)) else { return Ok(Outcome::Done) };
+        let Some(latest) = latest.filter(|l| l.uid().as_deref() == Some(&id.uid)) else {
+            return Ok(Outcome::Done);
+        };
         if !latest.finalizers().iter().any(|f| f == finalizer) {
             return Ok(Outcome::Done);
         }

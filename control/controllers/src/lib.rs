@@ -93,16 +93,17 @@ pub async fn run(
     if !config.leader_election {
         return start(shutdown).await;
     }
-    let election = Election {
-        namespace: "kube-system".into(),
-        name: MANAGER.into(),
-        identity: config.identity.clone(),
-    };
+    let election =
+        Election { namespace: "kube-system".into(), name: MANAGER.into(), identity: config.identity.clone() };
     leader::run(clients(MANAGER), &election, &shutdown, start).await
 }
 
 /// Runs all controllers for one term.
-async fn lead(config: &Config, clients: &impl Fn(&str) -> Client, term: CancellationToken) -> Result<(), Error> {
+async fn lead(
+    config: &Config,
+    clients: &impl Fn(&str) -> Client,
+    term: CancellationToken,
+) -> Result<(), Error> {
     let shared = Shared::new();
     let mut tasks = Tasks { set: JoinSet::new(), term: term.clone() };
     tasks.start_workloads(clients, &shared);
@@ -162,7 +163,8 @@ impl Tasks {
     fn start_namespaces(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {
         let namespaces = namespace::Controller::new(clients("namespace-controller"), shared.clone());
         self.spawn(|term| async move { namespaces.run(&term).await });
-        let accounts = namespaced::ServiceAccounts::new(clients("service-account-controller"), shared.clone());
+        let accounts =
+            namespaced::ServiceAccounts::new(clients("service-account-controller"), shared.clone());
         self.spawn(|term| async move { accounts.run(&term).await });
         let pem = config.root_ca_pem.clone();
         let roots = namespaced::RootCas::new(clients("root-ca-cert-publisher"), shared.clone(), pem);

@@ -136,7 +136,12 @@ impl Controller {
         }
     }
 
-    async fn try_clear(&self, namespace: &str, resource: &Resource, remains: &mut Remains) -> kube::Result<()> {
+    async fn try_clear(
+        &self,
+        namespace: &str,
+        resource: &Resource,
+        remains: &mut Remains,
+    ) -> kube::Result<()> {
         let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), namespace, &resource.api);
         if api.list_metadata(&ListParams::default().limit(1)).await?.items.is_empty() {
             return Ok(());
@@ -172,7 +177,8 @@ fn conditions(
         false => ("False", no.0, no.1.to_owned()),
     };
     let counted = |counts: &BTreeMap<String, usize>, middle: &str| {
-        let parts: Vec<_> = counts.iter().map(|(name, n)| format!("{name}{middle}{n} resource instances")).collect();
+        let parts: Vec<_> =
+            counts.iter().map(|(name, n)| format!("{name}{middle}{n} resource instances")).collect();
         parts.join(", ")
     };
     let rows = [

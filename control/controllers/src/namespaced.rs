@@ -50,7 +50,11 @@ impl ServiceAccounts {
         }
         let account = ServiceAccount { metadata: metadata(&key.name, DEFAULT_ACCOUNT), ..Default::default() };
         let api = Api::namespaced(self.client.clone(), &key.name);
-        created(api.create(&PostParams::default(), &account).await, "create the default service account of", &key)
+        created(
+            api.create(&PostParams::default(), &account).await,
+            "create the default service account of",
+            &key,
+        )
     }
 }
 
@@ -86,7 +90,8 @@ impl RootCas {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &key.name);
         let Some(existing) = self.shared.root_cas.get(&key.name, ROOT_CA) else {
             let mut metadata = metadata(&key.name, ROOT_CA);
-            let text = "The CA bundle to verify the API server with when it is called from inside the cluster.";
+            let text =
+                "The CA bundle to verify the API server with when it is called from inside the cluster.";
             metadata.annotations = Some([(DESCRIPTION.to_owned(), text.to_owned())].into());
             let data = Some([(CA_KEY.to_owned(), self.pem.clone())].into());
             let map = ConfigMap { metadata, data, ..ConfigMap::default() };

@@ -61,7 +61,8 @@ impl Shared {
         let all = Selection::default;
         let named = |name: &str| Selection { fields: Some(format!("metadata.name={name}")), labels: None };
         let stop = || shutdown.clone();
-        let Readers { deployments, replica_sets, slices, endpoints, namespaces, nodes, accounts, roots } = readers;
+        let Readers { deployments, replica_sets, slices, endpoints, namespaces, nodes, accounts, roots } =
+            readers;
         tokio::join!(
             self.pods.run(Api::all(replica_sets), all(), stop()),
             self.replica_sets.run(Api::all(deployments.clone()), all(), stop()),

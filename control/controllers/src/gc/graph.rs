@@ -95,8 +95,7 @@ impl Graph {
             // A waiting owner no longer has to delete this one itself.
             tasks.extend(self.waiting_owners(&owners));
         }
-        let node =
-            Node { identity, owners, dependents, deleting, foreground, orphaning, unseen: false };
+        let node = Node { identity, owners, dependents, deleting, foreground, orphaning, unseen: false };
         self.nodes.insert(uid, node);
         tasks
     }
@@ -203,7 +202,8 @@ pub(crate) fn verdict(owners: &[(OwnerReference, OwnerState)], has_dependents: b
         return Verdict::Keep;
     }
     if of(OwnerState::Solid).next().is_some() {
-        let gone: Vec<_> = of(OwnerState::Dangling).chain(of(OwnerState::Waiting)).map(|(o, _)| o.uid.clone()).collect();
+        let gone: Vec<_> =
+            of(OwnerState::Dangling).chain(of(OwnerState::Waiting)).map(|(o, _)| o.uid.clone()).collect();
         return if gone.is_empty() { Verdict::Keep } else { Verdict::Drop(gone) };
     }
     let waiting = of(OwnerState::Waiting).next().is_some();

@@ -86,7 +86,9 @@ impl Controller {
         }]}});
         let patched = api.patch_status(&key.name, &PatchParams::default(), &Patch::Strategic(body)).await;
         match patched {
-            Err(error) if matches!(classify(&error), Class::NotFound | Class::Conflict) => return Ok(Outcome::Again),
+            Err(error) if matches!(classify(&error), Class::NotFound | Class::Conflict) => {
+                return Ok(Outcome::Again);
+            }
             patched => patched.doing("mark for eviction pod", key)?,
         };
         let guard = Preconditions { uid: pod.metadata.uid.clone(), resource_version: None };

@@ -162,7 +162,8 @@ impl Controller {
     async fn mark_pods(&self, key: &ObjectKey, node: &Node) -> Result<(), SyncError> {
         let mut any = false;
         for pod in self.shared.pods.by_index(BY_NODE, &key.name) {
-            let Some(mut condition) = pod::condition(&pod, "Ready").filter(|c| c.status == "True").cloned() else {
+            let Some(mut condition) = pod::condition(&pod, "Ready").filter(|c| c.status == "True").cloned()
+            else {
                 continue;
             };
             condition.status = "False".into();
@@ -272,10 +273,7 @@ mod tests {
             ..Taint::default()
         };
         Node {
-            spec: Some(NodeSpec {
-                taints: Some(taints.iter().map(taint).collect()),
-                ..NodeSpec::default()
-            }),
+            spec: Some(NodeSpec { taints: Some(taints.iter().map(taint).collect()), ..NodeSpec::default() }),
             status: Some(NodeStatus {
                 conditions: Some(conditions.iter().map(condition).collect()),
                 ..NodeStatus::default()

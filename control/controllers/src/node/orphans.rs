@@ -82,7 +82,8 @@ impl Controller {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
         if let (Some(why), false) = (why, pod::is_terminal(pod)) {
             let patch = Patch::Strategic(failed(pod, why));
-            found(api.patch_status(&key.name, &PatchParams::default(), &patch).await).doing("fail pod", key)?;
+            found(api.patch_status(&key.name, &PatchParams::default(), &patch).await)
+                .doing("fail pod", key)?;
         }
         let guard = Preconditions { uid: pod.metadata.uid.clone(), resource_version: None };
         let params = DeleteParams::default().grace_period(0).preconditions(guard);

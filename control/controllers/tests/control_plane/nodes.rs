@@ -28,7 +28,8 @@ async fn nodes_get_ranges_and_lose_the_taint_once_ready() {
 async fn a_silent_node_loses_its_pods_and_gets_back_to_work() {
     let plane = Plane::start(2, Duration::from_secs(2)).await;
     let mut web = deployment("web", 4, "one");
-    let leave = |key| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0});
+    let leave =
+        |key| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0});
     web["spec"]["template"]["spec"]["tolerations"] =
         json!([leave("node.kubernetes.io/unreachable"), leave("node.kubernetes.io/not-ready")]);
     plane.create::<Deployment>(web).await;
@@ -39,10 +40,13 @@ async fn a_silent_node_loses_its_pods_and_gets_back_to_work() {
             pods.iter().filter(|p| p.spec.as_ref().unwrap().node_name.as_deref() == Some(node)).count()
         }
     };
-    eventually("two pods on each", || async { ((on("node-0").await, on("node-1").await) == (2, 2)).then_some(()) })
-        .await;
+    eventually("two pods on each", || async {
+        ((on("node-0").await, on("node-1").await) == (2, 2)).then_some(())
+    })
+    .await;
     plane.silent.lock().insert("node-1".into());
-    eventually("all pods on the node that is left", || async { (on("node-0").await == 4).then_some(()) }).await;
+    eventually("all pods on the node that is left", || async { (on("node-0").await == 4).then_some(()) })
+        .await;
     let nodes: Api<Node> = Api::all(plane.admin.clone());
     let node = nodes.get("node-1").await.unwrap();
     let conditions = node.status.unwrap().conditions.unwrap();
@@ -53,9 +57,12 @@ async fn a_silent_node_loses_its_pods_and_gets_back_to_work() {
     assert!(taints.contains("node.kubernetes.io/unreachable:NoExecute"), "{taints:?}");
 
     plane.silent.lock().clear();
-    let back = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}]}});
-    nodes.patch_status("node-1", &PatchParams::default(), &Patch::Strategic(back)).await.unwrap();
+    let back =
+        json!({"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}]}});
+    let back = &Patch::Strategic(back);
     eventually("the node is free of taints", || async {
+        // As a kubelet does: its status is reported again and again.
+        nodes.patch_status("node-1", &PatchParams::default(), back).await.unwrap();
         let spec = nodes.get("node-1").await.unwrap().spec?;
         spec.taints.unwrap_or_default().is_empty().then_some(())
     })
@@ -67,7 +74,15 @@ async fn a_silent_node_loses_its_pods_and_gets_back_to_work() {
 async fn the_last_node_that_falls_silent_keeps_its_pods() {
     let plane = Plane::start(1, Duration::from_secs(2)).await;
     plane.create::<Deployment>(deployment("web", 1, "one")).await;
-    eventually("a pod", || async { (plane.pods("web").await.len() == 1).then_some(()) }).await;
+    let is = |wanted: &'static str| {
+        let plane = &plane;
+        async move {
+            let pods = plane.pods("web").await;
+            let conditions = pods.first()?.status.as_ref()?.conditions.clone()?;
+            conditions.iter().any(|c| c.type_ == "Ready" && c.status == wanted).then_some(())
+        }
+    };
+    eventually("a ready pod", || is("True")).await;
     plane.silent.lock().insert("node-0".into());
     let nodes: Api<Node> = Api::all(plane.admin.clone());
     let taints = eventually("the node is unreachable", || async {
@@ -76,12 +91,7 @@ async fn the_last_node_that_falls_silent_keeps_its_pods() {
     })
     .await;
     assert!(taints.iter().all(|t| t.effect == "NoSchedule"), "{taints:?}");
-    eventually("its pod leaves the Services", || async {
-        let pods = plane.pods("web").await;
-        let conditions = pods.first()?.status.as_ref()?.conditions.clone()?;
-        conditions.iter().any(|c| c.type_ == "Ready" && c.status == "False").then_some(())
-    })
-    .await;
+    eventually("its pod leaves the Services", || is("False")).await;
     plane.stop().await;
 }
 

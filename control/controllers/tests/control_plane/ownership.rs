@@ -39,7 +39,8 @@ async fn dependents_go_with_their_owner_unless_orphaned() {
     }
     up(&plane, "web").await;
     plane.api::<Deployment>().delete("web", &DeleteParams::orphan()).await.unwrap();
-    eventually("the deployment is gone", || async { (count::<Deployment>(&plane).await == 0).then_some(()) }).await;
+    eventually("the deployment is gone", || async { (count::<Deployment>(&plane).await == 0).then_some(()) })
+        .await;
     let sets = plane.api::<ReplicaSet>().list(&ListParams::default()).await.unwrap().items;
     assert_eq!(sets.len(), 1);
     assert!(sets[0].metadata.owner_references.as_deref().unwrap_or_default().is_empty());
@@ -86,7 +87,9 @@ async fn a_namespace_gets_its_account_and_ca_and_ends_with_all_that_is_in_it() {
     namespaces.delete("team", &DeleteParams::default()).await.unwrap();
     let message = eventually("the finalizer is reported", || async {
         let conditions = namespaces.get("team").await.unwrap().status?.conditions?;
-        let c = conditions.into_iter().find(|c| c.type_ == "NamespaceFinalizersRemaining" && c.status == "True")?;
+        let c = conditions
+            .into_iter()
+            .find(|c| c.type_ == "NamespaceFinalizersRemaining" && c.status == "True")?;
         c.message
     })
     .await;

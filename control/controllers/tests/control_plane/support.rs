@@ -1,11 +1,11 @@
 //! Owns a control plane in this process and a stand-in for its kubelets.
 
+use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
 use kube::{Client, ResourceExt};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use futures::TryStreamExt;
 use parking_lot::Mutex;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -15,11 +15,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use weft_control_apiserver::{CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, Server, ServiceAccountKeys};
+use weft_control_apiserver::{
+    CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, Server, ServiceAccountKeys,
+};
 use weft_control_store::embedded::{EmbeddedStore, Options};
 
 /// Far beyond what anything here takes, for a busy machine.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 pub(crate) struct Plane {
     pub(crate) admin: Client,
@@ -38,7 +40,8 @@ fn authority() -> (String, CertifiedKeyPem) {
     let ca = params.self_signed(&key).unwrap().pem();
     let issuer = Issuer::new(params, key);
     let key = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let leaf =
+        CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
     (ca, CertifiedKeyPem { certificates: leaf.pem(), key: key.serialize_pem() })
 }
 
@@ -85,6 +88,14 @@ impl Plane {
             plane.add_node(&format!("node-{n}"), "4", grace).await;
         }
         plane.spawn_kubelet();
+        let api: &Api<Node> = &Api::all(plane.admin.clone());
+        eventually("the nodes are free of taints", || async move {
+            let all = api.list(&ListParams::default()).await.unwrap().items;
+            let tainted =
+                |n: &Node| n.spec.as_ref().is_some_and(|s| s.taints.as_ref().is_some_and(|t| !t.is_empty()));
+            (!all.iter().any(tainted)).then_some(())
+        })
+        .await;
         plane
     }
 
@@ -164,14 +175,19 @@ impl Plane {
 
     /// The pods of `app=<app>` that aren't being deleted.
     pub(crate) async fn pods(&self, app: &str) -> Vec<Pod> {
-        let list = self.api::<Pod>().list(&ListParams::default().labels(&format!("app={app}"))).await.unwrap();
+        let list =
+            self.api::<Pod>().list(&ListParams::default().labels(&format!("app={app}"))).await.unwrap();
         list.items.into_iter().filter(|p| p.metadata.deletion_timestamp.is_none()).collect()
     }
 
     pub(crate) async fn events(&self, reason: &str) -> Vec<String> {
         let api: Api<k8s_openapi::api::core::v1::Event> = self.api();
         let all = api.list(&ListParams::default()).await.unwrap();
-        all.items.into_iter().filter(|e| e.reason.as_deref() == Some(reason)).filter_map(|e| e.message).collect()
+        all.items
+            .into_iter()
+            .filter(|e| e.reason.as_deref() == Some(reason))
+            .filter_map(|e| e.message)
+            .collect()
     }
 
     pub(crate) async fn stop(mut self) {
@@ -195,7 +211,8 @@ async fn renew_lease(
     silent: Arc<Mutex<HashSet<String>>>,
 ) {
     let api: Api<k8s_openapi::api::coordination::v1::Lease> = Api::namespaced(client, "kube-node-lease");
-    let lease = json!({"metadata": {"name": name}, "spec": {"holderIdentity": name, "leaseDurationSeconds": 40}});
+    let lease =
+        json!({"metadata": {"name": name}, "spec": {"holderIdentity": name, "leaseDurationSeconds": 40}});
     api.create(&PostParams::default(), &serde_json::from_value(lease).unwrap()).await.unwrap();
     loop {
         if !silent.lock().contains(name) {

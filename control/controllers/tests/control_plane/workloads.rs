@@ -49,7 +49,8 @@ async fn a_deployment_comes_up_rolls_goes_back_and_scales() {
         plane.pods("web").await.into_iter().map(|p| (p.spec.unwrap().node_name.unwrap(), ())).collect();
     assert_eq!(nodes.len(), 3, "one pod per node");
 
-    let image = |image| json!({"spec": {"template": {"spec": {"containers": [{"name": "main", "image": image}]}}}});
+    let image =
+        |image| json!({"spec": {"template": {"spec": {"containers": [{"name": "main", "image": image}]}}}});
     patch(&plane, "web", image("two")).await;
     let d = rolled_out(&plane, "web", 3).await;
     assert_eq!(d.annotations()["deployment.kubernetes.io/revision"], "2");
