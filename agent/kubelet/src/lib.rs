@@ -21,6 +21,7 @@ mod objects;
 mod observed;
 mod plan;
 mod pod;
+mod pollable;
 mod pods;
 mod probes;
 mod quantity;

@@ -274,7 +274,7 @@ impl Watch {
         let dir = path.parent().unwrap_or(Path::new("/"));
         let flags = inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
         inotify::add_watch(&fd, dir, flags)?;
-        Ok(Self { fd: AsyncFd::new(fd)?, name: path.file_name().unwrap_or_default().to_owned() })
+        Ok(Self { fd: crate::pollable::register(fd)?, name: path.file_name().unwrap_or_default().to_owned() })
     }
 
     /// Waits for a change of the file; whether another one took its place.

@@ -67,8 +67,8 @@ async fn request(
     let account = pod::spec(pod).service_account_name.clone().unwrap_or_else(|| "default".into());
     let seconds = projection.expiration_seconds.unwrap_or(DEFAULT_SECONDS);
     let body = TokenRequest {
-        spec: TokenRequestSpec {
-            audiences: projection.audience.clone().filter(|a| !a.is_empty()).into_iter().collect(),
+        spec: Some(TokenRequestSpec {
+            audiences: projection.audience.clone().filter(|a| !a.is_empty()).map(|a| vec![a]),
             expiration_seconds: Some(seconds),
             bound_object_ref: Some(BoundObjectReference {
                 api_version: Some("v1".into()),
@@ -76,14 +76,15 @@ async fn request(
                 name: Some(id.name),
                 uid: Some(id.uid),
             }),
-        },
+        }),
         ..TokenRequest::default()
     };
     let api: Api<ServiceAccount> = Api::namespaced(client.clone(), &id.namespace);
     let asked_at = clock::now();
     let answer: TokenRequest = api.create_subresource("token", &account, &PostParams::default(), &body).await?;
     let status = answer.status.unwrap_or_default();
-    Ok(Token { renew_at: renew_at(asked_at, status.expiration_timestamp.0), text: status.token })
+    let expires = status.expiration_timestamp.map_or(asked_at, |time| time.0);
+    Ok(Token { renew_at: renew_at(asked_at, expires), text: status.token.unwrap_or_default() })
 }
 
 /// After four fifths of its life.

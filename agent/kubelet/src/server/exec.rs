@@ -98,7 +98,7 @@ fn open(request: &Request) -> io::Result<(Stdio, Streams)> {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?;
         }
         rustix::io::ioctl_fionbio(&pty.master, true)?;
-        let master = Arc::new(AsyncFd::new(pty.master)?);
+        let master = Arc::new(crate::pollable::register(pty.master)?);
         return Ok((Stdio { tty: Some(pty.slave), ..Stdio::default() }, Streams::Terminal(master)));
     }
     let mut stdio = Stdio::default();
@@ -109,7 +109,7 @@ fn open(request: &Request) -> io::Result<(Stdio, Streams)> {
         stdin = Some(pipe::Sender::from_owned_fd(write)?);
         stdio.stdin = Some(read);
     }
-    let mut output = |wanted: bool| -> io::Result<(Option<pipe::Receiver>, Option<OwnedFd>)> {
+    let output = |wanted: bool| -> io::Result<(Option<pipe::Receiver>, Option<OwnedFd>)> {
         if !wanted {
             return Ok((None, None));
         }

@@ -22,7 +22,8 @@ const RETRY: Duration = Duration::from_secs(10);
 pub(crate) async fn run(shared: Arc<Shared>, mut pod: watch::Receiver<Arc<Pod>>, handles: Vec<Handle>) {
     let mut states: Vec<watch::Receiver<Known>> = handles.iter().map(Handle::changes).collect();
     // The volumes have just been written; this pass only learns when tokens are due.
-    let mut next = refresh(&shared, &pod.borrow_and_update().clone()).await;
+    let first = pod.borrow_and_update().clone();
+    let mut next = refresh(&shared, &first).await;
     loop {
         let due = async {
             match next {

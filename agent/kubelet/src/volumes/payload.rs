@@ -10,7 +10,6 @@ use crate::env::{self, Facts};
 use crate::objects::{Data, Kind, ReadError};
 use crate::pod::{self, PodId};
 use crate::shared::Shared;
-use crate::tokens;
 
 /// A volume's content could not be had.
 #[derive(Debug, thiserror::Error)]
