@@ -202,7 +202,8 @@ mod tests {
         let item = |key: &str, mode| KeyToPath { key: key.into(), path: format!("x/{key}"), mode };
         let part = |items, optional| Part { kind: Kind::ConfigMap, name: "c", items, optional, default_mode: Some(0o400) };
         let mut files = Files::new();
-        select(&data, &part(Some(&[item("a", Some(0o755))]), false), &mut files).unwrap();
+        let chosen = [item("a", Some(0o755))];
+        select(&data, &part(Some(&chosen), false), &mut files).unwrap();
         assert_eq!((files.len(), files["x/a"].mode), (1, 0o755));
         select(&data, &part(None, false), &mut files).unwrap();
         assert_eq!(files["b"].mode, 0o400);
