@@ -40,6 +40,15 @@ pub struct Lease {
     pub owner: Owner,
 }
 
+/// An address that was acquired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acquired {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// Whether the owner didn't hold it before: then a failure gives it back.
+    pub fresh: bool,
+}
+
 /// Why a lease could not be had, or not be given back.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -123,30 +132,31 @@ impl Leases {
     ///
     /// # Errors
     /// If there is none, or the wanted one can't be had.
-    pub fn acquire(&self, pool: &Pool, owner: &Owner, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, Error> {
+    pub fn acquire(&self, pool: &Pool, owner: &Owner, wanted: Option<Ipv4Addr>) -> Result<Acquired, Error> {
         let leases = self.all()?;
         let held = leases.iter().find(|lease| lease.owner == *owner).map(|lease| lease.address);
         if let Some(wanted) = wanted {
             if !pool.holds(wanted) {
                 return Err(Error::NotInPool(wanted));
             }
-            if held != Some(wanted) {
+            let fresh = held != Some(wanted);
+            if fresh {
                 if leases.iter().any(|lease| lease.address == wanted) {
                     return Err(Error::Taken(wanted));
                 }
                 self.write(wanted, owner)?;
             }
-            return Ok(wanted);
+            return Ok(Acquired { address: wanted, fresh });
         }
         // A pool that was changed may no longer have it.
         if let Some(held) = held.filter(|held| pool.holds(*held)) {
-            return Ok(held);
+            return Ok(Acquired { address: held, fresh: false });
         }
         let used: std::collections::HashSet<Ipv4Addr> = leases.iter().map(|lease| lease.address).collect();
         let next = pool.next(self.last(), |address| used.contains(&address)).ok_or(Error::Exhausted)?;
         self.write(next, owner)?;
         self.remember(next)?;
-        Ok(next)
+        Ok(Acquired { address: next, fresh: true })
     }
 
     /// Gives back everything that an owner holds; nothing held is no error.
@@ -217,7 +227,7 @@ mod tests {
     #[test]
     fn an_owner_keeps_its_address_until_it_gives_it_back() {
         let state = tempfile::tempdir().unwrap();
-        let acquire = |name: &str| Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None);
+        let acquire = |name: &str| Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None).map(|got| got.address);
         let a = acquire("a").unwrap();
         assert_eq!(acquire("a").unwrap(), a);
         let others: Vec<Ipv4Addr> = ["b", "c", "d", "e"].map(|name| acquire(name).unwrap()).to_vec();
@@ -233,8 +243,8 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let leases = Leases::open(state.path()).unwrap();
         let wanted = Ipv4Addr::new(10, 42, 1, 5);
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), wanted);
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), wanted);
+        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), Acquired { address: wanted, fresh: true });
+        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), Acquired { address: wanted, fresh: false });
         assert!(matches!(leases.acquire(&pool(), &owner("b"), Some(wanted)), Err(Error::Taken(_))));
         for reserved in [0, 1, 7, 8] {
             let wanted = Ipv4Addr::new(10, 42, 1, reserved);
@@ -267,7 +277,7 @@ mod tests {
                     scope.spawn(move || {
                         let acquire = |n| {
                             let owner = owner(&format!("{thread}-{n}"));
-                            Leases::open(state).unwrap().acquire(pool, &owner, None).unwrap()
+                            Leases::open(state).unwrap().acquire(pool, &owner, None).unwrap().address
                         };
                         (0..30).map(acquire).collect::<Vec<_>>()
                     })
