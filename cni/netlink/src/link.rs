@@ -126,7 +126,8 @@ impl Netlink {
         self.link(name)
     }
 
-    /// Makes a veth pair, both ends up: `host` here, `peer` in another namespace.
+    /// Makes a veth pair: `host` here and up; `peer` down, in another namespace if one is given. The kernel refuses to set
+    /// the peer up before it knows the other end (ENOTCONN).
     ///
     /// # Errors
     /// [`Class::Exists`] if either name is taken.
@@ -151,8 +152,6 @@ impl Netlink {
         bridge: Option<u32>,
     ) -> Result<(), Error> {
         let mut other = LinkMessage::default();
-        other.header.flags = LinkFlags::Up;
-        other.header.change_mask = LinkFlags::Up;
         other.attributes = end(peer);
         if let Some(netns) = peer_netns {
             other.attributes.push(LinkAttribute::NetNsFd(netns.as_raw_fd()));

@@ -1,6 +1,7 @@
 //! Decoding of request bodies: JSON and YAML, checked against the schema and brought to canonical form in one pass.
 mod syntax;
 mod walk;
+mod want;
 
 use serde::{Deserialize, de::DeserializeSeed};
 use serde_json::Value;

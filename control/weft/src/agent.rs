@@ -66,8 +66,9 @@ impl Clients {
             let path = folder.join(format!("{name}.kubeconfig"));
             let file = kube::config::Kubeconfig::read_from(&path)
                 .with_context(|| format!("cannot use {}", path.display()))?;
-            let config = kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default());
-            Ok(kube::Client::try_from(config.await?)?)
+            let options = kube::config::KubeConfigOptions::default();
+            let config = kube::Config::from_custom_kubeconfig(file, &options).await?;
+            Ok(kube::Client::try_from(config)?)
         };
         Ok(Self { kubelet: client("kubelet").await?, proxy: client("proxy").await?, dns: client("dns").await? })
     }
@@ -179,15 +180,11 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
 }
 
 fn runtime_config(node: &Node) -> builtin::Config {
-    builtin::Config {
-        node_name: node.name.clone(),
-        data_dir: node.paths.data.clone(),
-        run_dir: node.paths.run.clone(),
-        init_path: node.programs.init.clone(),
-        cni_bin_dirs: vec![node.programs.cni_bin.clone(), PathBuf::from("/opt/cni/bin")],
-        cni_conf_dir: node.paths.node(&node.name).cni_conf(),
-        cgroup_root: PathBuf::from("weft").join(&node.name),
-    }
+    let mut config = builtin::Config::new(&node.name, &node.paths.data, &node.paths.run);
+    config.init_path = node.programs.init.clone();
+    config.cni_bin_dirs = vec![node.programs.cni_bin.clone(), PathBuf::from("/opt/cni/bin")];
+    config.cni_conf_dir = node.paths.node(&node.name).cni_conf();
+    config
 }
 
 fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {

@@ -130,6 +130,7 @@ fn address_uplink(address: Ipv4Network, gateway: Ipv4Addr) -> anyhow::Result<()>
     let loopback = netlink.link("lo")?;
     netlink.change_link(loopback.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
     let uplink = netlink.link(UPLINK)?;
+    netlink.change_link(uplink.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
     netlink.add_address(uplink.index, address.into())?;
     let everywhere: IpNetwork = Ipv4Network::new(Ipv4Addr::UNSPECIFIED, 0)?.into();
     let mut route = Route::new(everywhere, uplink.index);

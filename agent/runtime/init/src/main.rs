@@ -57,8 +57,7 @@ fn run(folder: &Path) -> Result<(), String> {
     let server = Server::new(listener).context(|| "set up the loop".to_owned())?;
     std::env::set_current_dir("/").context(|| "leave the folder".to_owned())?;
     report_ready()?;
-    // Joining a v1 hierarchy may wait for a grace period of the kernel: the agent has better to do meanwhile.
-    sandbox::join(&config);
+    sandbox::join(&config)?;
     server.run().context(|| "serve".to_owned())
 }
 

@@ -231,7 +231,7 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Splits this process in two; true in the child, whose parent is to end.
+/// Splits this process in two; true in the child.
 pub(crate) fn fork() -> io::Result<bool> {
     // SAFETY: this process has one thread.
     let child = unsafe { nix::unistd::fork() }.map_err(io::Error::from)?;

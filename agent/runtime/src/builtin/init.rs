@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rustix::fs::{Mode, OFlags};
@@ -17,6 +18,8 @@ use weft_agent_runtime_init::wire::{self, Reply, Request, Sandbox};
 use super::records;
 use crate::Error;
 
+/// An init answers in milliseconds, unless a mount that it makes for a container hangs.
+const ANSWER: Duration = Duration::from_secs(60);
 /// Answers are small; one listener per sandbox keeps its buffer.
 const READ_BYTES: usize = 4 << 10;
 
@@ -122,7 +125,9 @@ impl Connection {
             self.send(request).await?;
             self.receive().await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
         };
-        let answer: io::Result<Reply> = answer.await;
-        answer.map_err(records::io_error("talk to", &self.path))
+        let answer: Result<io::Result<Reply>, _> = tokio::time::timeout(ANSWER, answer).await;
+        let late =
+            |_elapsed| Error::Timeout { what: "the answer of a sandbox's init", seconds: ANSWER.as_secs() };
+        answer.map_err(late)?.map_err(records::io_error("talk to", &self.path))
     }
 }

@@ -36,8 +36,11 @@ impl Inner {
         }
         let ids: Vec<String> = self.state.lock().sandboxes.keys().cloned().collect();
         for id in &ids {
-            if !self.listen(id).await? {
-                self.bury_containers(id).await?;
+            match self.listen(id).await {
+                Ok(true) => {}
+                Ok(false) => self.bury_containers(id).await?,
+                // It lives but doesn't answer: its pod is not ready, and the kubelet replaces it.
+                Err(error) => tracing::warn!(sandbox = id, error = chain(&error), "cannot adopt a sandbox"),
             }
         }
         self.sweep().await?;
@@ -124,13 +127,17 @@ impl Inner {
         let ids: Vec<String> = self.state.lock().sandboxes.keys().cloned().collect();
         let mut first_error = None;
         for id in ids {
-            if let Err(error) = self.remove_sandbox(&id).await {
+            let mut removed = self.remove_sandbox(&id).await;
+            if let Err(Error::Network(_)) = removed {
+                // A plugin that fails must not keep the rest alive; the pod's end of its link goes with the namespace.
+                first_error = first_error.or(removed.err());
+                records::remove(&self.paths.network(&id))?;
+                removed = self.remove_sandbox(&id).await;
+            }
+            if let Err(error) = removed {
                 tracing::warn!(sandbox = id, error = chain(&error), "cannot remove a sandbox");
                 first_error.get_or_insert(error);
             }
-        }
-        if let Some(error) = first_error {
-            return Err(error);
         }
         self.remove_group(self.paths.cgroup.clone()).await?;
         let inner = self.clone();
@@ -145,7 +152,8 @@ impl Inner {
             let _ = fs::remove_dir(&inner.paths.run);
             Ok(())
         })
-        .await
+        .await?;
+        first_error.map_or(Ok(()), Err)
     }
 }
 

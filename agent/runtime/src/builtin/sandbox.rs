@@ -159,13 +159,27 @@ impl Inner {
             entry.alive = false;
             (entry.record.phase != Phase::Ready, entry.record.spec.uid.clone())
         };
-        if let Err(error) = self.bury_containers(id).await {
+        if let Err(error) = self.kill_containers(id).await {
             tracing::warn!(sandbox = id, error = super::chain(&error), "cannot record the end of containers");
         }
         if !expected {
             tracing::warn!(sandbox = id, "a sandbox's init died");
             self.emit(RuntimeEvent::SandboxDied { pod_uid, sandbox_id: id.to_owned() });
         }
+    }
+
+    /// The kernel has killed the containers of a dead init, but for one that has become another user since.
+    async fn kill_containers(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        let record = self.state.lock().sandboxes.get(id).map(|entry| entry.record.clone());
+        if let Some(record) = record {
+            let (inner, groups) = (self.clone(), self.groups_of(&record));
+            blocking(move || {
+                groups.iter().for_each(|group| inner.hierarchies.kill(group));
+                Ok(())
+            })
+            .await?;
+        }
+        self.bury_containers(id).await
     }
 
     pub(super) async fn stop_sandbox(self: &Arc<Self>, id: &str) -> Result<(), Error> {
@@ -185,8 +199,9 @@ impl Inner {
     /// Everything of a sandbox but its record. May be repeated.
     pub(super) async fn tear_down(self: &Arc<Self>, record: &SandboxRecord) -> Result<(), Error> {
         let id = record.id.as_str();
-        let groups = self.groups_of(record);
         self.end_init(id).await;
+        // Named after the init's end: it can start nothing more.
+        let groups = self.groups_of(record);
         let (inner, copy) = (self.clone(), groups.clone());
         blocking(move || {
             copy.iter().for_each(|group| inner.hierarchies.kill(group));

@@ -253,14 +253,11 @@ async fn a_process_is_in_its_cgroups_everywhere() {
     assert!(seen > 0);
     let init = node.runtime().sandbox_pid(&sandbox).await.unwrap();
     assert_eq!(fs::read_to_string(format!("/proc/{init}/comm")).unwrap(), "weft-init\n");
-    let place = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
-    assert!(
-        place
-            .lines()
-            .filter(|line| line.contains(":memory:") || line.starts_with("0::"))
-            .all(|line| line.ends_with(&sandbox)),
-        "{place}"
-    );
+    let place = || fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
+    let of_interest = |line: &&str| line.contains(":memory:") || line.starts_with("0::");
+    let joined =
+        || Ok(place().lines().filter(of_interest).all(|line| line.ends_with(&sandbox)).then_some(()));
+    weft_tests_harness::wait_until("the init is in its groups", crate::node::PATIENCE, joined).unwrap();
     node.finish().await;
 }
 

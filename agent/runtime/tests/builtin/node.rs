@@ -54,11 +54,7 @@ impl Node {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let folder = tempfile::tempdir().unwrap();
-        let mut config = Config::new(&name, &folder.path().join("data"), &folder.path().join("run"));
-        config.init_path = init_path();
-        config.cni_bin_dirs = vec![folder.path().join("plugins")];
-        config.cni_conf_dir = folder.path().join("conf");
-        config.cgroup_parent = Path::new("weft").join(&name);
+        let config = Self::at(&name, folder.path());
         fs::create_dir_all(&config.cni_conf_dir).unwrap();
         fs::create_dir_all(&config.cni_bin_dirs[0]).unwrap();
         let mut node = Self { config, runtime: None, folder };
@@ -69,6 +65,15 @@ impl Node {
             .write(node.folder.path());
         node.runtime().images().import(&archive).unwrap();
         node
+    }
+
+    /// The configuration of a node in a test's folder.
+    pub(crate) fn at(name: &str, folder: &Path) -> Config {
+        let mut config = Config::new(name, &folder.join("data"), &folder.join("run"));
+        config.init_path = init_path();
+        config.cni_bin_dirs = vec![folder.join("plugins")];
+        config.cni_conf_dir = folder.join("conf");
+        config
     }
 
     pub(crate) fn runtime(&self) -> &BuiltinRuntime {
@@ -97,16 +102,7 @@ impl Node {
     }
 
     pub(crate) fn pod(&self) -> SandboxSpec {
-        SandboxSpec {
-            name: "p".to_owned(),
-            namespace: "ns".to_owned(),
-            uid: "uid-1".to_owned(),
-            hostname: "podhost".to_owned(),
-            resolv_conf: "nameserver 10.43.0.10\n".to_owned(),
-            log_directory: self.folder.path().join("logs"),
-            cgroup: "burstable/poduid-1".to_owned(),
-            ..SandboxSpec::default()
-        }
+        pod(self.folder.path())
     }
 
     pub(crate) async fn sandbox(&self) -> String {
@@ -196,6 +192,19 @@ impl Drop for Node {
         if let Ok(Err(error)) = clean.join() {
             eprintln!("cannot clean up: {error}");
         }
+    }
+}
+
+pub(crate) fn pod(folder: &Path) -> SandboxSpec {
+    SandboxSpec {
+        name: "p".to_owned(),
+        namespace: "ns".to_owned(),
+        uid: "uid-1".to_owned(),
+        hostname: "podhost".to_owned(),
+        resolv_conf: "nameserver 10.43.0.10\n".to_owned(),
+        log_directory: folder.join("logs"),
+        cgroup: "burstable/poduid-1".to_owned(),
+        ..SandboxSpec::default()
     }
 }
 

@@ -1,15 +1,18 @@
 //! The agent dies and comes back; the inits die; work is half done.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use weft_agent_runtime::builtin::BuiltinRuntime;
-use weft_agent_runtime::{ContainerState, Runtime, RuntimeEvent};
+use weft_agent_runtime::{ContainerState, Runtime, RuntimeEvent, SandboxSpec};
 use weft_tests_harness::{require, wait_until};
 
-use crate::node::{Node, PATIENCE, script};
+use crate::node::{Node, PATIENCE, pod, script};
 
 #[tokio::test]
 async fn containers_outlive_the_agent_with_logs_and_codes() {
@@ -195,4 +198,76 @@ async fn many_pods_come_and_go_at_once() {
     }
     assert!(node.runtime().list_sandboxes().await.unwrap().is_empty());
     std::sync::Arc::into_inner(node).unwrap().finish().await;
+}
+
+/// Not a test of its own: the agent that `an_agent_killed_at_any_moment_leaves_nothing_half_done` kills.
+#[tokio::test]
+#[ignore = "runs as the victim of another test"]
+async fn victim() {
+    let Ok(folder) = std::env::var("WEFT_TEST_VICTIM") else { return };
+    let config: Vec<String> = folder.split(':').map(str::to_owned).collect();
+    let node = Node::at(&config[0], Path::new(&config[1]));
+    let runtime = BuiltinRuntime::open(node).await.unwrap();
+    println!("open");
+    for number in 0.. {
+        let pod = SandboxSpec { uid: format!("u{number}"), ..pod(Path::new(&config[1])) };
+        let sandbox = runtime.run_sandbox(pod).await.unwrap().id;
+        let id = runtime.create_container(&sandbox, script("c", "exec sleep 1000")).await.unwrap();
+        runtime.start_container(&id).await.unwrap();
+        if number % 2 == 0 {
+            runtime.remove_sandbox(&sandbox).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_agent_killed_at_any_moment_leaves_nothing_half_done() {
+    if !require("an_agent_killed_at_any_moment_leaves_nothing_half_done", &["root"]) {
+        return;
+    }
+    let mut node = Node::new().await;
+    node.runtime = None;
+    let victim = format!("{}:{}", node.config.node_name, node.folder.path().display());
+    for round in 0..25u64 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "restarts::victim", "--ignored", "--nocapture"])
+            .env("WEFT_TEST_VICTIM", &victim)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().ends_with("open")), "the victim does not start");
+        tokio::time::sleep(Duration::from_micros(1300 * round)).await;
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        node.restart().await;
+        let sandboxes = node.runtime().list_sandboxes().await.unwrap();
+        let containers = node.runtime().list_containers().await.unwrap();
+        for sandbox in sandboxes.iter().filter(|sandbox| sandbox.ready) {
+            node.runtime().sandbox_pid(&sandbox.id).await.unwrap();
+        }
+        for container in &containers {
+            let sandbox = sandboxes.iter().find(|sandbox| sandbox.id == container.sandbox_id).unwrap();
+            if sandbox.ready && matches!(container.state, ContainerState::Running { .. }) {
+                assert_eq!(node.exec(&container.id, &["true"]).await.0, 0);
+            }
+        }
+        // All that runs is known: what isn't in a known group is in none.
+        let known: Vec<&String> =
+            sandboxes.iter().map(|s| &s.id).chain(containers.iter().map(|c| &c.id)).collect();
+        let pods = node
+            .config
+            .cgroup_root
+            .join("unified")
+            .join(&node.config.cgroup_parent)
+            .join("burstable/poduid-1");
+        for group in fs::read_dir(pods).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir())
+        {
+            assert!(known.iter().any(|id| group.file_name() == id.as_str()), "{group:?} has no owner");
+        }
+        node.runtime = None;
+    }
+    node.finish().await;
 }

@@ -272,10 +272,8 @@ fn update_main(kind: &Kind, new: &mut Value, old: &Value) {
             }
         }
         ("certificates.k8s.io", "CertificateSigningRequest") => copy(new, old, "spec"),
-        ("discovery.k8s.io", "EndpointSlice") => {
-            if is_empty(&new["addressType"]) {
-                copy(new, old, "addressType");
-            }
+        ("discovery.k8s.io", "EndpointSlice") if is_empty(&new["addressType"]) => {
+            copy(new, old, "addressType")
         }
         _ => {}
     }

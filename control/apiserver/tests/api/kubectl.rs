@@ -78,7 +78,7 @@ async fn documents_and_access() {
     let cluster = Cluster::start().await;
     let k = async |args: &str| cluster.kubectl(&args.split(' ').collect::<Vec<_>>()).await;
     let resources = k("api-resources").await;
-    for line in ["pods                                po                      v1", "deployments                         deploy                  apps/v1"] {
+    for line in ["pods                                po           v1  ", "deployments                         deploy       apps/v1 "] {
         assert!(resources.contains(line), "{resources}");
     }
     assert!(k("api-versions").await.contains("rbac.authorization.k8s.io/v1\n"));

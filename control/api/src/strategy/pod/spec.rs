@@ -61,9 +61,12 @@ fn scheduling_gates(errors: &mut Errors, path: &FieldPath, gates: &Value) {
     }
 }
 
+/// What is wrong with a name.
+type Rule = fn(&str) -> Vec<String>;
+
 /// Names of the pod itself and of what it refers to.
 fn identity(errors: &mut Errors, path: &FieldPath, spec: &Value) {
-    let rules: [(&str, fn(&str) -> Vec<String>); 6] = [
+    let rules: [(&str, Rule); 6] = [
         ("serviceAccountName", names::dns1123_subdomain),
         ("nodeName", names::dns1123_subdomain),
         ("hostname", names::dns1123_label),

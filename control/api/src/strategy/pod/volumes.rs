@@ -53,11 +53,9 @@ fn source(errors: &mut Errors, path: &FieldPath, volume: &Value) {
     }
     let path = path.child(kind);
     match kind {
-        "emptyDir" => {
-            if quantity(&value["sizeLimit"]).is_some_and(|size| size.signum() < 0) {
-                let detail = "SizeLimit field must be a valid resource quantity";
-                errors.push(FieldError::forbidden(&path.child("sizeLimit"), detail));
-            }
+        "emptyDir" if quantity(&value["sizeLimit"]).is_some_and(|size| size.signum() < 0) => {
+            let detail = "SizeLimit field must be a valid resource quantity";
+            errors.push(FieldError::forbidden(&path.child("sizeLimit"), detail));
         }
         "hostPath" => host_path(errors, &path, value),
         "secret" => {
@@ -92,10 +90,8 @@ fn source(errors: &mut Errors, path: &FieldPath, volume: &Value) {
                 &["Always", "IfNotPresent", "Never"],
             );
         }
-        "ephemeral" => {
-            if value["volumeClaimTemplate"].is_null() {
-                errors.push(FieldError::required(&path.child("volumeClaimTemplate"), ""));
-            }
+        "ephemeral" if value["volumeClaimTemplate"].is_null() => {
+            errors.push(FieldError::required(&path.child("volumeClaimTemplate"), ""));
         }
         _ => {}
     }
