@@ -95,8 +95,11 @@ impl Leases {
         fs::create_dir_all(state).map_err(failed("create", state))?;
         let path = state.join("lock");
         let file = File::options().create(true).append(true).open(&path).map_err(failed("open", &path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| Error::Io { op: "lock", path: path.clone(), source: errno.into() })?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
+            op: "lock",
+            path: path.clone(),
+            source: errno.into(),
+        })?;
         let folder = state.join(format!("boot-{boot}"));
         if !folder.is_dir() {
             forget_earlier_boots(state)?;
@@ -125,7 +128,8 @@ impl Leases {
         let path = self.folder.join(name);
         let target = fs::read_link(&path).map_err(failed("read", &path))?;
         let owner = target.to_str().and_then(|target| target.split_once('/'));
-        Ok(owner.map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
+        Ok(owner
+            .map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
     }
 
     /// An address for an owner: `wanted` if given, the one it holds already, or the next that is free.
@@ -227,7 +231,9 @@ mod tests {
     #[test]
     fn an_owner_keeps_its_address_until_it_gives_it_back() {
         let state = tempfile::tempdir().unwrap();
-        let acquire = |name: &str| Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None).map(|got| got.address);
+        let acquire = |name: &str| {
+            Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None).map(|got| got.address)
+        };
         let a = acquire("a").unwrap();
         assert_eq!(acquire("a").unwrap(), a);
         let others: Vec<Ipv4Addr> = ["b", "c", "d", "e"].map(|name| acquire(name).unwrap()).to_vec();
@@ -243,8 +249,14 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let leases = Leases::open(state.path()).unwrap();
         let wanted = Ipv4Addr::new(10, 42, 1, 5);
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), Acquired { address: wanted, fresh: true });
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), Acquired { address: wanted, fresh: false });
+        assert_eq!(
+            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
+            Acquired { address: wanted, fresh: true }
+        );
+        assert_eq!(
+            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
+            Acquired { address: wanted, fresh: false }
+        );
         assert!(matches!(leases.acquire(&pool(), &owner("b"), Some(wanted)), Err(Error::Taken(_))));
         for reserved in [0, 1, 7, 8] {
             let wanted = Ipv4Addr::new(10, 42, 1, reserved);

@@ -41,7 +41,8 @@ struct Attachment<'a> {
 
 pub(crate) fn add(call: &Call, config: &Config, owner: &Owner) -> Result<AddResult, PluginError> {
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
-    let netns = namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
+    let netns =
+        namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
     let wanted = config.runtime.ips.iter().find_map(|ip| match ip.ip() {
         IpAddr::V4(address) => Some(address),
         IpAddr::V6(_) => None,
@@ -88,13 +89,23 @@ impl Attachment<'_> {
     fn bridge(&self, host: &mut Netlink) -> Result<Link, PluginError> {
         let name = &self.config.bridge;
         let mut bridge = match host.link(name) {
-            Err(error) if error.class() == Class::NotFound => host.ensure_bridge(name, self.config.mtu_bytes)?,
+            Err(error) if error.class() == Class::NotFound => {
+                host.ensure_bridge(name, self.config.mtu_bytes)?
+            }
             other => other?,
         };
         // Unless it is set, a bridge takes the lowest of its ports' addresses, and changes it with them.
         let mac = names::mac(self.config.ipam.gateway);
-        if bridge.mac != Some(mac) || !bridge.up {
-            host.change_link(bridge.index, &LinkChange { up: Some(true), mac: Some(mac), ..LinkChange::default() })?;
+        // Likewise its size: without this it is that of Ethernet whenever it has no port.
+        let mtu_bytes = self.config.mtu_bytes;
+        if bridge.mac != Some(mac) || bridge.mtu_bytes != mtu_bytes || !bridge.up {
+            let (mac, mtu_bytes) = (Some(mac), Some(mtu_bytes));
+            host.change_link(
+                bridge.index,
+                &LinkChange { up: Some(true), mac, mtu_bytes, ..LinkChange::default() },
+            )?;
+        }
+        if bridge.mac != Some(mac) {
             bridge.mac = Some(mac);
         }
         host.add_address(bridge.index, self.network(self.config.ipam.gateway).into())?;
@@ -109,6 +120,8 @@ impl Attachment<'_> {
             None => pod.link(&self.owner.ifname)?.index,
         };
         let gateway = IpAddr::V4(self.config.ipam.gateway);
+        // The flags that a peer is made with don't set it up in another namespace.
+        pod.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
         pod.add_address(index, self.network(self.address).into())?;
         if let Some(mac) = bridge.mac {
             pod.put_neighbour(&Neighbour { index, address: gateway, mac })?;
@@ -136,7 +149,11 @@ impl Attachment<'_> {
             interfaces: vec![
                 interface(&bridge.name, written(bridge), None),
                 interface(&port.name, written(port), None),
-                interface(&self.owner.ifname, names::mac(self.address).to_string(), Some(self.sandbox.clone())),
+                interface(
+                    &self.owner.ifname,
+                    names::mac(self.address).to_string(),
+                    Some(self.sandbox.clone()),
+                ),
             ],
             ips: vec![IpConfig { address: self.network(self.address), gateway, interface: 2 }],
             routes: vec![weft_cni_spec::Route { destination: EVERYWHERE, gateway }],

@@ -15,7 +15,8 @@ use crate::{leases, names};
 pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), PluginError> {
     let prev = config.prev_result.as_ref().ok_or(PluginError::Missing("prevResult"))?;
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
-    let netns = namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
+    let netns =
+        namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
 
     let lease = leases(config)?.all()?.into_iter().find(|lease| lease.owner == *owner);
     let address = lease.ok_or_else(|| wrong("the container holds no address"))?.address;

@@ -23,10 +23,16 @@ pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
 pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
     // Taking "none given" for "none valid" would cut off every pod of the node.
     let valid = config.valid_attachments.as_ref().ok_or(PluginError::Missing("cni.dev/valid-attachments"))?;
-    let valid: HashSet<(&str, &str)> = valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
-    let is_valid = |lease: &Lease| valid.contains(&(lease.owner.container.as_str(), lease.owner.ifname.as_str()));
-    let stale: Vec<Owner> =
-        leases(config)?.all()?.into_iter().filter(|lease| !is_valid(lease)).map(|lease| lease.owner).collect();
+    let valid: HashSet<(&str, &str)> =
+        valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
+    let is_valid =
+        |lease: &Lease| valid.contains(&(lease.owner.container.as_str(), lease.owner.ifname.as_str()));
+    let stale: Vec<Owner> = leases(config)?
+        .all()?
+        .into_iter()
+        .filter(|lease| !is_valid(lease))
+        .map(|lease| lease.owner)
+        .collect();
     // Every one is tried; the first failure is what is said (CNI 1.1.0 §4 GC).
     let outcomes: Vec<_> = stale.iter().map(|owner| del(config, owner)).collect();
     outcomes.into_iter().collect()

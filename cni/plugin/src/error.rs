@@ -87,7 +87,9 @@ impl PluginError {
             Self::Missing(_) => Code::InvalidConfig,
             Self::Netns { .. } => Code::UnknownContainer,
             Self::Address(weft_cni_ipam::Error::Exhausted) => Code::TryAgain,
-            Self::Address(weft_cni_ipam::Error::NotInPool(_) | weft_cni_ipam::Error::Taken(_)) => Code::InvalidConfig,
+            Self::Address(weft_cni_ipam::Error::NotInPool(_) | weft_cni_ipam::Error::Taken(_)) => {
+                Code::InvalidConfig
+            }
             Self::Address(weft_cni_ipam::Error::Io { .. }) => Code::Io,
             Self::Kernel(error) => match error.class() {
                 Class::Retry => Code::TryAgain,

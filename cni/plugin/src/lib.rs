@@ -43,7 +43,9 @@ fn dispatch(call: &Call, input: &[u8]) -> Result<String, PluginError> {
     check_spoken(call.command, config.version)?;
     let owner = Owner { container: call.container.clone(), ifname: call.ifname.clone() };
     match call.command {
-        Command::Add => attach::add(call, &config, &owner).map(|result| json(&result.to_json(config.version))),
+        Command::Add => {
+            attach::add(call, &config, &owner).map(|result| json(&result.to_json(config.version)))
+        }
         Command::Del => detach::del(&config, &owner).map(|()| String::new()),
         Command::Check => check::check(call, &config, &owner).map(|()| String::new()),
         Command::Gc => detach::gc(&config).map(|()| String::new()),
