@@ -1,1 +1,30 @@
-//! Owns nothing yet.
+//! The node's dataplane: Services and endpoints from the API become tables, a plan, and maps of the kernel.
+//!
+//! ```text
+//! watches → tables → desired (pure) → plan: the difference (pure) → reconcile → maps ← programs
+//! ```
+//!
+//! [`run`] is the whole of it and tells when Services are live; [`cleanup`] leaves nothing.
+
+pub mod desired;
+pub mod maps;
+mod metrics;
+pub mod node;
+pub mod overlay;
+pub mod plan;
+pub mod programs;
+pub mod reconcile;
+mod run;
+mod sys;
+pub mod tables;
+
+pub use metrics::Metrics;
+pub use run::{Config, Error, cleanup, run, run_with_metrics};
+
+/// Bridge of a node's pods. A machine with several nodes has one per network namespace.
+pub const BRIDGE: &str = "weft0";
+/// VXLAN device to the other nodes.
+pub const OVERLAY: &str = "weft.vx";
+
+#[cfg(test)]
+mod tests;

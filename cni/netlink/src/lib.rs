@@ -1,1 +1,33 @@
-//! Owns nothing yet.
+//! Typed, synchronous rtnetlink, network namespaces and the masquerade rule: the only crate that speaks netlink.
+//!
+//! A [`Netlink`] belongs to the network namespace that its thread was in when it was opened, and may then be used from
+//! any thread. Every call waits for the kernel's answer; none takes longer than the kernel takes to answer.
+
+mod address;
+mod error;
+mod event;
+mod link;
+pub mod masquerade;
+pub mod namespace;
+mod neighbour;
+mod route;
+mod socket;
+
+pub use address::Address;
+pub use error::{Class, Error};
+pub use event::{Event, Events};
+pub use link::{Link, LinkChange, VethEnd, Vxlan};
+pub use neighbour::{FdbEntry, Neighbour};
+pub use route::Route;
+pub use socket::Netlink;
+
+/// A hardware address of Ethernet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mac(pub [u8; 6]);
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}

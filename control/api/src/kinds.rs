@@ -137,6 +137,40 @@ impl Subresource {
     }
 }
 
+/// What has a type: a kind, a subresource, or a bare group, version and kind.
+pub trait Typed {
+    /// Group, version and kind.
+    fn type_name(&self) -> Gvk<'_>;
+
+    /// The definition of its objects.
+    fn definition(&self) -> Option<DefinitionId> {
+        let gvk = self.type_name();
+        Schema::builtin().by_gvk(gvk.group, gvk.version, gvk.kind)
+    }
+}
+
+impl Typed for Kind {
+    fn type_name(&self) -> Gvk<'_> {
+        self.gvk()
+    }
+
+    fn definition(&self) -> Option<DefinitionId> {
+        self.definition
+    }
+}
+
+impl Typed for Subresource {
+    fn type_name(&self) -> Gvk<'_> {
+        self.gvk()
+    }
+}
+
+impl Typed for Gvk<'_> {
+    fn type_name(&self) -> Gvk<'_> {
+        *self
+    }
+}
+
 impl<'a> Gvk<'a> {
     /// Splits `apiVersion`, which is `v1` or `apps/v1`.
     pub fn parse(api_version: &'a str, kind: &'a str) -> Self {

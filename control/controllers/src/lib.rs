@@ -1,2 +1,146 @@
-//! Owns nothing yet.
+//! Owns the controllers: each watches the public API and writes what brings the cluster nearer to what is wanted.
 #![forbid(unsafe_code)]
+
+mod claim;
+mod deployment;
+mod endpointslice;
+mod error;
+mod pod;
+mod replicaset;
+mod shared;
+
+pub use error::Error;
+
+use ipnetwork::IpNetwork;
+use kube::Client;
+use shared::Shared;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use weft_control_client::leader::{self, Election};
+use weft_control_client::recorder;
+
+/// The identity under which the shared caches are filled and the lease is held
+/// (`system:kube-controller-manager`).
+pub const MANAGER: &str = "kube-controller-manager";
+
+/// The names for which [`run`] asks for a client besides [`MANAGER`]; each is the service account of that name in
+/// `kube-system`, with upstream's role.
+pub const CONTROLLERS: &[&str] = &["deployment-controller", "replicaset-controller", "endpointslice-controller"];
+
+/// How the controllers work.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Pod addresses of the whole cluster; each node gets a /24 (IPv4) or /64 (IPv6) of it.
+    pub cluster_cidr: IpNetwork,
+    /// Service addresses, which no node's range may overlap.
+    pub service_cidr: IpNetwork,
+    /// The cluster CA, published to every namespace.
+    pub root_ca_pem: String,
+    /// Name under which the lease is held; the same after a restart.
+    pub identity: String,
+    /// Whether to work only while holding the lease.
+    pub leader_election: bool,
+    /// How long a node may stay silent before it is unreachable (upstream: 40 s).
+    pub node_monitor_grace: Duration,
+}
+
+impl Config {
+    /// Every mistake in it.
+    fn check(&self) -> Result<(), Error> {
+        let mut wrong = Vec::new();
+        if self.identity.is_empty() {
+            wrong.push("the identity is empty".to_owned());
+        }
+        if !self.root_ca_pem.contains("BEGIN CERTIFICATE") {
+            wrong.push("the root CA is not a PEM certificate".to_owned());
+        }
+        if self.cluster_cidr.contains(self.service_cidr.network())
+            || self.service_cidr.contains(self.cluster_cidr.network())
+        {
+            wrong.push(format!("{} and {} overlap", self.cluster_cidr, self.service_cidr));
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(Error::Config(wrong.join("; "))) }
+    }
+}
+
+/// Runs all controllers until `shutdown`. `clients` makes the client of a controller by its name.
+pub async fn run(
+    config: Config,
+    clients: impl Fn(&str) -> Client + Send + Sync + 'static,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    config.check()?;
+    let start = |term: CancellationToken| lead(&config, &clients, term);
+    if !config.leader_election {
+        return start(shutdown).await;
+    }
+    let election = Election {
+        namespace: "kube-system".into(),
+        name: MANAGER.into(),
+        identity: config.identity.clone(),
+    };
+    leader::run(clients(MANAGER), &election, &shutdown, start).await
+}
+
+/// Runs all controllers for one term.
+async fn lead(config: &Config, clients: &impl Fn(&str) -> Client, term: CancellationToken) -> Result<(), Error> {
+    let shared = Shared::new();
+    let mut tasks = Tasks { set: JoinSet::new(), term: term.clone() };
+    tasks.start_workloads(clients, &shared);
+    let _ = config;
+    // Last: every controller has its handlers in place before the first object arrives.
+    let manager = clients(MANAGER);
+    tasks.spawn(|term| async move { shared.run(&manager, &term).await });
+    tasks.join().await;
+    Ok(())
+}
+
+/// The tasks of one term.
+struct Tasks {
+    set: JoinSet<()>,
+    term: CancellationToken,
+}
+
+impl Tasks {
+    fn spawn<Fut>(&mut self, task: impl FnOnce(CancellationToken) -> Fut)
+    where
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        self.set.spawn(task(self.term.clone()));
+    }
+
+    /// A recorder for a component, whose writer runs for the term.
+    fn recorder(&mut self, client: &Client, component: &str) -> recorder::Recorder {
+        let (recorder, writer) = recorder::recorder(component);
+        let client = client.clone();
+        self.spawn(|term| writer.run(client, term));
+        recorder
+    }
+
+    fn start_workloads(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>) {
+        let client = clients("deployment-controller");
+        let recorder = self.recorder(&client, "deployment-controller");
+        let deployments = deployment::Controller::new(client, shared.clone(), recorder);
+        self.spawn(|term| async move { deployments.run(&term).await });
+
+        let client = clients("replicaset-controller");
+        let recorder = self.recorder(&client, "replicaset-controller");
+        let replica_sets = replicaset::Controller::new(client, shared.clone(), recorder);
+        self.spawn(|term| async move { replica_sets.run(&term).await });
+
+        let slices = endpointslice::Controller::new(clients("endpointslice-controller"), shared.clone());
+        self.spawn(|term| async move { slices.run(&term).await });
+    }
+
+    /// Waits for all tasks. One that ends before the term does has failed: the term ends with it.
+    async fn join(mut self) {
+        while let Some(ended) = self.set.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a controller panicked; all stop");
+                self.term.cancel();
+            }
+        }
+    }
+}

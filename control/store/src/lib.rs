@@ -2,7 +2,18 @@
 //!
 //! Keys are UTF-8 paths such as `/registry/pods/default/web-1`. Every committed transaction gets the next
 //! revision; a key's `mod_revision` is the revision of its last write. Revisions start at 1 and never repeat.
+//!
+//! Two backends keep this contract: [`embedded`], for one API server, and [`etcd`], for several. The functions in
+//! `contract` are run against both.
 #![forbid(unsafe_code)]
+
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
+pub mod embedded;
+pub mod etcd;
+mod limits;
+
+pub use limits::{MAX_KEY_BYTES, MAX_TXN_OPS, MAX_VALUE_BYTES};
 
 use bytes::Bytes;
 use futures::stream::BoxStream;

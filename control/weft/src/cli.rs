@@ -92,6 +92,12 @@ pub(crate) struct AgentArgs {
     /// Folder with the files ns/net, ns/mnt and ns/uts of the namespaces to enter first
     #[arg(long, value_name = "DIR")]
     pub(crate) enter: Option<PathBuf>,
+    /// Stop the node's pods instead of running it
+    #[arg(long, hide = true)]
+    pub(crate) stop: bool,
+    /// Remove everything of the node instead of running it
+    #[arg(long, hide = true, conflicts_with = "stop")]
+    pub(crate) purge: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,8 +1,10 @@
 //! Kubeconfig files: how a client finds and trusts the API, and who it is.
 
+use anyhow::Context as _;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
+use crate::paths::Paths;
 use crate::pki::Identity;
 
 /// A kubeconfig with one cluster, one user and one context, all named after the user.
@@ -17,4 +19,11 @@ pub(crate) fn render(server: &str, ca: &str, user: &str, identity: &Identity) ->
         encode(&identity.certificate),
         encode(&identity.key),
     )
+}
+
+/// The administrator's kubeconfig of a cluster that was started once.
+pub(crate) fn admin(paths: &Paths) -> anyhow::Result<String> {
+    let path = paths.admin_kubeconfig();
+    std::fs::read_to_string(&path)
+        .with_context(|| format!("there is no cluster in {}; start one with `weft up`", paths.data.display()))
 }

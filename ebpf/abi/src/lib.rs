@@ -1,1 +1,272 @@
-//! Owns nothing yet.
+//! What the kernel programs and the agent share: map names, keys, values, flags and drop reasons, each written once.
+//!
+//! Every type is plain bytes: fixed width, explicit padding, network order for what is on the wire. zerocopy's derives
+//! refuse implicit padding at compile time; the asserts below fix sizes and offsets, because pinned maps outlive
+//! the binary that made them.
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod address;
+mod reason;
+
+pub use address::{Address, Port};
+pub use reason::DropReason;
+
+use core::mem::{offset_of, size_of};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Version of every layout in this crate. A change of any type is a new number, and with it new map names.
+pub const LAYOUT: u32 = 1;
+
+/// Names of the maps; the number is [`LAYOUT`]. The programs repeat them as literals (an attribute takes no constant);
+/// the loader fails if one is missing.
+pub mod names {
+    /// [`ServiceKey`](super::ServiceKey) to [`ServiceValue`](super::ServiceValue).
+    pub const SERVICES: &str = "weft_svc_1";
+    /// [`SlotKey`](super::SlotKey) to [`BackendKey`](super::BackendKey).
+    pub const SLOTS: &str = "weft_slot_1";
+    /// [`BackendKey`](super::BackendKey) to [`BackendValue`](super::BackendValue).
+    pub const BACKENDS: &str = "weft_back_1";
+    /// [`Address`](super::Address) to `u32`: addresses of this node that answer NodePorts.
+    pub const NODE_ADDRESSES: &str = "weft_addr_1";
+    /// Index 0 to [`NodeConfig`](super::NodeConfig).
+    pub const CONFIG: &str = "weft_conf_1";
+    /// [`SocketKey`](super::SocketKey) to [`SocketValue`](super::SocketValue), least recently used dropped.
+    pub const SOCKETS: &str = "weft_sock_1";
+    /// [`FlowKey`](super::FlowKey) to [`FlowValue`](super::FlowValue), least recently used dropped.
+    pub const FLOWS: &str = "weft_flow_1";
+    /// [`AffinityKey`](super::AffinityKey) to [`AffinityValue`](super::AffinityValue), least recently used dropped.
+    pub const AFFINITY: &str = "weft_aff_1";
+    /// [`DropReason`](super::DropReason) as index to a counter per CPU.
+    pub const DROPS: &str = "weft_drop_1";
+    /// All of them.
+    pub const ALL: [&str; 9] =
+        [SERVICES, SLOTS, BACKENDS, NODE_ADDRESSES, CONFIG, SOCKETS, FLOWS, AFFINITY, DROPS];
+}
+
+/// Bounds of the maps. Those of Services are limits (elements are allocated as they come); those of
+/// sockets, flows and affinity are allocated whole at load, so the agent may lower them.
+pub mod sizes {
+    /// Service addresses and ports.
+    pub const SERVICES: u32 = 65_536;
+    /// Endpoints over all Services; 5,000 Services of 50 endpoints fit.
+    pub const SLOTS: u32 = 524_288;
+    /// Distinct endpoint addresses and ports.
+    pub const BACKENDS: u32 = 262_144;
+    /// Addresses of one node.
+    pub const NODE_ADDRESSES: u32 = 1_024;
+    /// Sockets whose peer is remembered for `getpeername` and `recvmsg`; about 110 bytes each.
+    pub const SOCKETS: u32 = 32_768;
+    /// Two for each flow translated packet by packet; about 150 bytes each.
+    pub const FLOWS: u32 = 32_768;
+    /// Clients of Services with affinity, and unconnected UDP sockets.
+    pub const AFFINITY: u32 = 16_384;
+}
+
+/// IPPROTO_TCP.
+pub const TCP: u8 = 6;
+/// IPPROTO_UDP.
+pub const UDP: u8 = 17;
+
+/// Traffic that starts on this node or in its pods.
+pub const SCOPE_INTERNAL: u8 = 0;
+/// Traffic that comes from outside the cluster.
+pub const SCOPE_EXTERNAL: u8 = 1;
+
+/// An address and port that is a Service.
+///
+/// NodePorts have the unspecified address: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
+/// Port 0 and protocol 0 mark a cluster address as a Service's: what it does not serve is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ServiceKey {
+    /// Cluster, external or load-balancer address.
+    pub address: Address,
+    /// Port.
+    pub port: Port,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// [`SCOPE_INTERNAL`] or [`SCOPE_EXTERNAL`].
+    pub scope: u8,
+}
+const _: () = assert!(size_of::<ServiceKey>() == 20 && offset_of!(ServiceKey, port) == 16);
+
+/// Keep the client's address: only endpoints of this node are in the list (externalTrafficPolicy Local).
+pub const SERVICE_KEEP_SOURCE: u32 = 1;
+
+/// Where a Service's traffic goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ServiceValue {
+    /// Its list of backends; several addresses of a Service share one.
+    pub list: u32,
+    /// Backends in the list, in slots 0 to `count - 1`.
+    pub count: u32,
+    /// Seconds of affinity by client; 0 for none.
+    pub affinity_seconds: u32,
+    /// `SERVICE_…`.
+    pub flags: u32,
+}
+const _: () = assert!(size_of::<ServiceValue>() == 16);
+
+/// A place in a list of backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SlotKey {
+    /// The list.
+    pub list: u32,
+    /// From 0; dense.
+    pub index: u32,
+}
+const _: () = assert!(size_of::<SlotKey>() == 8);
+
+/// An endpoint's address and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct BackendKey {
+    /// Pod's or node's address.
+    pub address: Address,
+    /// Port.
+    pub port: Port,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+const _: () = assert!(size_of::<BackendKey>() == 20);
+
+/// The backend takes new flows. Without it only established TCP flows go on (an endpoint that is terminating or not ready).
+pub const BACKEND_ACTIVE: u32 = 1;
+
+/// What is known of a backend. A flow holds the generation it began with; if it differs, the flow's endpoint is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct BackendValue {
+    /// Never used twice on a node.
+    pub generation: u32,
+    /// `BACKEND_…`.
+    pub flags: u32,
+    /// Hash of the endpoint's uid: another pod on the same address is another backend.
+    pub owner: u64,
+}
+const _: () = assert!(size_of::<BackendValue>() == 16 && offset_of!(BackendValue, owner) == 8);
+
+/// A socket and the backend it talks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SocketKey {
+    /// `SO_COOKIE` of the socket.
+    pub cookie: u64,
+    /// The backend.
+    pub peer: BackendKey,
+    /// Zero.
+    pub pad: [u8; 4],
+}
+const _: () = assert!(size_of::<SocketKey>() == 32);
+
+/// What the process believes it talks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SocketValue {
+    /// The Service's address.
+    pub address: Address,
+    /// The Service's port.
+    pub port: Port,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<SocketValue>() == 20);
+
+/// Source and destination of a packet as it arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowKey {
+    /// Source address.
+    pub source: Address,
+    /// Destination address.
+    pub destination: Address,
+    /// Source port.
+    pub source_port: Port,
+    /// Destination port.
+    pub destination_port: Port,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_port) == 32);
+
+/// The packet is an answer of a backend.
+pub const FLOW_REPLY: u32 = 1;
+/// A FIN or RST was seen: a SYN with the same ports begins a new flow.
+pub const FLOW_CLOSING: u32 = 2;
+
+/// What a packet of a flow becomes. The entry of the other direction is this one reversed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowValue {
+    /// Source address afterwards.
+    pub source: Address,
+    /// Destination address afterwards.
+    pub destination: Address,
+    /// Source port afterwards.
+    pub source_port: Port,
+    /// Destination port afterwards.
+    pub destination_port: Port,
+    /// Device to leave by; 0 leaves the packet to the host's stack.
+    pub ifindex: u32,
+    /// Generation of the backend when the flow began.
+    pub generation: u32,
+    /// `FLOW_…`.
+    pub flags: u32,
+    /// Seconds of the monotonic clock when it was last used.
+    pub last_seen: u32,
+}
+const _: () = assert!(size_of::<FlowValue>() == 52 && offset_of!(FlowValue, ifindex) == 36);
+
+/// A client of a list of backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AffinityKey {
+    /// The client's address for packets; for sockets a number made into one ([`Address::from_id`]).
+    pub client: Address,
+    /// The list.
+    pub list: u32,
+}
+const _: () = assert!(size_of::<AffinityKey>() == 20);
+
+/// The backend that a client had last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AffinityValue {
+    /// The backend.
+    pub backend: BackendKey,
+    /// Seconds of the monotonic clock.
+    pub last_used: u32,
+}
+const _: () = assert!(size_of::<AffinityValue>() == 24);
+
+/// What the programs know of their node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NodeConfig {
+    /// Cookie of the node's network namespace: sockets in it are served.
+    pub netns_cookie: u64,
+    /// Id of the node's cgroup in cgroup2: processes below it are served.
+    pub cgroup_id: u64,
+    /// Index of the bridge the pods are on.
+    pub bridge_ifindex: u32,
+    /// Index of the overlay's device; 0 for none.
+    pub overlay_ifindex: u32,
+    /// [`LAYOUT`]; the programs do nothing while it is 0.
+    pub layout: u32,
+    /// Zero.
+    pub pad: u32,
+}
+const _: () = assert!(size_of::<NodeConfig>() == 32);
+
+/// First port of the range that packets to Services leave the node with. It lies above the kernel's
+/// default range for local sockets (32768 to 60999).
+pub const NAT_PORT_FIRST: u16 = 61_000;
+/// Number of ports in that range.
+pub const NAT_PORT_COUNT: u16 = 4_536;

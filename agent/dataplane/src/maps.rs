@@ -1,0 +1,64 @@
+//! The maps behind one trait: the kernel's, in memory, and ones that fail.
+
+pub mod faulty;
+pub mod kernel;
+pub mod memory;
+
+use weft_ebpf_abi::names;
+
+/// A map that the planner keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Table {
+    /// Services' addresses and ports.
+    Services,
+    /// Places in lists of backends.
+    Slots,
+    /// Backends.
+    Backends,
+    /// Addresses of the node.
+    NodeAddresses,
+}
+
+impl Table {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Services, Self::Slots, Self::Backends, Self::NodeAddresses];
+
+    /// Name of the map.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Services => names::SERVICES,
+            Self::Slots => names::SLOTS,
+            Self::Backends => names::BACKENDS,
+            Self::NodeAddresses => names::NODE_ADDRESSES,
+        }
+    }
+}
+
+/// Why a map could not be changed or read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {op} map {map}")]
+pub struct MapError {
+    /// `update`, `delete` or `read`.
+    pub op: &'static str,
+    /// Name of the map.
+    pub map: &'static str,
+    /// How many entries were done before it failed, in the order given.
+    pub done: usize,
+    /// What the kernel said.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// A key and a value as they stand in a map.
+pub type Entry = (Vec<u8>, Vec<u8>);
+
+/// A set of maps.
+pub trait MapSet {
+    /// Sets entries, in order, and stops at the first that fails.
+    fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError>;
+    /// Removes keys, in order, and stops at the first that fails; one that is not there counts as removed.
+    fn delete(&mut self, table: Table, keys: &[Vec<u8>]) -> Result<(), MapError>;
+    /// All entries, in no order.
+    fn dump(&mut self, table: Table) -> Result<Vec<Entry>, MapError>;
+}

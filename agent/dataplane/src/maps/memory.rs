@@ -1,0 +1,38 @@
+//! Maps in memory.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::{Entry, MapError, MapSet, Table};
+
+/// Maps in memory.
+#[derive(Debug, Default)]
+pub struct MemoryMaps {
+    tables: HashMap<Table, BTreeMap<Vec<u8>, Vec<u8>>>,
+    /// Calls so far: what a change costs.
+    pub calls: usize,
+    /// Entries changed so far.
+    pub changes: usize,
+}
+
+impl MapSet for MemoryMaps {
+    fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError> {
+        self.calls += 1;
+        self.changes += entries.len();
+        self.tables.entry(table).or_default().extend(entries.iter().cloned());
+        Ok(())
+    }
+
+    fn delete(&mut self, table: Table, keys: &[Vec<u8>]) -> Result<(), MapError> {
+        self.calls += 1;
+        self.changes += keys.len();
+        let entries = self.tables.entry(table).or_default();
+        for key in keys {
+            entries.remove(key);
+        }
+        Ok(())
+    }
+
+    fn dump(&mut self, table: Table) -> Result<Vec<Entry>, MapError> {
+        Ok(self.tables.get(&table).map(|t| t.clone().into_iter().collect()).unwrap_or_default())
+    }
+}

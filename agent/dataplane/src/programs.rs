@@ -1,0 +1,259 @@
+//! Loads the programs, attaches them, and keeps both pinned, so that Services outlive the agent.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Array, Map, MapData, PerCpuArray};
+use aya::programs::Program;
+use aya::{Ebpf, EbpfLoader};
+use weft_ebpf_abi::{DropReason, LAYOUT, NodeConfig, names};
+use zerocopy::IntoBytes;
+
+use crate::maps::Table;
+use crate::maps::kernel::KernelMaps;
+use crate::node::{NodeError, failed};
+use crate::sys;
+
+/// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
+const SOCKET_HOOKS: [(&str, u32); 8] = [
+    ("weft_connect4", 10),
+    ("weft_connect6", 11),
+    ("weft_sendmsg4", 14),
+    ("weft_sendmsg6", 15),
+    ("weft_recvmsg4", 19),
+    ("weft_recvmsg6", 20),
+    ("weft_peername4", 29),
+    ("weft_peername6", 30),
+];
+/// Packet hooks: program, attach type, suffix of the pin.
+const EDGE_HOOKS: [(&str, u32, &str); 2] = [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
+
+/// Why the programs could not be put in place.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// The object is damaged, or the kernel refused a map.
+    #[error("cannot load the eBPF object")]
+    Object(#[from] aya::EbpfError),
+    /// The verifier refused a program.
+    #[error("cannot load program {name}")]
+    Program {
+        /// Its name.
+        name: &'static str,
+        /// What the verifier said.
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// The object lacks something, or has it in another layout: it was built from other sources.
+    #[error("the eBPF object does not fit this program: {what} is missing or of another layout")]
+    Mismatch {
+        /// What.
+        what: &'static str,
+    },
+    /// A map could not be used.
+    #[error("cannot use map {name}")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// Why not.
+        #[source]
+        source: aya::maps::MapError,
+    },
+    /// A program could not be attached.
+    #[error("cannot attach {name} to {target}")]
+    Attach {
+        /// Program.
+        name: &'static str,
+        /// Cgroup or device.
+        target: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file system operation failed.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+}
+
+/// The loaded programs and their maps.
+#[derive(Debug)]
+pub struct Programs {
+    ebpf: Ebpf,
+    links: PathBuf,
+}
+
+fn mismatch(what: &'static str) -> ProgramError {
+    ProgramError::Mismatch { what }
+}
+
+fn layout(table: Table) -> (usize, usize) {
+    use weft_ebpf_abi::{Address, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey};
+    match table {
+        Table::Services => (size_of::<ServiceKey>(), size_of::<ServiceValue>()),
+        Table::Slots => (size_of::<SlotKey>(), size_of::<BackendKey>()),
+        Table::Backends => (size_of::<BackendKey>(), size_of::<BackendValue>()),
+        Table::NodeAddresses => (size_of::<Address>(), size_of::<u32>()),
+    }
+}
+
+impl Programs {
+    /// Loads the object. Maps that are pinned below `pins` are used as they are.
+    pub fn load(object: &[u8], pins: &Path) -> Result<Self, ProgramError> {
+        let (maps, links) = (pins.join("maps"), pins.join("links"));
+        for folder in [&maps, &links] {
+            fs::create_dir_all(folder).map_err(failed("make folder", folder))?;
+        }
+        // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
+        let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
+        for name in SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name)) {
+            let result = match ebpf.program_mut(name) {
+                Some(Program::CgroupSockAddr(program)) => program.load(),
+                Some(Program::SchedClassifier(program)) => program.load(),
+                _ => return Err(mismatch(name)),
+            };
+            result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
+        }
+        Ok(Self { ebpf, links })
+    }
+
+    /// The maps that the planner keeps.
+    pub fn maps(&self) -> Result<KernelMaps, ProgramError> {
+        let mut maps = KernelMaps::default();
+        for table in Table::ALL {
+            let Some(Map::HashMap(data)) = self.ebpf.map(table.name()) else { return Err(mismatch(table.name())) };
+            let (key_bytes, value_bytes) = layout(table);
+            check_layout(data, table.name(), key_bytes, value_bytes)?;
+            let fd = duplicate(data, table.name())?;
+            maps.insert(table, fd, key_bytes, value_bytes);
+        }
+        Ok(maps)
+    }
+
+    /// Tells the programs what their node is; until then they do nothing.
+    pub fn configure(&mut self, mut config: NodeConfig) -> Result<(), ProgramError> {
+        config.layout = LAYOUT;
+        let map = self.ebpf.map_mut(names::CONFIG).ok_or_else(|| mismatch(names::CONFIG))?;
+        let wrap = |source| ProgramError::Map { name: names::CONFIG, source };
+        let mut array: Array<_, [u8; size_of::<NodeConfig>()]> = Array::try_from(map).map_err(wrap)?;
+        let mut bytes = [0; size_of::<NodeConfig>()];
+        bytes.copy_from_slice(config.as_bytes());
+        array.set(0, bytes, 0).map_err(wrap)
+    }
+
+    /// Drops so far, by reason.
+    pub fn drops(&self) -> Result<BTreeMap<&'static str, u64>, ProgramError> {
+        let map = self.ebpf.map(names::DROPS).ok_or_else(|| mismatch(names::DROPS))?;
+        let wrap = |source| ProgramError::Map { name: names::DROPS, source };
+        let array: PerCpuArray<_, u64> = PerCpuArray::try_from(map).map_err(wrap)?;
+        let count = |reason: DropReason| {
+            let values = array.get(&(reason as u32), 0).map_err(wrap)?;
+            Ok((reason.name(), values.iter().sum()))
+        };
+        DropReason::ALL.into_iter().map(count).collect()
+    }
+
+    /// A loaded program, for tests.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Option<&Program> {
+        self.ebpf.program(name)
+    }
+
+    /// Attaches the socket hooks to a cgroup; in links that are there already, the programs are replaced in place.
+    pub fn attach_sockets(&self, cgroup: &Path) -> Result<(), ProgramError> {
+        let folder = fs::File::open(cgroup).map_err(failed("open cgroup", cgroup))?;
+        for (name, attach_type) in SOCKET_HOOKS {
+            let target = u32::try_from(folder.as_raw_fd()).unwrap_or(u32::MAX);
+            let wrap = |source| ProgramError::Attach { name, target: cgroup.display().to_string(), source };
+            attach(self.program_fd(name)?, &self.links.join(name), target, attach_type).map_err(wrap)?;
+        }
+        Ok(())
+    }
+
+    /// Attaches the edge programs to these devices, and lets go of all others.
+    pub fn attach_edges(&self, devices: &BTreeMap<u32, String>) -> Result<(), ProgramError> {
+        let mut wanted = Vec::new();
+        for (index, device) in devices {
+            for (name, attach_type, suffix) in EDGE_HOOKS {
+                let pin = format!("edge_{index}_{suffix}");
+                let wrap = |source| ProgramError::Attach { name, target: device.clone(), source };
+                match attach(self.program_fd(name)?, &self.links.join(&pin), *index, attach_type) {
+                    // The device went away meanwhile; the kernel reports that as well.
+                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                    other => other.map_err(wrap)?,
+                }
+                wanted.push(pin);
+            }
+        }
+        let entries = fs::read_dir(&self.links).map_err(failed("list", &self.links))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("edge_") && !wanted.contains(&name) {
+                remove_pin(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ProgramError> {
+        let fd = match self.ebpf.program(name) {
+            Some(Program::CgroupSockAddr(program)) => program.fd(),
+            Some(Program::SchedClassifier(program)) => program.fd(),
+            _ => return Err(mismatch(name)),
+        };
+        fd.map(AsFd::as_fd).map_err(|source| ProgramError::Program { name, source: Box::new(source) })
+    }
+}
+
+fn check_layout(data: &MapData, name: &'static str, key: usize, value: usize) -> Result<(), ProgramError> {
+    let info = data.info().map_err(|source| ProgramError::Map { name, source })?;
+    let fits = info.key_size() as usize == key && info.value_size() as usize == value;
+    if fits { Ok(()) } else { Err(mismatch(name)) }
+}
+
+fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, ProgramError> {
+    let source = |source| ProgramError::Node(failed("duplicate map", Path::new(name))(source));
+    data.fd().as_fd().try_clone_to_owned().map_err(source)
+}
+
+/// Replaces the program of a pinned link, or makes the link and pins it.
+fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
+    match sys::open_pin(pin) {
+        Ok(link) => match sys::link_update(link.as_fd(), program) {
+            Ok(()) => return Ok(()),
+            // Its cgroup or device is gone, or its index belongs to another one now.
+            Err(error) => {
+                tracing::debug!(pin = %pin.display(), %error, "link is dead, making another");
+                fs::remove_file(pin)?;
+            }
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let link = sys::link_create(program, target, attach_type)?;
+    sys::pin(link.as_fd(), pin)
+}
+
+fn remove_pin(path: &Path) -> Result<(), NodeError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove pin", path)(source)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes all links and maps of a node; what is gone already is no error.
+pub fn remove(pins: &Path) -> Result<(), NodeError> {
+    for folder in [pins.join("links"), pins.join("maps")] {
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => return Err(failed("list", &folder)(source)),
+        };
+        for entry in entries.flatten() {
+            remove_pin(&entry.path())?;
+        }
+        fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,186 @@
+//! The bpf(2) calls that aya has not: batches, links that can be updated in place, pins of plain descriptors.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const OBJ_PIN: libc::c_long = 6;
+const OBJ_GET: libc::c_long = 7;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const MAP_UPDATE_BATCH: libc::c_long = 26;
+const MAP_DELETE_BATCH: libc::c_long = 27;
+const LINK_CREATE: libc::c_long = 28;
+const LINK_UPDATE: libc::c_long = 29;
+
+/// `union bpf_attr`, member `batch`.
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// `union bpf_attr`, member `link_create`; the rest of it is zero for the types used here.
+#[repr(C)]
+#[derive(Default)]
+struct LinkCreateAttr {
+    prog_fd: u32,
+    /// Cgroup's descriptor or the device's index.
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    rest: [u64; 4],
+}
+
+/// `union bpf_attr`, member `link_update`.
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdateAttr {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// `union bpf_attr` for the pin commands.
+#[repr(C)]
+#[derive(Default)]
+struct ObjAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is the union's member for the command, every pointer in it is valid for the call, and the kernel takes
+    // the bytes behind a shorter struct as zero.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(0)) }
+}
+
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    u32::try_from(fd.as_raw_fd()).unwrap_or(u32::MAX)
+}
+
+fn address(bytes: &[u8]) -> u64 {
+    bytes.as_ptr() as u64
+}
+
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Sets `count` entries; `keys` and `values` hold them one behind the other. Returns how many were done, and why not all.
+pub(crate) fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> (u32, io::Result<()>) {
+    let mut attr =
+        BatchAttr { keys: address(keys), values: address(values), count, map_fd: number(map), ..BatchAttr::default() };
+    let result = bpf(MAP_UPDATE_BATCH, &mut attr).map(|_| ());
+    (attr.count.min(count), result)
+}
+
+/// Removes `count` keys. Returns how many were done, and why not all.
+pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> (u32, io::Result<()>) {
+    let mut attr = BatchAttr { keys: address(keys), count, map_fd: number(map), ..BatchAttr::default() };
+    let result = bpf(MAP_DELETE_BATCH, &mut attr).map(|_| ());
+    (attr.count.min(count), result)
+}
+
+/// Reads all entries of a hash map, as keys and values one behind the other.
+pub(crate) fn read_all(map: BorrowedFd<'_>, key_bytes: usize, value_bytes: usize) -> io::Result<(Vec<u8>, Vec<u8>)> {
+    // More than the longest chain of a bucket that is ever expected; doubled when the kernel says it is not.
+    let mut chunk = 4_096_usize;
+    let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
+    let mut position: Option<u32> = None;
+    loop {
+        let mut keys = vec![0_u8; chunk * key_bytes];
+        let mut values = vec![0_u8; chunk * value_bytes];
+        let mut next = 0_u32;
+        let mut attr = BatchAttr {
+            in_batch: position.as_ref().map_or(0, |p| std::ptr::from_ref(p) as u64),
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(chunk).unwrap_or(u32::MAX),
+            map_fd: number(map),
+            ..BatchAttr::default()
+        };
+        let result = bpf(MAP_LOOKUP_BATCH, &mut attr);
+        let end = match result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                chunk *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let count = attr.count as usize;
+        all_keys.extend_from_slice(&keys[..count * key_bytes]);
+        all_values.extend_from_slice(&values[..count * value_bytes]);
+        if end {
+            return Ok((all_keys, all_values));
+        }
+        position = Some(next);
+    }
+}
+
+/// Attaches a program: `target` is a cgroup's descriptor or a device's index.
+pub(crate) fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attr =
+        LinkCreateAttr { prog_fd: number(program), target, attach_type, ..LinkCreateAttr::default() };
+    bpf(LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Puts another program into a link, between two packets.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr =
+        LinkUpdateAttr { link_fd: number(link), new_prog_fd: number(program), ..LinkUpdateAttr::default() };
+    bpf(LINK_UPDATE, &mut attr).map(|_| ())
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+/// Pins a descriptor.
+pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, bpf_fd: number(fd), file_flags: 0 };
+    bpf(OBJ_PIN, &mut attr).map(|_| ())
+}
+
+/// Opens what is pinned.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { pathname: path.as_ptr() as u64, ..ObjAttr::default() };
+    bpf(OBJ_GET, &mut attr).map(owned)
+}
+
+/// The cookie of the calling thread's network namespace.
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    /// `SO_NETNS_COOKIE` of asm-generic/socket.h.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))?;
+    let mut cookie = 0_u64;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: the socket is open, and the buffer has the length given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}

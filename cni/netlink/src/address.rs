@@ -1,0 +1,91 @@
+//! Addresses of devices.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use crate::error::{ok_if_exists, ok_if_gone};
+use crate::socket::About;
+use crate::{Error, Netlink};
+
+/// An address as found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The device's number.
+    pub index: u32,
+    /// Address and prefix length.
+    pub network: IpNetwork,
+    /// Whether it may be used beyond this host and its links.
+    pub global: bool,
+}
+
+impl Netlink {
+    /// All addresses of the namespace.
+    ///
+    /// # Errors
+    /// If the kernel can't be asked.
+    pub fn addresses(&mut self) -> Result<Vec<Address>, Error> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        self.dump("list the addresses", &request, |message| match message {
+            RouteNetlinkMessage::NewAddress(message) => read(&message),
+            _ => None,
+        })
+    }
+
+    /// Gives a device an address. One that it has already is no error.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn add_address(&mut self, index: u32, network: IpNetwork) -> Result<(), Error> {
+        let subject = network.to_string();
+        let about = About { op: "add the address", subject: &subject };
+        let message = RouteNetlinkMessage::NewAddress(message(index, network));
+        ok_if_exists(self.request(about, message, NLM_F_CREATE | NLM_F_EXCL))
+    }
+
+    /// Takes an address from a device. One that it doesn't have is no error.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn delete_address(&mut self, index: u32, network: IpNetwork) -> Result<(), Error> {
+        let subject = network.to_string();
+        let about = About { op: "delete the address", subject: &subject };
+        ok_if_gone(self.request(about, RouteNetlinkMessage::DelAddress(message(index, network)), 0))
+    }
+}
+
+fn message(index: u32, network: IpNetwork) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message.header.prefix_len = network.prefix();
+    message.header.family = match network {
+        IpNetwork::V4(_) => AddressFamily::Inet,
+        IpNetwork::V6(_) => AddressFamily::Inet6,
+    };
+    if network.is_ipv6() {
+        // Nobody else can have it: the delay of duplicate address detection would be for nothing.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    message.attributes = vec![AddressAttribute::Local(network.ip()), AddressAttribute::Address(network.ip())];
+    message
+}
+
+fn read(message: &AddressMessage) -> Option<Address> {
+    let mut address: Option<IpAddr> = None;
+    for attribute in &message.attributes {
+        match attribute {
+            // On IPv4, `Address` is the peer's on a point-to-point link; `Local` is ours.
+            AddressAttribute::Local(local) => address = Some(*local),
+            AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            _ => {}
+        }
+    }
+    Some(Address {
+        index: message.header.index,
+        network: IpNetwork::new(address?, message.header.prefix_len).ok()?,
+        global: message.header.scope == AddressScope::Universe,
+    })
+}

@@ -1,0 +1,305 @@
+//! Network devices: bridges, veth pairs, VXLAN.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::link::{
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+
+use crate::error::ok_if_gone;
+use crate::socket::About;
+use crate::{Class, Error, Mac, Netlink};
+
+/// A device as found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its number in this namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its hardware address, if it has one of Ethernet.
+    pub mac: Option<Mac>,
+    /// Largest packet in bytes.
+    pub mtu_bytes: u32,
+    /// Whether it is set up.
+    pub up: bool,
+    /// Whether it is a loopback device.
+    pub loopback: bool,
+    /// The device (a bridge) that it belongs to.
+    pub master: Option<u32>,
+    /// Number of the other end of a pair, in the other end's namespace.
+    pub peer_index: Option<u32>,
+    /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
+    pub kind: String,
+}
+
+/// One end of a new veth pair.
+#[derive(Clone, Debug)]
+pub struct VethEnd<'a> {
+    /// Name, at most 15 bytes.
+    pub name: &'a str,
+    /// Hardware address; the kernel's choice if `None`.
+    pub mac: Option<Mac>,
+    /// Largest packet in bytes.
+    pub mtu_bytes: u32,
+}
+
+/// A new VXLAN device. It learns nothing: its entries are put by the caller.
+#[derive(Clone, Debug)]
+pub struct Vxlan<'a> {
+    /// Name, at most 15 bytes.
+    pub name: &'a str,
+    /// Network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+    /// Address that tunnel packets are sent from.
+    pub local: Ipv4Addr,
+    /// Hardware address.
+    pub mac: Mac,
+    /// Largest packet in bytes: the underlay's less 50.
+    pub mtu_bytes: u32,
+}
+
+/// What to change of a device; `None` stays as it is.
+#[derive(Clone, Debug, Default)]
+pub struct LinkChange<'a> {
+    /// Set up or down.
+    pub up: Option<bool>,
+    /// Make it a port of this bridge; 0 takes it out.
+    pub master: Option<u32>,
+    /// Largest packet in bytes.
+    pub mtu_bytes: Option<u32>,
+    /// Hardware address.
+    pub mac: Option<Mac>,
+    /// New name.
+    pub name: Option<&'a str>,
+    /// Move it to this namespace.
+    pub netns: Option<BorrowedFd<'a>>,
+}
+
+impl Netlink {
+    /// All devices of the namespace.
+    ///
+    /// # Errors
+    /// If the kernel can't be asked.
+    pub fn links(&mut self) -> Result<Vec<Link>, Error> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        self.dump("list the devices", &request, |message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
+            _ => None,
+        })
+    }
+
+    /// The device of a name.
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link(&mut self, name: &str) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let about = About { op: "find the device", subject: name };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
+    /// The bridge of a name, made and set up if it is missing.
+    ///
+    /// # Errors
+    /// If it can't be made.
+    pub fn ensure_bridge(&mut self, name: &str, mtu_bytes: u32) -> Result<Link, Error> {
+        let attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(mtu_bytes),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
+        ];
+        match self.create("create the bridge", name, attributes) {
+            Err(error) if error.class() != Class::Exists => return Err(error),
+            _ => {}
+        }
+        self.link(name)
+    }
+
+    /// Makes a veth pair: `host` here and up; `peer` down, in another namespace if one is given. The kernel refuses to set
+    /// the peer up before it knows the other end (ENOTCONN).
+    ///
+    /// # Errors
+    /// [`Class::Exists`] if either name is taken.
+    pub fn create_veth(
+        &mut self,
+        host: &VethEnd<'_>,
+        peer: &VethEnd<'_>,
+        peer_netns: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Error> {
+        self.create_veth_port(host, peer, peer_netns, None)
+    }
+
+    /// The same, with the host's end a port of a bridge from the start.
+    ///
+    /// # Errors
+    /// [`Class::Exists`] if either name is taken.
+    pub fn create_veth_port(
+        &mut self,
+        host: &VethEnd<'_>,
+        peer: &VethEnd<'_>,
+        peer_netns: Option<BorrowedFd<'_>>,
+        bridge: Option<u32>,
+    ) -> Result<(), Error> {
+        let mut other = LinkMessage::default();
+        other.attributes = end(peer);
+        if let Some(netns) = peer_netns {
+            other.attributes.push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
+        }
+        let mut attributes = end(host);
+        attributes.extend(bridge.map(LinkAttribute::Controller));
+        attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
+        ]));
+        self.create("create the veth pair", host.name, attributes)
+    }
+
+    /// Makes a VXLAN device and sets it up.
+    ///
+    /// # Errors
+    /// [`Class::Exists`] if the name, or the identifier and port, are taken.
+    pub fn create_vxlan(&mut self, vxlan: &Vxlan<'_>) -> Result<(), Error> {
+        let data = vec![
+            InfoVxlan::Id(vxlan.vni),
+            InfoVxlan::Port(vxlan.port),
+            InfoVxlan::Local(vxlan.local),
+            InfoVxlan::Learning(false),
+        ];
+        let attributes = vec![
+            LinkAttribute::IfName(vxlan.name.to_owned()),
+            LinkAttribute::Mtu(vxlan.mtu_bytes),
+            LinkAttribute::Address(vxlan.mac.0.to_vec()),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Vxlan),
+                LinkInfo::Data(InfoData::Vxlan(data)),
+            ]),
+        ];
+        self.create("create the VXLAN device", vxlan.name, attributes)
+    }
+
+    fn create(
+        &mut self,
+        op: &'static str,
+        subject: &str,
+        attributes: Vec<LinkAttribute>,
+    ) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        message.attributes = attributes;
+        self.request(About { op, subject }, RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Changes a device.
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none of this number.
+    pub fn change_link(&mut self, index: u32, change: &LinkChange<'_>) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        if let Some(up) = change.up {
+            message.header.change_mask = LinkFlags::Up;
+            message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+        }
+        message.attributes.extend(change.master.map(LinkAttribute::Controller));
+        message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
+        message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
+        message.attributes.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
+        message.attributes.extend(change.netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
+        let subject = index.to_string();
+        self.request(
+            About { op: "change the device", subject: &subject },
+            RouteNetlinkMessage::SetLink(message),
+            0,
+        )
+    }
+
+    /// Lets a bridge send a port's packets back to it, as a pod that reaches itself through a Service needs.
+    ///
+    /// # Errors
+    /// If the device is no bridge's port.
+    pub fn set_hairpin(&mut self, index: u32, on: bool) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
+        ]));
+        let subject = index.to_string();
+        let about = About { op: "set hairpin of", subject: &subject };
+        // RTM_SETLINK takes the port's data without a word and does nothing with it; RTM_NEWLINK sets it.
+        self.request(about, RouteNetlinkMessage::NewLink(message), 0)
+    }
+
+    /// Deletes a device, and the other end of a pair with it. One that is gone is no error.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn delete_link(&mut self, index: u32) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let subject = index.to_string();
+        let about = About { op: "delete the device", subject: &subject };
+        ok_if_gone(self.request(about, RouteNetlinkMessage::DelLink(message), 0))
+    }
+
+    /// Deletes the device of a name, if there is one.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn delete_link_named(&mut self, name: &str) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let about = About { op: "delete the device", subject: name };
+        ok_if_gone(self.request(about, RouteNetlinkMessage::DelLink(message), 0))
+    }
+}
+
+fn end(end: &VethEnd<'_>) -> Vec<LinkAttribute> {
+    let mut attributes = vec![LinkAttribute::IfName(end.name.to_owned()), LinkAttribute::Mtu(end.mtu_bytes)];
+    attributes.extend(end.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
+    attributes
+}
+
+pub(crate) fn read(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: None,
+        mtu_bytes: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        master: None,
+        peer_index: None,
+        kind: String::new(),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok().map(Mac),
+            LinkAttribute::Mtu(bytes) => link.mtu_bytes = *bytes,
+            LinkAttribute::Controller(index) => link.master = Some(*index),
+            LinkAttribute::Link(index) => link.peer_index = Some(*index),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.kind = kind.to_string();
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}

@@ -1,0 +1,187 @@
+//! One route socket: requests with an acknowledgement, and dumps that are repeated when they were interrupted.
+
+use std::os::fd::BorrowedFd;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
+
+use crate::{Error, namespace};
+
+/// A dump that was interrupted this many times in a row is given up.
+const DUMP_TRIES: u32 = 16;
+
+/// A connection to the kernel's route service, in one network namespace.
+#[derive(Debug)]
+pub struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// What a request is about, for its error.
+#[derive(Clone, Copy)]
+pub(crate) struct About<'a> {
+    pub(crate) op: &'static str,
+    pub(crate) subject: &'a str,
+}
+
+impl Netlink {
+    /// Opens a socket in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel has no route netlink, or no more descriptors.
+    pub fn open() -> Result<Self, Error> {
+        let failed = |op| move |source| Error::Socket { op, source };
+        let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
+        socket.bind_auto().map_err(failed("bind"))?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Opens a socket in another namespace, which the calling thread enters for that moment.
+    ///
+    /// # Errors
+    /// If the namespace can't be entered, or the thread can't come back; then it must not go on.
+    pub fn open_within(namespace: BorrowedFd<'_>) -> Result<Self, Error> {
+        namespace::during(namespace, Self::open)?
+    }
+
+    /// Asks for one thing and waits for it, or for the reason why not.
+    pub(crate) fn get(
+        &mut self,
+        about: About<'_>,
+        message: RouteNetlinkMessage,
+    ) -> Result<RouteNetlinkMessage, Error> {
+        self.send(about.op, message, NLM_F_REQUEST)?;
+        loop {
+            for message in self.receive(about.op)? {
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => return Ok(inner),
+                    NetlinkPayload::Error(error) => {
+                        let code = error.code.map_or(0, |code| code.get().saturating_neg());
+                        let errno = Errno::from_raw(code);
+                        return Err(Error::Refused { op: about.op, subject: about.subject.to_owned(), errno });
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Sends a request and waits for its acknowledgement.
+    pub(crate) fn request(
+        &mut self,
+        about: About<'_>,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), Error> {
+        self.send(about.op, message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        loop {
+            for message in self.receive(about.op)? {
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                if let NetlinkPayload::Error(error) = message.payload {
+                    return match error.code {
+                        None => Ok(()),
+                        Some(code) => {
+                            let errno = Errno::from_raw(code.get().saturating_neg());
+                            Err(Error::Refused { op: about.op, subject: about.subject.to_owned(), errno })
+                        }
+                    };
+                }
+            }
+        }
+    }
+
+    /// Sends a dump request and collects what `pick` takes of the answers. The one place where a dump is read: an
+    /// interrupted one is incomplete, so it is repeated.
+    pub(crate) fn dump<T>(
+        &mut self,
+        op: &'static str,
+        message: &RouteNetlinkMessage,
+        mut pick: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>, Error> {
+        for _ in 0..DUMP_TRIES {
+            self.send(op, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
+            if let Some(found) = self.collect(op, &mut pick)? {
+                return Ok(found);
+            }
+        }
+        Err(Error::Interrupted { op })
+    }
+
+    fn collect<T>(
+        &mut self,
+        op: &'static str,
+        pick: &mut impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Option<Vec<T>>, Error> {
+        let mut found = Vec::new();
+        let mut interrupted = false;
+        loop {
+            for message in self.receive(op)? {
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => found.extend(pick(inner)),
+                    NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(found)),
+                    NetlinkPayload::Error(error) => {
+                        let code = error.code.map_or(0, |code| code.get().saturating_neg());
+                        return Err(Error::Refused {
+                            op,
+                            subject: String::new(),
+                            errno: Errno::from_raw(code),
+                        });
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, op: &'static str, message: RouteNetlinkMessage, flags: u16) -> Result<(), Error> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        message.finalize();
+        let mut buffer = vec![0; message.buffer_len()];
+        message.serialize(&mut buffer);
+        self.socket.send(&buffer, 0).map_err(|source| Error::Socket { op, source })?;
+        Ok(())
+    }
+
+    fn receive(&self, op: &'static str) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+        let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
+        parse(op, &datagram)
+    }
+}
+
+/// The messages of one datagram.
+pub(crate) fn parse(
+    op: &'static str,
+    datagram: &[u8],
+) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+    let mut messages = Vec::new();
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+            .map_err(|error| Error::Decode { op, reason: error.to_string() })?;
+        let length = usize::try_from(message.header.length).unwrap_or(0);
+        // Messages begin at multiples of four bytes.
+        let step = length.next_multiple_of(4).clamp(4, rest.len());
+        rest = &rest[step..];
+        messages.push(message);
+    }
+    Ok(messages)
+}

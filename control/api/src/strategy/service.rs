@@ -1,0 +1,38 @@
+//! Services and what surrounds them.
+
+mod defaults;
+mod endpoints;
+mod ingress;
+mod validation;
+
+use serde_json::Value;
+
+use super::Change;
+use super::checks::Errors;
+
+pub(super) use defaults::apply as default;
+
+pub(super) fn create(group: &str, kind: &str, object: &Value, errors: &mut Errors) {
+    match (group, kind) {
+        ("", "Service") => validation::service(object, errors),
+        ("", "Endpoints") => endpoints::endpoints(object, errors),
+        ("discovery.k8s.io", "EndpointSlice") => endpoints::slice(object, errors),
+        ("networking.k8s.io", "Ingress") => ingress::ingress(object, errors),
+        ("networking.k8s.io", "IngressClass") => ingress::class(object, errors),
+        ("networking.k8s.io", "NetworkPolicy") => ingress::network_policy(object, errors),
+        _ => {}
+    }
+}
+
+pub(super) fn update(group: &str, kind: &str, change: &Change<'_>, errors: &mut Errors) {
+    if change.subresource.is_some() {
+        return;
+    }
+    create(group, kind, change.new, errors);
+    match (group, kind) {
+        ("", "Service") => validation::service_update(change, errors),
+        ("discovery.k8s.io", "EndpointSlice") => endpoints::slice_update(change, errors),
+        ("networking.k8s.io", "IngressClass") => ingress::class_update(change, errors),
+        _ => {}
+    }
+}

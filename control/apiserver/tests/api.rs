@@ -1,0 +1,16 @@
+//! The API server as its clients see it: the real kubectl, and plain HTTP for what kubectl never sends.
+
+#![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
+#[path = "api/kubectl.rs"]
+mod kubectl;
+#[path = "api/kubelet.rs"]
+mod kubelet;
+#[path = "api/refusals.rs"]
+mod refusals;
+#[path = "api/support.rs"]
+mod support;
+#[path = "api/access.rs"]
+mod access;
+#[path = "api/objects.rs"]
+mod objects;

@@ -1,0 +1,65 @@
+//! Why traffic was not let through, numbered once for programs, metrics and command line.
+
+/// A reason. Numbers are never used again for another meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DropReason {
+    /// A socket asked for a Service without endpoints.
+    SocketNoEndpoints = 1,
+    /// A socket asked for a port that the cluster address does not serve.
+    SocketUnknownPort = 2,
+    /// A packet for a Service without endpoints; answered with a reset or "port unreachable".
+    PacketNoEndpoints = 3,
+    /// A packet for a port that the cluster address does not serve; answered likewise.
+    PacketUnknownPort = 4,
+    /// A TCP packet whose backend is gone; answered with a reset.
+    BackendGone = 5,
+    /// A TCP packet in the middle of a connection that is not known; answered with a reset.
+    UnknownFlow = 6,
+    /// No free source port towards the backend.
+    NatPortsExhausted = 7,
+    /// The node has no route to the backend.
+    NoRoute = 8,
+    /// The kernel refused to rewrite the packet.
+    RewriteFailed = 9,
+    /// The flow could not be recorded.
+    FlowTableFull = 10,
+}
+
+impl DropReason {
+    /// Entries of the counters' map; index 0 is unused.
+    pub const COUNT: u32 = 11;
+
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::SocketNoEndpoints,
+        Self::SocketUnknownPort,
+        Self::PacketNoEndpoints,
+        Self::PacketUnknownPort,
+        Self::BackendGone,
+        Self::UnknownFlow,
+        Self::NatPortsExhausted,
+        Self::NoRoute,
+        Self::RewriteFailed,
+        Self::FlowTableFull,
+    ];
+
+    /// The name in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SocketNoEndpoints => "socket_no_endpoints",
+            Self::SocketUnknownPort => "socket_unknown_port",
+            Self::PacketNoEndpoints => "packet_no_endpoints",
+            Self::PacketUnknownPort => "packet_unknown_port",
+            Self::BackendGone => "backend_gone",
+            Self::UnknownFlow => "unknown_flow",
+            Self::NatPortsExhausted => "nat_ports_exhausted",
+            Self::NoRoute => "no_route",
+            Self::RewriteFailed => "rewrite_failed",
+            Self::FlowTableFull => "flow_table_full",
+        }
+    }
+}
+
+const _: () = assert!(DropReason::ALL.len() + 1 == DropReason::COUNT as usize);

@@ -1,0 +1,102 @@
+//! Tuples of translated flows: what a packet becomes, and how its answer is recognised.
+
+use weft_ebpf_abi::{
+    Address, BackendKey, FLOW_REPLY, FlowKey, FlowValue, NAT_PORT_COUNT, NAT_PORT_FIRST, Port, UDP,
+};
+
+use crate::service::{UDP_STICKY_SECONDS, scale};
+
+/// How many source ports are tried before a flow is refused. At three quarters of the range taken, one flow in 100 is refused.
+pub const NAT_PORT_TRIES: u32 = 16;
+
+/// Where a new flow goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Source address to use; `None` keeps the client's address and port.
+    pub source: Option<Address>,
+    /// Device towards the backend; 0 if the backend is this node.
+    pub ifindex: u32,
+}
+
+/// The `try_number`-th candidate for a source port, from a random start.
+#[inline(always)]
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "the remainder of NAT_PORT_COUNT, a u16")]
+pub const fn nat_port(random: u32, try_number: u32) -> Port {
+    let start = scale(random, NAT_PORT_COUNT as u32);
+    // 1367 shares no factor with the size of the range: every try is another port.
+    let offset = (start + try_number * 1_367) % NAT_PORT_COUNT as u32;
+    Port::new(NAT_PORT_FIRST + offset as u16)
+}
+
+/// What a client's packets become.
+#[inline(always)]
+#[must_use]
+pub const fn forward(
+    backend: &BackendKey,
+    source: (Address, Port),
+    ifindex: u32,
+    generation: u32,
+) -> FlowValue {
+    FlowValue {
+        source: source.0,
+        destination: backend.address,
+        source_port: source.1,
+        destination_port: backend.port,
+        ifindex,
+        generation,
+        flags: 0,
+        last_seen: 0,
+    }
+}
+
+/// The key of the backend's answers to a forward entry.
+#[inline(always)]
+#[must_use]
+pub const fn reply_key(forward: &FlowValue, protocol: u8) -> FlowKey {
+    FlowKey {
+        source: forward.destination,
+        destination: forward.source,
+        source_port: forward.destination_port,
+        destination_port: forward.source_port,
+        protocol,
+        pad: [0; 3],
+    }
+}
+
+/// What the backend's answers become: from the Service, to the client, out of the device the client came in by.
+#[inline(always)]
+#[must_use]
+pub const fn reply(packet: &FlowKey, ifindex: u32, generation: u32) -> FlowValue {
+    FlowValue {
+        source: packet.destination,
+        destination: packet.source,
+        source_port: packet.destination_port,
+        destination_port: packet.source_port,
+        ifindex,
+        generation,
+        flags: FLOW_REPLY,
+        last_seen: 0,
+    }
+}
+
+/// The key of the client's packets, from the entry of the answers.
+#[inline(always)]
+#[must_use]
+pub const fn forward_key(reply: &FlowValue, protocol: u8) -> FlowKey {
+    reply_key(reply, protocol)
+}
+
+/// The backend of a forward entry.
+#[inline(always)]
+#[must_use]
+pub const fn backend(forward: &FlowValue, protocol: u8) -> BackendKey {
+    BackendKey { address: forward.destination, port: forward.destination_port, protocol, pad: 0 }
+}
+
+/// Whether a UDP flow was silent for so long that its next packet begins a new one.
+#[inline(always)]
+#[must_use]
+pub const fn is_idle(flow: &FlowValue, protocol: u8, now: u32) -> bool {
+    protocol == UDP && now.wrapping_sub(flow.last_seen) >= UDP_STICKY_SECONDS
+}

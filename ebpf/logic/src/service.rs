@@ -1,0 +1,130 @@
+//! Which Service an address is, and which backend serves it.
+
+use crate::Tables;
+use weft_ebpf_abi::{
+    Address, AffinityKey, AffinityValue, BACKEND_ACTIVE, BackendKey, Port, SCOPE_INTERNAL, ServiceKey,
+    ServiceValue, SlotKey, UDP,
+};
+
+/// How long an unconnected UDP socket stays with a backend it does not hear about being gone: as long as
+/// netfilter keeps an answered UDP flow (`nf_conntrack_udp_timeout_stream`).
+pub const UDP_STICKY_SECONDS: u32 = 120;
+
+/// A destination as a client gave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Address.
+    pub address: Address,
+    /// Port.
+    pub port: Port,
+    /// `TCP` or `UDP`.
+    pub protocol: u8,
+    /// `SCOPE_…`.
+    pub scope: u8,
+    /// Whether 127.0.0.0/8 means this node: only for sockets in the node's own namespace.
+    pub loopback_is_node: bool,
+}
+
+/// What a destination is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// No Service: leave it alone.
+    Nothing,
+    /// A Service.
+    Service(ServiceValue),
+    /// A Service's address, but not a port of it.
+    UnknownPort,
+}
+
+/// Looks a destination up: as it is, as a NodePort, as a Service's address.
+#[inline(always)]
+pub fn find<T: Tables>(tables: &T, to: &Destination) -> Found {
+    let mut key = ServiceKey { address: to.address, port: to.port, protocol: to.protocol, scope: to.scope };
+    if let Some(value) = tables.service(&key) {
+        return Found::Service(value);
+    }
+    if (to.loopback_is_node && to.address.is_v4_loopback()) || tables.is_node_address(&to.address) {
+        key.address = Address::ANY;
+        return match tables.service(&key) {
+            Some(value) => Found::Service(value),
+            None => Found::Nothing,
+        };
+    }
+    key = ServiceKey { address: to.address, port: Port::new(0), protocol: 0, scope: SCOPE_INTERNAL };
+    if to.scope == SCOPE_INTERNAL && tables.service(&key).is_some() {
+        return Found::UnknownPort;
+    }
+    Found::Nothing
+}
+
+/// Who asks, for affinity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// The client itself: its address, or the namespace of its socket.
+    pub client: Address,
+    /// Its unconnected UDP socket, whose datagrams should stay together.
+    pub datagram_socket: Option<Address>,
+}
+
+/// Picks a backend; `None` if the Service has none.
+#[inline(always)]
+pub fn select<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) -> Option<BackendKey> {
+    if service.count == 0 {
+        return None;
+    }
+    let (who, seconds) = match client.datagram_socket {
+        _ if service.affinity_seconds > 0 => (client.client, service.affinity_seconds),
+        Some(socket) => (socket, UDP_STICKY_SECONDS),
+        None => return pick(tables, service),
+    };
+    let key = AffinityKey { client: who, list: service.list };
+    let now = tables.now_seconds();
+    if let Some(last) = tables.affinity(&key)
+        && now.wrapping_sub(last.last_used) < seconds
+        && takes_new_flows(tables, &last.backend)
+    {
+        if now != last.last_used {
+            tables.remember(&key, &AffinityValue { backend: last.backend, last_used: now });
+        }
+        return Some(last.backend);
+    }
+    let backend = pick(tables, service)?;
+    tables.remember(&key, &AffinityValue { backend, last_used: now });
+    Some(backend)
+}
+
+/// A random backend. The list may shrink between the lookups: the agent lowers the count before it empties
+/// a slot, so a reader that was overtaken tries slot 0 before it gives up.
+#[inline(always)]
+fn pick<T: Tables>(tables: &T, service: &ServiceValue) -> Option<BackendKey> {
+    let index = scale(tables.random(), service.count);
+    match tables.slot(&SlotKey { list: service.list, index }) {
+        Some(backend) => Some(backend),
+        None => tables.slot(&SlotKey { list: service.list, index: 0 }),
+    }
+}
+
+/// Maps a random number evenly onto 0 to `count - 1` (a multiplication; the remainder would cost a division).
+#[inline(always)]
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "the product of two u32 shifted by 32 is below `count`")]
+pub const fn scale(random: u32, count: u32) -> u32 {
+    ((random as u64 * count as u64) >> 32) as u32
+}
+
+#[inline(always)]
+fn takes_new_flows<T: Tables>(tables: &T, backend: &BackendKey) -> bool {
+    matches!(tables.backend(backend), Some(value) if value.flags & BACKEND_ACTIVE != 0)
+}
+
+/// Whether a flow that began with `generation` may go on. UDP has no connection to finish: it leaves a
+/// backend that takes no new flows.
+#[inline(always)]
+pub fn flow_is_current<T: Tables>(tables: &T, backend: &BackendKey, generation: u32) -> bool {
+    match tables.backend(backend) {
+        Some(value) if value.generation == generation => {
+            backend.protocol != UDP || value.flags & BACKEND_ACTIVE != 0
+        }
+        Some(_) | None => false,
+    }
+}

@@ -1,0 +1,282 @@
+//! Tables in memory, and what must hold for any of them.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
+
+use proptest::prelude::*;
+use weft_ebpf_abi::*;
+
+use crate::service::{Client, Destination, Found, find, flow_is_current, scale, select};
+use crate::{Tables, flow, packet};
+
+#[derive(Default)]
+struct Memory {
+    services: HashMap<ServiceKey, ServiceValue>,
+    slots: HashMap<SlotKey, BackendKey>,
+    backends: HashMap<BackendKey, BackendValue>,
+    node: HashSet<Address>,
+    affinity: RefCell<HashMap<AffinityKey, AffinityValue>>,
+    random: Cell<u32>,
+    now: Cell<u32>,
+}
+
+impl Tables for Memory {
+    fn service(&self, key: &ServiceKey) -> Option<ServiceValue> {
+        self.services.get(key).copied()
+    }
+    fn slot(&self, key: &SlotKey) -> Option<BackendKey> {
+        self.slots.get(key).copied()
+    }
+    fn backend(&self, key: &BackendKey) -> Option<BackendValue> {
+        self.backends.get(key).copied()
+    }
+    fn is_node_address(&self, address: &Address) -> bool {
+        self.node.contains(address)
+    }
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        self.affinity.borrow().get(key).copied()
+    }
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        self.affinity.borrow_mut().insert(*key, *value);
+    }
+    fn random(&self) -> u32 {
+        self.random.set(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+        self.random.get()
+    }
+    fn now_seconds(&self) -> u32 {
+        self.now.get()
+    }
+}
+
+const VIP: Address = Address::v4([10, 43, 0, 10]);
+const NODE: Address = Address::v4([192, 168, 0, 2]);
+
+fn backend(i: u8, protocol: u8) -> BackendKey {
+    BackendKey { address: Address::v4([10, 42, 0, i]), port: Port::new(8080), protocol, pad: 0 }
+}
+
+fn with_backends(count: u8, protocol: u8, affinity_seconds: u32) -> (Memory, ServiceValue) {
+    let mut memory = Memory { random: Cell::new(7), ..Memory::default() };
+    let value = ServiceValue { list: 1, count: u32::from(count), affinity_seconds, flags: 0 };
+    memory.services.insert(key(VIP, 80, protocol, SCOPE_INTERNAL), value);
+    memory.services.insert(key(VIP, 0, 0, SCOPE_INTERNAL), ServiceValue { count: 0, ..value });
+    memory.services.insert(key(Address::ANY, 30080, protocol, SCOPE_INTERNAL), value);
+    for i in 0..count {
+        memory.slots.insert(SlotKey { list: 1, index: u32::from(i) }, backend(i, protocol));
+        let known = BackendValue { generation: u32::from(i) + 1, flags: BACKEND_ACTIVE, owner: 0 };
+        memory.backends.insert(backend(i, protocol), known);
+    }
+    memory.node.insert(NODE);
+    (memory, value)
+}
+
+fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
+    ServiceKey { address, port: Port::new(port), protocol, scope }
+}
+
+fn to(address: Address, port: u16) -> Destination {
+    Destination {
+        address,
+        port: Port::new(port),
+        protocol: TCP,
+        scope: SCOPE_INTERNAL,
+        loopback_is_node: true,
+    }
+}
+
+#[test]
+fn destinations() {
+    let (memory, value) = with_backends(2, TCP, 0);
+    let loopback = Address::v4([127, 0, 0, 1]);
+    let elsewhere = Address::v4([8, 8, 8, 8]);
+    let rows = [
+        ("cluster address", to(VIP, 80), Found::Service(value)),
+        ("a port it does not serve", to(VIP, 81), Found::UnknownPort),
+        ("its port over the other protocol", Destination { protocol: UDP, ..to(VIP, 80) }, Found::UnknownPort),
+        ("NodePort at the node", to(NODE, 30080), Found::Service(value)),
+        ("NodePort at loopback", to(loopback, 30080), Found::Service(value)),
+        ("loopback of a pod", Destination { loopback_is_node: false, ..to(loopback, 30080) }, Found::Nothing),
+        ("another port of the node", to(NODE, 22), Found::Nothing),
+        ("NodePort elsewhere", to(elsewhere, 30080), Found::Nothing),
+        ("from outside", Destination { scope: SCOPE_EXTERNAL, ..to(VIP, 80) }, Found::Nothing),
+        ("from outside, unknown", Destination { scope: SCOPE_EXTERNAL, ..to(VIP, 81) }, Found::Nothing),
+    ];
+    for (name, destination, wanted) in rows {
+        assert_eq!(find(&memory, &destination), wanted, "{name}");
+    }
+}
+
+const CLIENT: Client = Client { client: Address::from_id(1), datagram_socket: None };
+
+#[test]
+fn every_backend_is_picked_and_evenly() {
+    let (memory, value) = with_backends(50, TCP, 0);
+    let mut hits = HashMap::new();
+    for _ in 0..10_000 {
+        *hits.entry(select(&memory, &value, &CLIENT).unwrap()).or_insert(0_u32) += 1;
+    }
+    assert_eq!(hits.len(), 50);
+    assert!(hits.values().all(|&n| (100..=300).contains(&n)), "{hits:?}");
+}
+
+#[test]
+fn none_without_backends() {
+    let (memory, value) = with_backends(0, TCP, 0);
+    assert_eq!(select(&memory, &value, &CLIENT), None);
+}
+
+#[test]
+fn overtaken_reader_falls_back_to_the_first_slot() {
+    let (mut memory, value) = with_backends(9, TCP, 0);
+    for index in 1..9 {
+        memory.slots.remove(&SlotKey { list: 1, index });
+    }
+    for _ in 0..20 {
+        assert_eq!(select(&memory, &value, &CLIENT), Some(backend(0, TCP)));
+    }
+}
+
+#[test]
+fn affinity_lasts_its_seconds_and_no_longer_than_the_backend() {
+    let (mut memory, value) = with_backends(50, TCP, 10);
+    let first = select(&memory, &value, &CLIENT).unwrap();
+    for now in 1..40 {
+        memory.now.set(now);
+        assert_eq!(select(&memory, &value, &CLIENT), Some(first), "used every second, at {now}");
+    }
+    let later = |memory: &Memory| (0..8).map(|_| select(memory, &value, &CLIENT)).collect::<HashSet<_>>();
+    assert_eq!(later(&memory).len(), 1);
+    memory.backends.get_mut(&first).unwrap().flags = 0;
+    assert_ne!(select(&memory, &value, &CLIENT), Some(first), "it drains");
+    memory.now.set(1_000);
+    let mut seen = HashSet::new();
+    for round in 0..20 {
+        memory.now.set(1_000 + round * 10);
+        seen.insert(select(&memory, &value, &CLIENT));
+    }
+    assert!(seen.len() > 1, "it never expires");
+}
+
+#[test]
+fn datagrams_of_a_socket_stay_together() {
+    let (memory, value) = with_backends(50, UDP, 0);
+    let client = |n| Client { client: Address::from_id(1), datagram_socket: Some(Address::from_id(n)) };
+    let first = select(&memory, &value, &client(5));
+    assert!((0..100).all(|_| select(&memory, &value, &client(5)) == first));
+    let others: HashSet<_> = (10..40).map(|n| select(&memory, &value, &client(n))).collect();
+    assert!(others.len() > 10);
+}
+
+#[test]
+fn generations() {
+    let (mut memory, _) = with_backends(2, TCP, 0);
+    let tcp = backend(0, TCP);
+    assert!(flow_is_current(&memory, &tcp, 1));
+    assert!(!flow_is_current(&memory, &tcp, 2), "another endpoint on the same address");
+    memory.backends.get_mut(&tcp).unwrap().flags = 0;
+    assert!(flow_is_current(&memory, &tcp, 1), "a draining backend keeps its TCP flows");
+    memory.backends.remove(&tcp);
+    assert!(!flow_is_current(&memory, &tcp, 1), "gone");
+    let (mut memory, _) = with_backends(2, UDP, 0);
+    memory.backends.get_mut(&backend(0, UDP)).unwrap().flags = 0;
+    assert!(!flow_is_current(&memory, &backend(0, UDP), 1), "UDP leaves a draining backend");
+}
+
+/// The checksum as RFC 1071 words it, for comparison.
+fn reference_checksum(bytes: &[u8]) -> u16 {
+    let mut total: u64 = bytes
+        .chunks(2)
+        .map(|c| u64::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)])))
+        .sum();
+    while total >> 16 != 0 {
+        total = (total & 0xffff) + (total >> 16);
+    }
+    !u16::try_from(total).unwrap()
+}
+
+fn pseudo(packet: &[u8]) -> Vec<u8> {
+    let mut all = packet[12..20].to_vec();
+    all.extend([0, packet[9]]);
+    all.extend(u16::try_from(packet.len() - 20).unwrap().to_be_bytes());
+    all.extend(&packet[20..]);
+    all
+}
+
+proptest! {
+    #[test]
+    fn scaling_stays_in_range(random: u32, count in 1_u32..) {
+        prop_assert!(scale(random, count) < count);
+    }
+
+    #[test]
+    fn checksums(bytes: [u8; 33]) {
+        prop_assert_eq!(packet::fold(packet::sum(&bytes)), reference_checksum(&bytes).to_be_bytes());
+    }
+
+    #[test]
+    fn parsing_never_panics_and_reads_ports(header: [u8; 20], ports: [u8; 4]) {
+        if let Some(ip) = packet::ipv4(&header) {
+            let key = packet::flow_key(&ip, ports);
+            prop_assert_eq!(key.source_port.0, [ports[0], ports[1]]);
+            prop_assert!(ip.header_bytes >= 20 && (ip.protocol == TCP || ip.protocol == UDP));
+        }
+    }
+
+    #[test]
+    fn resets_are_valid(source: [u8; 4], destination: [u8; 4], tcp: [u8; 20], total in 40_u16..) {
+        let ip = packet::Ipv4 { source, destination, protocol: TCP, header_bytes: 20, total_bytes: total };
+        let out = packet::tcp_reset(&ip, &tcp);
+        prop_assert_eq!(reference_checksum(&out[..20]), 0);
+        prop_assert_eq!(reference_checksum(&pseudo(&out)), 0);
+        prop_assert_eq!(&out[12..16], &destination);
+        prop_assert_eq!([out[20], out[21], out[22], out[23]], [tcp[2], tcp[3], tcp[0], tcp[1]]);
+        prop_assert!(out[33] & packet::RST != 0);
+    }
+
+    #[test]
+    fn unreachables_are_valid(source: [u8; 4], destination: [u8; 4], quote: [u8; 28]) {
+        let ip = packet::Ipv4 { source, destination, protocol: UDP, header_bytes: 20, total_bytes: 100 };
+        let out = packet::port_unreachable(&ip, &quote);
+        prop_assert_eq!(reference_checksum(&out[..20]), 0);
+        let message: Vec<u8> = out[20..].iter().chain(&quote).copied().collect();
+        prop_assert_eq!(reference_checksum(&message), 0);
+    }
+
+    #[test]
+    fn a_reply_undoes_its_forward(a: [u8; 16], b: [u8; 16], ports: [u16; 3], nat: u32) {
+        let key = FlowKey {
+            source: Address(a), destination: Address(b), source_port: Port::new(ports[0]),
+            destination_port: Port::new(ports[1]), protocol: TCP, pad: [0; 3],
+        };
+        let to = BackendKey { address: Address(b), port: Port::new(ports[2]), protocol: TCP, pad: 0 };
+        let forward = flow::forward(&to, (Address(a), flow::nat_port(nat, 3)), 9, 1);
+        let reply = flow::reply(&key, 4, 1);
+        prop_assert_eq!(flow::forward_key(&reply, TCP), key);
+        prop_assert_eq!(flow::backend(&forward, TCP), to);
+        let answer = flow::reply_key(&forward, TCP);
+        prop_assert_eq!((answer.source, answer.source_port), (to.address, to.port));
+    }
+
+    #[test]
+    fn nat_ports_differ_and_stay_in_range(random: u32) {
+        let ports: HashSet<u16> = (0..flow::NAT_PORT_TRIES).map(|n| flow::nat_port(random, n).get()).collect();
+        prop_assert_eq!(ports.len(), flow::NAT_PORT_TRIES as usize);
+        prop_assert!(ports.iter().all(|p| *p >= NAT_PORT_FIRST));
+    }
+}
+
+#[test]
+fn idle_udp_begins_anew() {
+    let key = FlowKey {
+        source: VIP,
+        destination: NODE,
+        source_port: Port::new(1),
+        destination_port: Port::new(2),
+        protocol: UDP,
+        pad: [0; 3],
+    };
+    let entry = FlowValue { last_seen: 10, ..flow::reply(&key, 0, 0) };
+    assert!(!flow::is_idle(&entry, UDP, 100));
+    assert!(flow::is_idle(&entry, UDP, 130));
+    assert!(!flow::is_idle(&entry, TCP, 10_000));
+}

@@ -1,0 +1,18 @@
+//! The programs that run in the kernel, thin glue over `weft-ebpf-logic`: one file per hook.
+#![no_std]
+#![no_main]
+
+mod maps;
+mod reject;
+mod sock;
+mod tc;
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+// Several helpers (fib lookup, socket cookies) are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,89 @@
+//! The maps, and the tables of the logic crate made from them. Names and types are those of `weft-ebpf-abi`.
+
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use weft_ebpf_abi::*;
+use weft_ebpf_logic::Tables;
+
+/// BPF_F_NO_PREALLOC: memory follows the number of Services, not the bound.
+const NO_PREALLOC: u32 = 1;
+
+#[map(name = "weft_svc_1")]
+static SERVICES: HashMap<ServiceKey, ServiceValue> = HashMap::pinned(sizes::SERVICES, NO_PREALLOC);
+#[map(name = "weft_slot_1")]
+static SLOTS: HashMap<SlotKey, BackendKey> = HashMap::pinned(sizes::SLOTS, NO_PREALLOC);
+#[map(name = "weft_back_1")]
+static BACKENDS: HashMap<BackendKey, BackendValue> = HashMap::pinned(sizes::BACKENDS, NO_PREALLOC);
+#[map(name = "weft_addr_1")]
+static NODE_ADDRESSES: HashMap<Address, u32> = HashMap::pinned(sizes::NODE_ADDRESSES, NO_PREALLOC);
+#[map(name = "weft_conf_1")]
+static CONFIG: Array<NodeConfig> = Array::pinned(1, 0);
+#[map(name = "weft_sock_1")]
+pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::pinned(sizes::SOCKETS, 0);
+#[map(name = "weft_flow_1")]
+pub static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::pinned(sizes::FLOWS, 0);
+#[map(name = "weft_aff_1")]
+static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::pinned(sizes::AFFINITY, 0);
+#[map(name = "weft_drop_1")]
+static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(DropReason::COUNT, 0);
+
+/// The node's configuration; `None` until the agent has written it.
+#[inline(always)]
+pub fn config() -> Option<&'static NodeConfig> {
+    CONFIG.get(0).filter(|config| config.layout == LAYOUT)
+}
+
+/// Counts a drop.
+#[inline(always)]
+pub fn count(reason: DropReason) {
+    if let Some(counter) = DROPS.get_ptr_mut(reason as u32) {
+        // SAFETY: the element belongs to this CPU, and these programs are not preempted by themselves on it.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// The kernel's tables.
+pub struct Kernel;
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn service(&self, key: &ServiceKey) -> Option<ServiceValue> {
+        // SAFETY: without preallocation an element is freed by RCU only; it is copied before the program ends.
+        unsafe { SERVICES.get(key).copied() }
+    }
+    #[inline(always)]
+    fn slot(&self, key: &SlotKey) -> Option<BackendKey> {
+        // SAFETY: as for services.
+        unsafe { SLOTS.get(key).copied() }
+    }
+    #[inline(always)]
+    fn backend(&self, key: &BackendKey) -> Option<BackendValue> {
+        // SAFETY: as for services.
+        unsafe { BACKENDS.get(key).copied() }
+    }
+    #[inline(always)]
+    fn is_node_address(&self, address: &Address) -> bool {
+        NODE_ADDRESSES.get_ptr(address).is_some()
+    }
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
+        // SAFETY: an element reused meanwhile gives another client's backend of some list. `select` checks that it
+        // takes new flows; the window is the copy of 24 bytes.
+        unsafe { AFFINITY.get(key).copied() }
+    }
+    #[inline(always)]
+    fn remember(&self, key: &AffinityKey, value: &AffinityValue) {
+        let _ = AFFINITY.insert(key, value, 0);
+    }
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
+    #[inline(always)]
+    fn now_seconds(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
+    }
+}
