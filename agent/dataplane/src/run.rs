@@ -175,7 +175,7 @@ fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConf
     let cgroup2 = node::cgroup2_mount()?;
     let cgroup_id = node::cgroup_id(&cgroup2.join(&config.node_cgroup))?;
     let netns = std::path::Path::new("/proc/self/ns/net");
-    let netns_cookie = crate::sys::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
+    let netns_cookie = node::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
     let mut programs = Programs::load(config.ebpf_object, &config.pin_dir)?;
     let devices = node::devices()?;
     let identity = NodeConfig {
