@@ -8,7 +8,9 @@ use serde_json::json;
 use weft_tests_harness::{require, wait_until};
 
 use crate::NEEDS;
-use crate::place::{CLIENT, GATEWAY, NODE, POD, Place, SOON, ask_again, ask_tcp, ask_udp, serve, vip, within};
+use crate::place::{
+    CLIENT, GATEWAY, NODE, POD, Place, SOON, ask_again, ask_tcp, ask_udp, serve, vip, within,
+};
 
 #[test]
 fn a_client_outside_reaches_a_pod_by_the_node_port() {
@@ -75,7 +77,11 @@ fn a_pod_that_no_hook_sees_reaches_itself_and_the_node() {
         assert_eq!(ask_tcp(vip(10)).unwrap(), format!("pod {GATEWAY}"), "itself, through the node");
         assert_eq!(ask_udp(vip(10)).unwrap(), format!("pod {GATEWAY}"));
         assert_eq!(ask_tcp(SocketAddr::from((GATEWAY, 30080))).unwrap(), format!("pod {GATEWAY}"));
-        assert_eq!(ask_tcp(vip(11)).unwrap(), format!("host {POD}"), "the node itself, with the pod's address");
+        assert_eq!(
+            ask_tcp(vip(11)).unwrap(),
+            format!("host {POD}"),
+            "the node itself, with the pod's address"
+        );
         assert_eq!(ask_udp(vip(11)).unwrap(), format!("host {POD}"));
     });
     within(&place.client, || {

@@ -1,6 +1,8 @@
 //! The dataplane in a real kernel: sockets, packets and restarts, in network namespaces of their own.
+#![expect(clippy::unwrap_used, reason = "also what tests share may fail the test")]
 
 mod adoption;
+mod agent;
 mod edge;
 mod overlay;
 mod packets;

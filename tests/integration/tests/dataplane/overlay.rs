@@ -49,22 +49,33 @@ fn pods_of_two_nodes_reach_each_other() {
         run(format!("-n {p} addr add 10.42.{number}.2/24 dev eth0"));
         run(format!("-n {p} link set eth0 up"));
         run(format!("-n {p} route add default via 10.42.{number}.1"));
-        within(&netns[usize::from(number) - 1], || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).unwrap();
+        within(&netns[usize::from(number) - 1], || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))
+            .unwrap();
     }
     let both = [("node-1", 1), ("node-2", 2)];
     let mut first = overlay(1, &netns[0], &both);
     let _second = overlay(2, &netns[1], &both);
     let server = serve(&pods[1], Ipv4Addr::new(10, 42, 2, 2), "far");
-    assert_eq!(within(&pods[0], || ask_tcp(server)).unwrap(), "far 10.42.1.2", "pod to pod, by its own address");
-    assert_eq!(within(&netns[0], || ask_tcp(server)).unwrap(), "far 10.42.1.1", "node to pod, by the bridge's");
+    assert_eq!(
+        within(&pods[0], || ask_tcp(server)).unwrap(),
+        "far 10.42.1.2",
+        "pod to pod, by its own address"
+    );
+    assert_eq!(
+        within(&netns[0], || ask_tcp(server)).unwrap(),
+        "far 10.42.1.1",
+        "node to pod, by the bridge's"
+    );
 
     let state = || {
         within(&netns[0], || {
             let mut netlink = Netlink::open().unwrap();
             let device = netlink.link("weft.vx").unwrap();
             let routes = netlink.routes().unwrap().into_iter().filter(|r| r.index == device.index);
-            let routes = routes.filter(|r| matches!(r.destination.ip(), IpAddr::V4(_)) && r.gateway.is_some()).count();
-            let entries = (netlink.neighbours(device.index).unwrap().len(), netlink.fdb(device.index).unwrap().len());
+            let routes =
+                routes.filter(|r| matches!(r.destination.ip(), IpAddr::V4(_)) && r.gateway.is_some()).count();
+            let entries =
+                (netlink.neighbours(device.index).unwrap().len(), netlink.fdb(device.index).unwrap().len());
             (device.mtu_bytes, routes, entries)
         })
     };

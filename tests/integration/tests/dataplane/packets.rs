@@ -16,7 +16,8 @@ const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut total: u32 = bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
+    let mut total: u32 =
+        bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
     while total >> 16 != 0 {
         total = (total & 0xffff) + (total >> 16);
     }
@@ -55,10 +56,13 @@ fn frame(protocol: u8, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), flags: u8) ->
 }
 
 fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
-    let Some(Program::SchedClassifier(program)) = running.programs.program("weft_ingress") else { panic!("not there") };
+    let Some(Program::SchedClassifier(program)) = running.programs.program("weft_ingress") else {
+        panic!("not there")
+    };
     within(&place.node, || {
         let mut out = vec![0; 2_048];
-        let options = TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), ..TestRunOptions::new() };
         let result = program.test_run(options).unwrap();
         out.truncate(result.data_size_out as usize);
         (result.return_value, out)
@@ -165,7 +169,11 @@ fn refusals_are_valid_packets() {
     let (verdict, out) = run(&running, &place, &frame(TCP, (CLIENT, 5001), (NODE, 30080), ACK));
     assert_eq!(verdict, REDIRECT);
     assert_valid("reset of an unknown flow", &out);
-    assert_eq!((out[47], &out[38..42]), (RST, [0, 0, 0, 2].as_slice()), "its number is what was acknowledged");
+    assert_eq!(
+        (out[47], &out[38..42]),
+        (RST, [0, 0, 0, 2].as_slice()),
+        "its number is what was acknowledged"
+    );
     assert_eq!(running.drops("unknown_flow"), 1);
 
     let datagram = frame(UDP, (CLIENT, 5002), (NODE, 30081), 0);

@@ -99,7 +99,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = programs::remove(&self.pins);
-        let _ = nix::mount::umount(&self.pins);
+        let _ = nix::mount::umount2(&self.pins, nix::mount::MntFlags::MNT_DETACH);
         let _ = std::fs::remove_dir(&self.cgroup);
         // Stays while another node of the machine has its cgroup there.
         let _ = self.cgroup.parent().map(std::fs::remove_dir);
@@ -108,7 +108,12 @@ impl Drop for Place {
 
 impl Running {
     /// Enters a Service with cluster address 10.43.0.`last`, over TCP and UDP, with these endpoints.
-    pub(crate) fn service(&mut self, last: u8, node_port: u16, endpoints: &[SocketAddr]) -> anyhow::Result<()> {
+    pub(crate) fn service(
+        &mut self,
+        last: u8,
+        node_port: u16,
+        endpoints: &[SocketAddr],
+    ) -> anyhow::Result<()> {
         let name = format!("s{last}");
         let port = |protocol: &str| json!({"name": protocol, "port": 80, "nodePort": node_port, "protocol": protocol});
         let service = json!({"metadata": {"namespace": "default", "name": name}, "spec": {"type": "NodePort",
@@ -117,8 +122,10 @@ impl Running {
         self.reconciler.mark(changed);
         let target = endpoints.first().map_or(1, SocketAddr::port);
         let target = |protocol: &str| json!({"name": protocol, "port": target, "protocol": protocol});
-        let endpoints: Vec<Value> =
-            endpoints.iter().map(|e| json!({"addresses": [e.ip()], "nodeName": "node-a", "conditions": {"ready": true}})).collect();
+        let endpoints: Vec<Value> = endpoints
+            .iter()
+            .map(|e| json!({"addresses": [e.ip()], "nodeName": "node-a", "conditions": {"ready": true}}))
+            .collect();
         let slice = json!({"addressType": "IPv4", "endpoints": endpoints, "ports": [target("TCP"), target("UDP")],
             "metadata": {"namespace": "default", "name": name, "labels": {"kubernetes.io/service-name": name}}});
         let changed = self.reconciler.tables.apply_slice(&serde_json::from_value(slice)?);

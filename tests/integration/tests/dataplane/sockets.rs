@@ -24,10 +24,20 @@ fn a_process_of_the_node_reaches_services_by_every_address() {
             ("NodePort at the node's address", SocketAddr::from((NODE, 30080))),
             ("NodePort at the bridge's address", SocketAddr::from((GATEWAY, 30080))),
             ("NodePort at loopback", SocketAddr::from(([127, 0, 0, 1], 30080))),
-            ("IPv6 socket", SocketAddr::from((vip(10).ip().to_string().parse::<std::net::Ipv4Addr>().unwrap().to_ipv6_mapped(), 80))),
+            (
+                "IPv6 socket",
+                SocketAddr::from((
+                    vip(10).ip().to_string().parse::<std::net::Ipv4Addr>().unwrap().to_ipv6_mapped(),
+                    80,
+                )),
+            ),
         ];
         for (name, to) in rows {
-            assert_eq!(ask_tcp(to).map_err(|e| format!("{name}: {e}")).unwrap(), format!("pod {GATEWAY}"), "{name}");
+            assert_eq!(
+                ask_tcp(to).map_err(|e| format!("{name}: {e}")).unwrap(),
+                format!("pod {GATEWAY}"),
+                "{name}"
+            );
             let stream = TcpStream::connect_timeout(&to, SOON).unwrap();
             assert_eq!(stream.peer_addr().unwrap(), to, "{name}: getpeername");
         }
