@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use axum::extract::WebSocketUpgrade;
-use axum::extract::ws::{Message, WebSocket};
+use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
@@ -179,7 +179,9 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
     if let Some(result) = result {
         let _ = writer.send(frame(ERROR, &status(&result))).await;
     }
-    let _ = writer.send(Message::Close(None)).await;
+    // Clients take a close without a code for a broken connection.
+    let normal = CloseFrame { code: close_code::NORMAL, reason: Utf8Bytes::default() };
+    let _ = writer.send(Message::Close(Some(normal))).await;
 }
 
 /// Waits for the command and then for its output; `None` if the client left before.
