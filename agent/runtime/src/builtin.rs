@@ -28,7 +28,10 @@ use weft_agent_runtime_init::cgroup::{Hierarchies, Refused};
 use self::records::{ContainerRecord, Paths, Phase, SandboxRecord};
 use crate::cni::Network;
 use crate::images::{ImageError, ImageStore};
-use crate::{Container, ContainerSpec, ContainerState, Error, Image, Runtime, RuntimeEvent, Sandbox, SandboxSpec, Stdio};
+use crate::{
+    Container, ContainerSpec, ContainerState, Error, Image, Runtime, RuntimeEvent, Sandbox, SandboxSpec,
+    Stdio,
+};
 
 /// Events that a slow reader may fall behind.
 const EVENTS: usize = 1024;
@@ -63,7 +66,11 @@ impl Config {
             data_dir: data_dir.to_path_buf(),
             run_dir: run_dir.to_path_buf(),
             init_path: data_dir.join("bin/weft-init"),
-            cni_bin_dirs: vec![data_dir.join("bin"), PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")],
+            cni_bin_dirs: vec![
+                data_dir.join("bin"),
+                PathBuf::from("/opt/cni/bin"),
+                PathBuf::from("/usr/lib/cni"),
+            ],
             cni_conf_dir: run_dir.join(node_name).join("cni"),
             cgroup_root: PathBuf::from("/sys/fs/cgroup"),
             cgroup_parent: Path::new("weft").join(node_name),
@@ -88,12 +95,19 @@ impl Config {
         let name = &self.node_name;
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.');
         if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
-            return Err(Error::Invalid { what: "open the runtime", reason: format!("bad node name {name:?}") });
+            return Err(Error::Invalid {
+                what: "open the runtime",
+                reason: format!("bad node name {name:?}"),
+            });
         }
         let relative = [&self.cgroup_parent].into_iter().all(|path| path.is_relative());
-        let absolute = [&self.data_dir, &self.run_dir, &self.init_path].into_iter().all(|path| path.is_absolute());
+        let absolute =
+            [&self.data_dir, &self.run_dir, &self.init_path].into_iter().all(|path| path.is_absolute());
         if !relative || !absolute {
-            return Err(Error::Invalid { what: "open the runtime", reason: "folders must be absolute, the cgroup relative".into() });
+            return Err(Error::Invalid {
+                what: "open the runtime",
+                reason: "folders must be absolute, the cgroup relative".into(),
+            });
         }
         Ok(())
     }
@@ -237,7 +251,11 @@ impl Runtime for BuiltinRuntime {
 
     async fn container(&self, container_id: &str) -> Result<Container, Error> {
         let state = self.inner.state.lock();
-        state.containers.get(container_id).map(ContainerEntry::as_found).ok_or_else(|| not_found("container", container_id))
+        state
+            .containers
+            .get(container_id)
+            .map(ContainerEntry::as_found)
+            .ok_or_else(|| not_found("container", container_id))
     }
 
     async fn exec(&self, container_id: &str, command: Vec<String>, stdio: Stdio) -> Result<i32, Error> {
@@ -297,11 +315,17 @@ impl ContainerEntry {
 impl Inner {
     fn new(config: Config, cancel: CancellationToken) -> Result<Self, Error> {
         let paths = config.paths();
-        let folders = [paths.sandboxes(), paths.containers(), paths.run.join("sandboxes"), paths.run.join("netns"), paths.seccomp()];
+        let folders = [
+            paths.sandboxes(),
+            paths.containers(),
+            paths.run.join("sandboxes"),
+            paths.run.join("netns"),
+            paths.seccomp(),
+        ];
         folders.iter().try_for_each(|folder| records::make_folder(folder))?;
         let images = ImageStore::open(config.image_dir()).map_err(image_error)?;
-        let hierarchies =
-            Hierarchies::detect(&config.cgroup_root).map_err(records::io_error("find cgroups in", &config.cgroup_root))?;
+        let hierarchies = Hierarchies::detect(&config.cgroup_root)
+            .map_err(records::io_error("find cgroups in", &config.cgroup_root))?;
         if hierarchies.is_empty() {
             tracing::warn!(path = %config.cgroup_root.display(), "no control groups are mounted; no limit will hold");
         }
@@ -333,7 +357,8 @@ impl Inner {
     /// Says once what the kernel refuses: it will refuse it for every container.
     fn warn_refused(&self, refused: Vec<Refused>) {
         for refused in refused {
-            let file = refused.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let file =
+                refused.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             if self.warned.lock().insert(file) {
                 tracing::warn!(error = %refused.source, path = %refused.path.display(), value = refused.value,
                     "the kernel refuses a cgroup setting; containers run without it");
@@ -343,7 +368,9 @@ impl Inner {
 }
 
 /// Runs what blocks on disk away from the reactor.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
     joined(tokio::task::spawn_blocking(work).await)
 }
 
@@ -352,7 +379,9 @@ fn joined<T>(result: Result<Result<T, Error>, tokio::task::JoinError>) -> Result
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_cancelled) => Err(Error::Invalid { what: "finish", reason: "the runtime is shutting down".to_owned() }),
+            Err(_cancelled) => {
+                Err(Error::Invalid { what: "finish", reason: "the runtime is shutting down".to_owned() })
+            }
         },
     }
 }
@@ -380,7 +409,11 @@ fn image_error(error: ImageError) -> Error {
     match error {
         ImageError::NotFound(id) => Error::NotFound { what: "image", id },
         ImageError::Io { op, path, source } => Error::Io { op, path, source },
-        other => Error::Invalid { what: "use an image", reason: chain(&other) },
+        other @ (ImageError::Reference(_)
+        | ImageError::InUse { .. }
+        | ImageError::Format(_)
+        | ImageError::Digest { .. }
+        | ImageError::Layer { .. }) => Error::Invalid { what: "use an image", reason: chain(&other) },
     }
 }
 

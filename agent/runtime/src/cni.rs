@@ -156,9 +156,20 @@ impl Network {
         Err(first_error.unwrap_or_else(missing))
     }
 
-    pub(crate) fn prepare(&self, container: &str, netns: &Path, args: BTreeMap<String, String>) -> Result<Attachment, NetworkError> {
+    pub(crate) fn prepare(
+        &self,
+        container: &str,
+        netns: &Path,
+        args: BTreeMap<String, String>,
+    ) -> Result<Attachment, NetworkError> {
         let config = self.config()?;
-        Ok(Attachment { container: container.to_owned(), netns: netns.to_path_buf(), args, config, result: None })
+        Ok(Attachment {
+            container: container.to_owned(),
+            netns: netns.to_path_buf(),
+            args,
+            config,
+            result: None,
+        })
     }
 
     /// ADD of every plugin in order. The result is kept in the attachment.
@@ -247,7 +258,8 @@ impl Network {
         };
         let input = attachment.config.input(plugin, previous);
         let mut command = Command::new(&path);
-        let folders: Vec<String> = self.bin_folders.iter().map(|folder| folder.display().to_string()).collect();
+        let folders: Vec<String> =
+            self.bin_folders.iter().map(|folder| folder.display().to_string()).collect();
         command.env("CNI_COMMAND", verb.name().0).env("CNI_PATH", folders.join(":"));
         if matches!(verb, Verb::Add | Verb::Del | Verb::Check) {
             command.env("CNI_CONTAINERID", &attachment.container).env("CNI_NETNS", &attachment.netns);
@@ -322,7 +334,8 @@ impl Attachment {
 
 fn load(path: &Path) -> Result<ConfigList, NetworkError> {
     let broken = |reason: String| NetworkError::Config { path: path.to_path_buf(), reason };
-    let text = fs::read(path).map_err(|source| NetworkError::Io { op: "read", path: path.to_path_buf(), source })?;
+    let text =
+        fs::read(path).map_err(|source| NetworkError::Io { op: "read", path: path.to_path_buf(), source })?;
     let value: Value = serde_json::from_slice(&text).map_err(|error| broken(error.to_string()))?;
     let list = if value.get("plugins").is_some() {
         value
@@ -331,7 +344,9 @@ fn load(path: &Path) -> Result<ConfigList, NetworkError> {
                "name": value.get("name").cloned().unwrap_or_default(), "plugins": [value]})
     };
     let config: ConfigList = serde_json::from_value(list).map_err(|error| broken(error.to_string()))?;
-    let typed = |plugin: &Map<String, Value>| plugin.get("type").and_then(Value::as_str).is_some_and(|kind| !kind.is_empty());
+    let typed = |plugin: &Map<String, Value>| {
+        plugin.get("type").and_then(Value::as_str).is_some_and(|kind| !kind.is_empty())
+    };
     if config.plugins.is_empty() || config.plugins.len() > MAX_PLUGINS || !config.plugins.iter().all(typed) {
         return Err(broken("no plugins, too many, or one without a type".to_owned()));
     }

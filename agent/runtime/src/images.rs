@@ -9,6 +9,7 @@
 //! ```
 
 mod archive;
+mod index;
 mod layer;
 mod reference;
 
@@ -27,10 +28,8 @@ pub use layer::LayerError;
 pub use reference::Reference;
 
 use self::archive::{Archive, Blob, Found, Hashing};
+use self::index::{Index, Names, names_of};
 use crate::Image;
-
-/// A layer may vanish between unpacking and the index if another process removes its last image meanwhile.
-const IMPORT_ATTEMPTS: usize = 3;
 
 /// Why the image store could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -110,21 +109,6 @@ pub(crate) struct RootFs {
     pub(crate) diff_ids: Vec<String>,
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Index {
-    images: BTreeMap<String, Record>,
-    /// Bytes by hexadecimal diff id.
-    layers: BTreeMap<String, u64>,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Record {
-    tags: BTreeSet<String>,
-    /// `name@digest of a manifest`.
-    digests: BTreeSet<String>,
-    config: Config,
-}
-
 /// Tells one version of the index file from another.
 type Version = (u64, i64, i64, u64);
 
@@ -189,7 +173,8 @@ impl ImageStore {
 
     fn lock(&self, operation: FlockOperation) -> Result<Lock, ImageError> {
         let path = self.folder.join("lock");
-        let busy = || ImageError::Io { op: "lock", path: path.clone(), source: io::ErrorKind::WouldBlock.into() };
+        let busy =
+            || ImageError::Io { op: "lock", path: path.clone(), source: io::ErrorKind::WouldBlock.into() };
         lock(&path, operation)?.ok_or_else(busy)
     }
 
@@ -206,25 +191,40 @@ impl ImageStore {
             return Err(ImageError::Format("no image for this platform is in it".to_owned()));
         }
         let names = found.iter().map(names_of).collect::<Result<Vec<_>, _>>()?;
-        for _ in 0..IMPORT_ATTEMPTS {
+        // A layer may vanish before it is in the index, if another process removes its last image meanwhile. Then all
+        // is done once more, with that process kept out.
+        let mut lock = None;
+        loop {
             let mut sizes = BTreeMap::new();
             for image in &found {
                 self.unpack_all(&archive, image, &mut sizes)?;
             }
-            if self.commit(&found, &names, &sizes)? {
-                let index = self.index()?;
+            let last = lock.is_some();
+            let held = lock.map_or_else(|| self.lock(FlockOperation::LockExclusive), Ok)?;
+            if let Some(index) = self.commit(&found, &names, &sizes)? {
                 let ids: BTreeSet<&str> = found.iter().map(|image| image.id.as_str()).collect();
                 return Ok(ids.into_iter().filter_map(|id| index.image(id)).collect());
             }
+            if last {
+                let source = io::ErrorKind::NotFound.into();
+                return Err(ImageError::Io { op: "keep layers in", path: self.layers_folder(), source });
+            }
+            lock = Some(held);
         }
-        Err(ImageError::Io { op: "keep layers in", path: self.layers_folder(), source: io::ErrorKind::Interrupted.into() })
     }
 
-    fn unpack_all(&self, archive: &Archive, image: &Found, sizes: &mut BTreeMap<String, u64>) -> Result<(), ImageError> {
+    fn unpack_all(
+        &self,
+        archive: &Archive,
+        image: &Found,
+        sizes: &mut BTreeMap<String, u64>,
+    ) -> Result<(), ImageError> {
         let diff_ids = &image.config.rootfs.diff_ids;
         if diff_ids.len() != image.layers.len() {
             let (ids, layers) = (diff_ids.len(), image.layers.len());
-            return Err(ImageError::Format(format!("it has {layers} layers, but its configuration names {ids}")));
+            return Err(ImageError::Format(format!(
+                "it has {layers} layers, but its configuration names {ids}"
+            )));
         }
         for (diff_id, blob) in diff_ids.iter().zip(&image.layers) {
             let hex = reference::digest_hex(diff_id)
@@ -248,7 +248,9 @@ impl ImageStore {
             let target = self.layers_folder().join(hex);
             match fs::rename(&scratch, &target) {
                 // Another import was quicker: both are the same.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => remove(&scratch)?,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENOTEMPTY)) => {
+                    remove(&scratch)?
+                }
                 other => other.map_err(io_error("make", &target))?,
             }
             Ok(size)
@@ -260,7 +262,13 @@ impl ImageStore {
         result
     }
 
-    fn unpack_into(&self, archive: &Archive, blob: &Blob, diff_id: &str, folder: &Path) -> Result<u64, ImageError> {
+    fn unpack_into(
+        &self,
+        archive: &Archive,
+        blob: &Blob,
+        diff_id: &str,
+        folder: &Path,
+    ) -> Result<u64, ImageError> {
         let mut plain = Hashing::new(archive.layer(blob)?);
         let size = layer::unpack(&mut plain, folder)
             .map_err(|source| ImageError::Layer { diff_id: diff_id.to_owned(), source })?;
@@ -272,12 +280,16 @@ impl ImageStore {
         Ok(size)
     }
 
-    /// Puts images into the index; false if a layer has vanished.
-    fn commit(&self, found: &[Found], names: &[Names], sizes: &BTreeMap<String, u64>) -> Result<bool, ImageError> {
-        let _lock = self.lock(FlockOperation::LockExclusive)?;
+    /// Puts images into the index, under the caller's lock; `None` if a layer has vanished.
+    fn commit(
+        &self,
+        found: &[Found],
+        names: &[Names],
+        sizes: &BTreeMap<String, u64>,
+    ) -> Result<Option<Index>, ImageError> {
         let mut index = self.read_index()?.unwrap_or_default();
         if !sizes.keys().all(|hex| self.layers_folder().join(hex).is_dir()) {
-            return Ok(false);
+            return Ok(None);
         }
         index.layers.extend(sizes.iter().map(|(hex, size)| (hex.clone(), *size)));
         for (image, names) in found.iter().zip(names) {
@@ -291,7 +303,7 @@ impl ImageStore {
             record.digests.extend(names.digests.iter().cloned());
         }
         self.write_index(&index)?;
-        Ok(true)
+        Ok(Some(index))
     }
 
     /// All images.
@@ -320,7 +332,8 @@ impl ImageStore {
         let trash = {
             let _lock = self.lock(FlockOperation::LockExclusive)?;
             let mut index = self.read_index()?.unwrap_or_default();
-            let id = index.find(reference)?.ok_or_else(|| ImageError::NotFound(reference.to_owned()))?.to_owned();
+            let id =
+                index.find(reference)?.ok_or_else(|| ImageError::NotFound(reference.to_owned()))?.to_owned();
             if index.untag(&id, reference) {
                 return self.write_index(&index);
             }
@@ -337,7 +350,10 @@ impl ImageStore {
 
     /// Moves a layer out of the way while the lock is held; deleting it takes longer.
     fn discard(&self, hex: &str) -> Result<PathBuf, ImageError> {
-        let (from, to) = (self.layers_folder().join(hex), self.folder.join("scratch").join(uuid::Uuid::new_v4().to_string()));
+        let (from, to) = (
+            self.layers_folder().join(hex),
+            self.folder.join("scratch").join(uuid::Uuid::new_v4().to_string()),
+        );
         match fs::rename(&from, &to) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &from)(error)),
             _ => Ok(to),
@@ -395,7 +411,9 @@ impl ImageStore {
             Err(error) => return Err(io_error("read", &path)(error)),
         };
         let mut cached = self.cached.lock();
-        if let Some((known, index)) = cached.as_ref() && *known == version {
+        if let Some((known, index)) = cached.as_ref()
+            && *known == version
+        {
             return Ok(index.clone());
         }
         let index = Arc::new(self.read_index()?.unwrap_or_default());
@@ -406,7 +424,9 @@ impl ImageStore {
     fn read_index(&self) -> Result<Option<Index>, ImageError> {
         let path = self.folder.join("index.json");
         match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|error| io_error("read", &path)(error.into())),
+            Ok(text) => {
+                serde_json::from_slice(&text).map(Some).map_err(|error| io_error("read", &path)(error.into()))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(io_error("read", &path)(error)),
         }
@@ -417,77 +437,20 @@ impl ImageStore {
         let (path, aside) = (self.folder.join("index.json"), self.folder.join("index.json.new"));
         let text = serde_json::to_vec(index).map_err(|error| io_error("write", &aside)(error.into()))?;
         fs::write(&aside, text).map_err(io_error("write", &aside))?;
-        File::open(&aside).and_then(|file| rustix::fs::syncfs(&file).map_err(io::Error::from)).map_err(io_error("sync", &aside))?;
+        File::open(&aside)
+            .and_then(|file| rustix::fs::syncfs(&file).map_err(io::Error::from))
+            .map_err(io_error("sync", &aside))?;
         fs::rename(&aside, &path).map_err(io_error("write", &path))
     }
 }
 
-impl Index {
-    fn image(&self, id: &str) -> Option<Image> {
-        let record = self.images.get(id)?;
-        let hexes = record.config.rootfs.diff_ids.iter().filter_map(|id| reference::digest_hex(id));
-        Some(Image {
-            id: id.to_owned(),
-            tags: record.tags.iter().cloned().collect(),
-            size_bytes: hexes.filter_map(|hex| self.layers.get(hex)).sum(),
-            user: record.config.config.as_ref().and_then(|config| config.user.clone()).unwrap_or_default(),
-        })
-    }
-
-    fn find(&self, text: &str) -> Result<Option<&str>, ImageError> {
-        let id = if reference::digest_hex(text).is_some() { text.to_owned() } else { format!("sha256:{text}") };
-        if let Some((id, _)) = self.images.get_key_value(&id) {
-            return Ok(Some(id));
-        }
-        if reference::digest_hex(text).is_some() {
-            return Ok(None);
-        }
-        let wanted = Reference::parse(text).ok_or_else(|| ImageError::Reference(text.to_owned()))?;
-        let matches = |record: &Record| match &wanted.digest {
-            Some(digest) => record.digests.contains(&format!("{}@{digest}", wanted.name)),
-            None => record.tags.contains(&wanted.to_string()),
-        };
-        Ok(self.images.iter().find(|(_, record)| matches(record)).map(|(id, _)| id.as_str()))
-    }
-
-    /// Takes one of several references off an image; false if the image itself is to go.
-    fn untag(&mut self, id: &str, reference: &str) -> bool {
-        let by_id = reference == id || id.strip_prefix("sha256:") == Some(reference);
-        let (Some(record), Some(wanted)) = (self.images.get_mut(id), Reference::parse(reference)) else { return false };
-        !by_id && wanted.digest.is_none() && record.tags.len() > 1 && record.tags.remove(&wanted.to_string())
-    }
-
-    fn drop_unused_layers(&mut self) -> Vec<String> {
-        let used: BTreeSet<&str> = self
-            .images
-            .values()
-            .flat_map(|record| record.config.rootfs.diff_ids.iter().filter_map(|id| reference::digest_hex(id)))
-            .collect();
-        let unused: Vec<String> = self.layers.keys().filter(|hex| !used.contains(hex.as_str())).cloned().collect();
-        self.layers.retain(|hex, _| !unused.contains(hex));
-        unused
-    }
-}
-
-struct Names {
-    tags: BTreeSet<String>,
-    digests: BTreeSet<String>,
-}
-
-fn names_of(found: &Found) -> Result<Names, ImageError> {
-    let mut names = Names { tags: BTreeSet::new(), digests: BTreeSet::new() };
-    for name in &found.names {
-        let reference = Reference::parse(name).ok_or_else(|| ImageError::Reference(name.clone()))?;
-        names.digests.extend(found.manifest.iter().map(|digest| format!("{}@{digest}", reference.name)));
-        if reference.tag.is_some() {
-            names.tags.insert(Reference { digest: None, ..reference }.to_string());
-        }
-    }
-    Ok(names)
-}
-
 fn lock(path: &Path, operation: FlockOperation) -> Result<Option<Lock>, ImageError> {
-    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(io_error("open", path))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(io_error("open", path))?;
     match flock(&file, operation) {
         Ok(()) => Ok(Some(Lock(file))),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),

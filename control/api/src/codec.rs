@@ -1,6 +1,7 @@
 //! Decoding of request bodies: JSON and YAML, checked against the schema and brought to canonical form in one pass.
 mod syntax;
 mod walk;
+mod want;
 
 use serde::{Deserialize, de::DeserializeSeed};
 use serde_json::Value;
@@ -161,9 +162,8 @@ fn read_json(walk: &mut Walk<'_>, definition: DefinitionId, body: &[u8]) -> Resu
 }
 
 fn read_yaml(walk: &mut Walk<'_>, definition: DefinitionId, body: &[u8]) -> Result<Value, Failure> {
-    let text = std::str::from_utf8(body).map_err(|_: std::str::Utf8Error| {
-        Failure::Unrecognized("error converting YAML to JSON: yaml: invalid UTF-8".to_owned())
-    })?;
+    let text = std::str::from_utf8(body)
+        .map_err(|error| Failure::Unrecognized(format!("error converting YAML to JSON: yaml: {error}")))?;
     serde_saphyr::with_deserializer_from_str_with_options(text, yaml_options(), |deserializer| {
         walk.root(definition).deserialize(deserializer)
     })

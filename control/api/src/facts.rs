@@ -12,6 +12,11 @@ static TABLE: &str = include_str!("../facts/v1.36.txt");
 const ALL_VERBS: [&str; 8] =
     ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
+/// The table as text.
+pub(crate) fn table() -> &'static str {
+    TABLE
+}
+
 fn records(letters: &'static str) -> impl Iterator<Item = (&'static str, &'static str)> {
     TABLE.lines().filter_map(move |line| line.split_once(' ').filter(|(letter, _)| letters.contains(letter)))
 }

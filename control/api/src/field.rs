@@ -203,7 +203,9 @@ impl FieldError {
             | FieldErrorType::TypeInvalid => match &self.value {
                 Value::Null => format!("{text}: \"null\""),
                 Value::String(value) => format!("{text}: {value:?}"),
-                value => format!("{text}: {value}"),
+                value @ (Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => {
+                    format!("{text}: {value}")
+                }
             },
         };
         if !self.detail.is_empty() {

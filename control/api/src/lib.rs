@@ -2,12 +2,15 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod discovery;
 mod facts;
 pub mod field;
 pub mod intstr;
 pub mod kinds;
 pub mod names;
+pub mod openapi;
 pub mod patch;
+pub mod protobuf;
 pub mod quantity;
 pub mod schema;
 pub mod selector;

@@ -124,15 +124,18 @@ fn json(current: &Value, patch: Value) -> Result<Value, Status> {
         );
         return Err(Status::failure(413, "RequestEntityTooLarge", message));
     }
-    let rejected = || {
-        Status::failure(422, "Invalid", "the server rejected our request due to an error in our request")
-            .with_details(Details::default())
-    };
-    let operations: Vec<PatchOperation> =
-        serde_json::from_value(patch).map_err(|_: serde_json::Error| rejected())?;
+    let Ok(operations) = serde_json::from_value::<Vec<PatchOperation>>(patch) else { return Err(rejected()) };
     let mut patched = current.clone();
-    json_patch::patch(&mut patched, &operations).map_err(|_: json_patch::PatchError| rejected())?;
-    Ok(patched)
+    match json_patch::patch(&mut patched, &operations) {
+        Ok(()) => Ok(patched),
+        Err(_) => Err(rejected()),
+    }
+}
+
+/// A patch that is well formed but can't be applied; upstream doesn't say why either.
+fn rejected() -> Status {
+    Status::failure(422, "Invalid", "the server rejected our request due to an error in our request")
+        .with_details(Details::default())
 }
 
 /// A value as Go's `%v` prints it.

@@ -127,7 +127,7 @@ fn parse_suffix(suffix: &str) -> Result<(Factor, Format), QuantityError> {
         "Ei" => binary(60),
         _ => {
             let exponent = suffix.strip_prefix(['e', 'E']).ok_or(QuantityError::Suffix)?;
-            let exponent = exponent.parse().map_err(|_: std::num::ParseIntError| QuantityError::Suffix)?;
+            let exponent = exponent.parse().ok().ok_or(QuantityError::Suffix)?;
             Ok((Factor::Ten(exponent), Format::DecimalExponent))
         }
     }

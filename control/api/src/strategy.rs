@@ -37,7 +37,14 @@ pub fn default(kind: &Kind, object: &mut Value) {
     if (group, name) == ("", "Pod") {
         return pod::default_pod(object);
     }
-    for family in [workload::default, service::default, cluster::default, config::default, storage::default, policy::default] {
+    for family in [
+        workload::default,
+        service::default,
+        cluster::default,
+        config::default,
+        storage::default,
+        policy::default,
+    ] {
         family(group, name, object);
     }
 }
@@ -45,7 +52,15 @@ pub fn default(kind: &Kind, object: &mut Value) {
 /// Every mistake in an object about to be created. `object` is defaulted and prepared, and has its name.
 pub fn validate_create(kind: &Kind, object: &Value) -> Vec<FieldError> {
     let mut errors = metadata::create(kind, object);
-    for family in [pod::create, workload::create, service::create, cluster::create, config::create, storage::create, policy::create] {
+    for family in [
+        pod::create,
+        workload::create,
+        service::create,
+        cluster::create,
+        config::create,
+        storage::create,
+        policy::create,
+    ] {
         family(kind.group, kind.kind, object, &mut errors);
     }
     errors
@@ -55,7 +70,15 @@ pub fn validate_create(kind: &Kind, object: &Value) -> Vec<FieldError> {
 pub fn validate_update(kind: &Kind, subresource: Option<&str>, new: &Value, old: &Value) -> Vec<FieldError> {
     let mut errors = metadata::update(new, old);
     let change = Change { subresource, new, old };
-    for family in [pod::update, workload::update, service::update, cluster::update, config::update, storage::update, policy::update] {
+    for family in [
+        pod::update,
+        workload::update,
+        service::update,
+        cluster::update,
+        config::update,
+        storage::update,
+        policy::update,
+    ] {
         family(kind.group, kind.kind, &change, &mut errors);
     }
     errors
@@ -77,12 +100,24 @@ pub fn partial_kinds() -> &'static [(&'static str, &'static str)] {
 const PARTIAL: &[(&str, &str)] = &[
     ("admissionregistration.k8s.io/MutatingAdmissionPolicy", "expressions are not compiled"),
     ("admissionregistration.k8s.io/MutatingAdmissionPolicyBinding", "metadata only"),
-    ("admissionregistration.k8s.io/MutatingWebhookConfiguration", "names, rules and client configuration; match conditions are not compiled"),
+    (
+        "admissionregistration.k8s.io/MutatingWebhookConfiguration",
+        "names, rules and client configuration; match conditions are not compiled",
+    ),
     ("admissionregistration.k8s.io/ValidatingAdmissionPolicy", "expressions are not compiled"),
     ("admissionregistration.k8s.io/ValidatingAdmissionPolicyBinding", "metadata only"),
-    ("admissionregistration.k8s.io/ValidatingWebhookConfiguration", "names, rules and client configuration; match conditions are not compiled"),
-    ("apiextensions.k8s.io/CustomResourceDefinition", "names and versions; structural schemas are not checked"),
-    ("autoscaling/HorizontalPodAutoscaler", "replica bounds, target and metric sources; behavior is not checked"),
+    (
+        "admissionregistration.k8s.io/ValidatingWebhookConfiguration",
+        "names, rules and client configuration; match conditions are not compiled",
+    ),
+    (
+        "apiextensions.k8s.io/CustomResourceDefinition",
+        "names and versions; structural schemas are not checked",
+    ),
+    (
+        "autoscaling/HorizontalPodAutoscaler",
+        "replica bounds, target and metric sources; behavior is not checked",
+    ),
     ("batch/CronJob", "no check of the five fields' ranges"),
     ("batch/Job", "no check of pod failure and success policies"),
     ("certificates.k8s.io/CertificateSigningRequest", "the encoded request is not parsed"),
@@ -94,7 +129,10 @@ const PARTIAL: &[(&str, &str)] = &[
     ("internal.apiserver.k8s.io/StorageVersion", "metadata only"),
     ("networking.k8s.io/ServiceCIDR", "metadata only"),
     ("PersistentVolume", "sources of drivers other than hostPath, local, nfs and CSI are not checked"),
-    ("Pod", "sources of volume drivers that are gone from the kubelet, dynamic resources and in-place resize rules are not checked"),
+    (
+        "Pod",
+        "sources of volume drivers that are gone from the kubelet, dynamic resources and in-place resize rules are not checked",
+    ),
     ("resource.k8s.io/*", "metadata only"),
     ("scheduling.k8s.io/PodGroup", "metadata only"),
     ("scheduling.k8s.io/Workload", "metadata only"),

@@ -83,8 +83,7 @@ fn cells(group: &str, kind: &str, object: &Value, now: Timestamp) -> Vec<Value> 
     if (group, kind) == ("", "Pod") {
         return pod::row(object, now);
     }
-    families
-        .iter()
-        .find_map(|family| family(group, kind, object, now))
-        .unwrap_or_else(|| vec![object["metadata"]["name"].clone(), object["metadata"]["creationTimestamp"].clone()])
+    families.iter().find_map(|family| family(group, kind, object, now)).unwrap_or_else(|| {
+        vec![object["metadata"]["name"].clone(), object["metadata"]["creationTimestamp"].clone()]
+    })
 }

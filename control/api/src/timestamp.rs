@@ -50,7 +50,7 @@ pub fn parse(text: &str) -> Result<Timestamp, TimeError> {
         return Err(error(rest, "Z07:00"));
     }
     // What is left to be wrong is a day or an hour that doesn't exist.
-    text.parse().map_err(|_: jiff::Error| error(text, "2006"))
+    text.parse().ok().ok_or_else(|| error(text, "2006"))
 }
 
 /// The form of `metav1.Time`.

@@ -90,8 +90,13 @@ pub enum ConfigError {
         reason: String,
     },
     /// The service network is too small or too large.
-    #[error("the service network must be an IPv4 network of 8 to 65536 addresses, or an IPv6 one of /108 or smaller")]
+    #[error(
+        "the service network must be an IPv4 network of 8 to 65536 addresses, or an IPv6 one of /108 or smaller"
+    )]
     ServiceNetwork,
+    /// Pods can't reach that address.
+    #[error("{0} can't be advertised: pods must be able to reach the API server there")]
+    AdvertiseAddress(IpAddr),
     /// TLS refused the certificate or key.
     #[error("the {what} certificate can't be used")]
     Tls {
@@ -173,6 +178,9 @@ impl std::fmt::Display for Network {
 impl Config {
     /// Checks what can be checked without touching anything.
     pub fn check(&self) -> Result<(), ConfigError> {
+        if self.advertise_address.is_loopback() || self.advertise_address.is_unspecified() {
+            return Err(ConfigError::AdvertiseAddress(self.advertise_address));
+        }
         let size = self.service_cidr.size();
         let bound = if self.service_cidr.is_ipv6() { 1 << 20 } else { 1 << 16 };
         if !(8..=bound).contains(&size) {

@@ -35,7 +35,7 @@ impl Api {
         drop(in_flight);
         self.metrics.finish(&info, response.status(), started.elapsed());
         let headers = response.headers_mut();
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
+        headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-cache, private"));
         if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
             headers.insert("audit-id", id);
         }
@@ -107,7 +107,9 @@ impl Api {
             ..Attributes::default()
         };
         match wanted.user.as_service_account() {
-            Some((namespace, name)) => self.require(&user, &ask("serviceaccounts", namespace, name, "", ""))?,
+            Some((namespace, name)) => {
+                self.require(&user, &ask("serviceaccounts", namespace, name, "", ""))?
+            }
             None => self.require(&user, &ask("users", "", &wanted.user.name, "", ""))?,
         }
         for group in &wanted.groups {

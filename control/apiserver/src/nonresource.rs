@@ -12,8 +12,10 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use weft_control_api::discovery::{self, Aggregated};
+use weft_control_api::kinds::served;
+use weft_control_api::openapi;
 use weft_control_api::status::Status;
-use weft_control_api::{discovery, openapi};
 
 /// The version of Kubernetes whose API this is.
 const GIT_VERSION: &str = "v1.36.2+weft";
@@ -42,12 +44,12 @@ pub(crate) async fn answer(
         }
         ["version"] => Ok(value(&version())),
         ["metrics"] => metrics(api),
-        ["api" | "apis"] => discovery_root(head, parts[0]),
-        ["api", version] => document(discovery::resources("", version)),
-        ["apis", group] => document(discovery::group(group)),
-        ["apis", group, version] => document(discovery::resources(group, version)),
-        ["openapi", "v3"] => Ok(value(&openapi::index())),
-        ["openapi", "v3", rest @ ..] => openapi_document(rest),
+        ["api" | "apis"] => discovery_root(api, head, parts[0]),
+        ["api", version] => document(discovery::resource_list(served(), "", version)),
+        ["apis", group] => document(discovery::group(served(), group)),
+        ["apis", group, version] => document(discovery::resource_list(served(), group, version)),
+        ["openapi", "v3"] => Ok(value(&openapi::index(served()))),
+        ["openapi", "v3", rest @ ..] => openapi_document(rest, head, query),
         [".well-known", "openid-configuration"] => Ok(value(&json!({
             "issuer": api.tokens.issuer(),
             "jwks_uri": format!("https://{}:{}/openid/v1/jwks", api.config.advertise_address, api.config.advertise_port),
@@ -71,38 +73,59 @@ fn document(found: Option<Value>) -> Result<Response, Status> {
     }
 }
 
-fn discovery_root(head: &Parts, root: &str) -> Result<Response, Status> {
-    let shape = accept::negotiate(&head.headers, |shape| {
-        matches!(shape, Shape::Object | Shape::Discovery("v2"))
-    })?;
+fn discovery_root(api: &Api, head: &Parts, root: &str) -> Result<Response, Status> {
+    let shape =
+        accept::negotiate(&head.headers, |shape| matches!(shape, Shape::Object | Shape::Discovery(_)))?;
     let core = root == "api";
     let Shape::Discovery(version) = shape else {
-        return Ok(value(&if core { discovery::api_versions() } else { discovery::api_groups() }));
+        let address = format!("{}:{}", api.config.advertise_address, api.config.advertise_port);
+        let whole = if core { discovery::core_versions(&address) } else { discovery::group_list(served()) };
+        return Ok(value(&whole));
     };
-    let mut response = value(&discovery::aggregated(core));
-    let kind = format!("application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList");
-    if let Ok(kind) = HeaderValue::from_str(&kind) {
-        response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
-    }
+    let form = if version == "v2" { Aggregated::V2 } else { Aggregated::V2Beta1 };
+    let mut response = value(&discovery::aggregated(served(), core, form));
+    response.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static(form.content_type()));
     response.headers_mut().insert(http::header::VARY, HeaderValue::from_static("Accept"));
     Ok(response)
 }
 
-fn openapi_document(rest: &[&str]) -> Result<Response, Status> {
+fn openapi_document(rest: &[&str], head: &Parts, query: &Query) -> Result<Response, Status> {
     let found = match rest {
-        ["api", version] => openapi::document("", version),
-        ["apis", group, version] => openapi::document(group, version),
+        ["api", version] => openapi::document(served(), "", version),
+        ["apis", group, version] => openapi::document(served(), group, version),
         _ => None,
     };
-    document(found)
+    let Some(found) = found else { return document(None) };
+    let pieces = vec![Bytes::from(found.to_string())];
+    let mut response = reply::json_pieces(pieces, accept::takes_gzip(&head.headers));
+    // The index names the document by its hash, so clients may keep it.
+    if query.get("hash") == Some(openapi::hash())
+        && let Ok(tag) = HeaderValue::from_str(&format!("\"{}\"", openapi::hash()))
+    {
+        response.headers_mut().insert(http::header::ETAG, tag);
+        response
+            .headers_mut()
+            .insert(http::header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
+    }
+    Ok(response)
 }
 
 fn paths() -> Vec<String> {
-    let mut paths: Vec<String> = ["/.well-known/openid-configuration", "/api", "/apis", "/healthz", "/livez",
-        "/metrics", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"]
+    let mut paths: Vec<String> = [
+        "/.well-known/openid-configuration",
+        "/api",
+        "/apis",
+        "/healthz",
+        "/livez",
+        "/metrics",
+        "/openapi/v3",
+        "/openid/v1/jwks",
+        "/readyz",
+        "/version",
+    ]
     .map(str::to_owned)
     .to_vec();
-    for kind in weft_control_api::kinds::served() {
+    for kind in served() {
         let path = if kind.group.is_empty() {
             format!("/api/{}", kind.version)
         } else {

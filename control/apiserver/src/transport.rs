@@ -31,12 +31,21 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const MAX_STREAMS: u32 = 250;
 /// Pause after the listener failed (out of file descriptors), so that it doesn't spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// After so many failures in a row the listener is given up: ten seconds' worth.
+const MAX_ACCEPT_FAILURES: u32 = 100;
 /// How long requests in progress may take after shutdown began.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Serves a listener until `shutdown`, then lets requests in progress end.
-pub(crate) async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpListener, shutdown: CancellationToken) {
+/// Serves a listener until `shutdown`, then lets requests in progress end. Fails when the listener does.
+pub(crate) async fn serve(
+    api: Arc<Api>,
+    acceptor: TlsAcceptor,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> std::io::Result<()> {
     let connections = TaskTracker::new();
+    let mut failures = 0;
+    let mut outcome = Ok(());
     loop {
         let accepted = tokio::select! {
             () = shutdown.cancelled() => break,
@@ -44,9 +53,15 @@ pub(crate) async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpLis
         };
         match accepted {
             Ok((stream, _)) => {
+                failures = 0;
                 connections.spawn(connection(api.clone(), acceptor.clone(), stream, shutdown.clone()));
             }
+            Err(error) if failures >= MAX_ACCEPT_FAILURES => {
+                outcome = Err(error);
+                break;
+            }
             Err(error) => {
+                failures += 1;
                 tracing::warn!(error = %error, "a connection couldn't be accepted");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
@@ -58,6 +73,7 @@ pub(crate) async fn serve(api: Arc<Api>, acceptor: TlsAcceptor, listener: TcpLis
     if tokio::time::timeout(DRAIN, connections.wait()).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were cut at shutdown");
     }
+    outcome
 }
 
 async fn connection(api: Arc<Api>, acceptor: TlsAcceptor, stream: TcpStream, shutdown: CancellationToken) {

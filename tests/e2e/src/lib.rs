@@ -1,2 +1,105 @@
-//! Owns nothing yet.
-#![forbid(unsafe_code)]
+//! What the end-to-end tests share: a cluster with the sample images, and manifests.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use weft_tests_harness::cluster::Cluster;
+use weft_tests_harness::{require, wait_until};
+
+/// What every end-to-end test needs.
+pub const NEEDS: &[&str] = &["root", "bpf", "kubectl", "weft"];
+
+/// A cluster with the sample images, or `None` where it can't be had (a counted skip).
+///
+/// # Errors
+/// If it doesn't start.
+pub fn cluster(test: &str, label: &str, flags: &[&str]) -> anyhow::Result<Option<Cluster>> {
+    if !require(test, NEEDS) {
+        return Ok(None);
+    }
+    let cluster = Cluster::start(label, flags)?;
+    for image in ["busybox", "nginx"] {
+        cluster.import(&image_archive(image)?)?;
+    }
+    Ok(Some(cluster))
+}
+
+/// The archive of a sample image.
+///
+/// # Errors
+/// If `cargo xtask images` hasn't made it.
+pub fn image_archive(name: &str) -> anyhow::Result<PathBuf> {
+    let folder = std::env::var_os("WEFT_IMAGES")
+        .map_or_else(|| weft_tests_harness::workspace().join("target").join("images"), PathBuf::from);
+    let path = folder.join(format!("{name}.tar"));
+    anyhow::ensure!(path.is_file(), "no {}; run `cargo xtask images`", path.display());
+    Ok(path)
+}
+
+/// An nginx Deployment.
+pub fn nginx(name: &str, replicas: u32) -> String {
+    format!(
+        "apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {name}
+spec:
+  replicas: {replicas}
+  selector:
+    matchLabels:
+      app: {name}
+  template:
+    metadata:
+      labels:
+        app: {name}
+    spec:
+      terminationGracePeriodSeconds: 5
+      containers:
+      - name: nginx
+        image: nginx:1.22
+        ports:
+        - containerPort: 80
+        readinessProbe:
+          httpGet:
+            path: /
+            port: 80
+          periodSeconds: 1
+        lifecycle:
+          preStop:
+            sleep:
+              seconds: 2
+"
+    )
+}
+
+/// A busybox pod that sleeps.
+pub fn sleeper(name: &str, node: Option<&str>) -> String {
+    let node = node.map(|node| format!("  nodeName: {node}\n")).unwrap_or_default();
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: {name}
+spec:
+{node}  terminationGracePeriodSeconds: 0
+  containers:
+  - name: main
+    image: busybox
+    command: [\"sleep\", \"100000\"]
+"
+    )
+}
+
+/// Waits until `kubectl` with these arguments prints what `accept` takes.
+///
+/// # Errors
+/// After a minute.
+pub fn eventually(cluster: &Cluster, args: &[&str], accept: impl Fn(&str) -> bool) -> anyhow::Result<String> {
+    let mut last = String::new();
+    let waited = wait_until(&format!("kubectl {}", args.join(" ")), Duration::from_secs(60), || {
+        last = cluster.kubectl(args)?;
+        Ok(accept(&last).then(|| last.clone()))
+    });
+    waited.with_context(|| format!("the last answer was:\n{last}"))
+}

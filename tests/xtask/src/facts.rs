@@ -16,7 +16,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::{Context, Result, bail};
@@ -82,7 +82,7 @@ fn list(value: Option<&Value>) -> String {
     word(Some(&items.join(","))).to_owned()
 }
 
-fn group_version(text: &mut String, group: &str, version: &str, path: &PathBuf) -> Result<()> {
+fn group_version(text: &mut String, group: &str, version: &str, path: &Path) -> Result<()> {
     let document = read(path)?;
     writeln!(text, "G {} {version}", word(Some(group)))?;
     let resources = array(&document, "resources")?;

@@ -176,7 +176,8 @@ impl Hierarchies {
             let mut path = root.clone();
             for part in group {
                 for controller in WANTED_V2.iter().filter(|c| self.v2.iter().any(|have| have == *c)) {
-                    refused.extend(write(&path.join("cgroup.subtree_control"), format!("+{controller}")).err());
+                    refused
+                        .extend(write(&path.join("cgroup.subtree_control"), format!("+{controller}")).err());
                 }
                 path.push(part);
                 make(&path)?;
@@ -236,7 +237,7 @@ impl Hierarchies {
     /// Removes a group and all below it from every hierarchy; false while the kernel still holds a part.
     #[must_use]
     pub fn remove(&self, group: &Path) -> bool {
-        self.mounts().map(|mount| remove_tree(&mount.join(group))).fold(true, |all, one| all && one)
+        self.mounts().filter(|mount| !remove_tree(&mount.join(group))).count() == 0
     }
 
     /// Removes a group if nothing is in or below it.
@@ -321,7 +322,8 @@ fn or_max(value: i64) -> String {
 }
 
 fn make(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    fs::create_dir_all(path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
 }
 
 fn write(path: &Path, value: String) -> Result<(), Refused> {
@@ -369,7 +371,8 @@ fn kill_tree(folder: &Path) {
         let freezer = folder.join("freezer.state");
         let frozen = freezer.exists() && fs::write(&freezer, "FROZEN").is_ok();
         for pid in left {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
         if frozen {
             let _ = fs::write(&freezer, "THAWED");
@@ -427,7 +430,10 @@ mod tests {
 
     #[test]
     fn a_pure_v2_machine_shows_the_group_itself() {
-        let found = Hierarchies::parse("31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw", Path::new("/sys/fs/cgroup"));
+        let found = Hierarchies::parse(
+            "31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+            Path::new("/sys/fs/cgroup"),
+        );
         assert_eq!(found.view(Path::new("w")), [(String::new(), PathBuf::from("/sys/fs/cgroup/w"))]);
     }
 
@@ -440,9 +446,11 @@ mod tests {
             memory_bytes: Some(1 << 20),
             pids: Some(-1),
         };
-        let v2: Vec<String> = limits.v2().into_iter().map(|(_, file, value)| format!("{file}={value}")).collect();
+        let v2: Vec<String> =
+            limits.v2().into_iter().map(|(_, file, value)| format!("{file}={value}")).collect();
         assert_eq!(v2, ["cpu.weight=39", "cpu.max=50000 100000", "memory.max=1048576", "pids.max=max"]);
-        let v1: Vec<String> = limits.v1().into_iter().map(|(_, file, value)| format!("{file}={value}")).collect();
+        let v1: Vec<String> =
+            limits.v1().into_iter().map(|(_, file, value)| format!("{file}={value}")).collect();
         assert_eq!(v1[0], "cpu.shares=1024");
         assert_eq!(v1[3], "memory.limit_in_bytes=1048576");
     }

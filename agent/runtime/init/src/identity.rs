@@ -25,7 +25,11 @@ pub(crate) fn resolve(user: &User) -> Result<Identity, String> {
 fn read(path: &str) -> String {
     let small = fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_FILE_BYTES);
     // An image without the file has no names; numbers work all the same.
-    if small { fs::read(Path::new(path)).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default() } else { String::new() }
+    if small {
+        fs::read(Path::new(path)).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+    } else {
+        String::new()
+    }
 }
 
 struct Account<'a> {
@@ -61,7 +65,9 @@ fn resolve_in(user: &User, passwd: &str, group: &str) -> Result<Identity, String
         (None, name) => match (accounts(passwd).find(|account| account.name == name), name.parse()) {
             (Some(found), _) => (found.uid, Some(found)),
             (None, Ok(uid)) => (uid, account(uid)),
-            (None, Err(_)) => return Err(format!("unable to find user {name}: no matching entries in passwd file")),
+            (None, Err(_)) => {
+                return Err(format!("unable to find user {name}: no matching entries in passwd file"));
+            }
         },
     };
     // The image's group goes with the image's user only.
@@ -72,7 +78,9 @@ fn resolve_in(user: &User, passwd: &str, group: &str) -> Result<Identity, String
         (None, name) => match (groups(group).find(|(found, ..)| *found == name), name.parse()) {
             (Some((_, gid, _)), _) => gid,
             (None, Ok(gid)) => gid,
-            (None, Err(_)) => return Err(format!("unable to find group {name}: no matching entries in group file")),
+            (None, Err(_)) => {
+                return Err(format!("unable to find group {name}: no matching entries in group file"));
+            }
         },
     };
     if user.non_root && uid == 0 {
@@ -85,7 +93,11 @@ fn resolve_in(user: &User, passwd: &str, group: &str) -> Result<Identity, String
     }
     all.extend(&user.supplemental);
     let mut unique = Vec::new();
-    all.into_iter().for_each(|gid| if !unique.contains(&gid) { unique.push(gid) });
+    all.into_iter().for_each(|gid| {
+        if !unique.contains(&gid) {
+            unique.push(gid)
+        }
+    });
     let home = account.map(|account| account.home).filter(|home| !home.is_empty()).unwrap_or("/");
     Ok(Identity { uid, gid, groups: unique, home: home.to_owned() })
 }

@@ -6,12 +6,13 @@
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+    socketpair,
 };
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, pipe2, setsid};
@@ -93,7 +94,12 @@ pub(crate) fn start(spec: &Start) -> Result<Launched, String> {
 }
 
 /// Starts a command in a running container.
-pub(crate) fn exec(spec: &Start, leader: BorrowedFd<'_>, request: &Exec, streams: Streams) -> Result<Launched, String> {
+pub(crate) fn exec(
+    spec: &Start,
+    leader: BorrowedFd<'_>,
+    request: &Exec,
+    streams: Streams,
+) -> Result<Launched, String> {
     let filters = Filters::read(&spec.process)?;
     let (ours, theirs) = status_pair()?;
     match clone_within(spec, leader)? {
@@ -116,7 +122,8 @@ fn status_pair() -> Result<(OwnedFd, OwnedFd), String> {
 }
 
 fn clone(namespaces: i32, cgroups: &Cgroups) -> Result<Fork, String> {
-    let unified = cgroups.unified.as_ref().map(File::open).transpose().context(|| "open the cgroup".to_owned())?;
+    let unified =
+        cgroups.unified.as_ref().map(File::open).transpose().context(|| "open the cgroup".to_owned())?;
     sys::clone3(namespaces, unified.as_ref().map(AsFd::as_fd)).context(|| "clone".to_owned())
 }
 
@@ -141,9 +148,12 @@ fn finish(pid: i32, cgroups: &Cgroups, status: &OwnedFd) -> Result<Option<OwnedF
     for refused in cgroup::join(&cgroups.join, pid) {
         eprintln!("{refused}: {}", refused.source);
     }
-    let outcome = nix::sys::socket::send(status.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL)
-        .context(|| "the container's process died".to_owned())
-        .and_then(|_sent| listen(status));
+    // A child that has failed is gone by now, and its report waits to be read.
+    let told = nix::sys::socket::send(status.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL);
+    let outcome = listen(status).and_then(|master| {
+        told.context(|| "the container's process died".to_owned())?;
+        Ok(master)
+    });
     if outcome.is_err() {
         let _ = waitpid(Pid::from_raw(pid), None);
     }
@@ -174,8 +184,7 @@ pub(crate) fn received<S>(message: &nix::sys::socket::RecvMsg<'_, '_, S>) -> Vec
     let mut found = Vec::new();
     for control in message.cmsgs().into_iter().flatten() {
         if let ControlMessageOwned::ScmRights(descriptors) = control {
-            // SAFETY: the kernel has just installed them for us, and nobody else knows them.
-            found.extend(descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            found.extend(descriptors.into_iter().map(sys::own_received));
         }
     }
     found
@@ -189,7 +198,12 @@ fn report(status: &OwnedFd, message: &str) -> ! {
     sys::exit_now(127)
 }
 
-fn container(spec: &Start, streams: &mut Streams, filters: &Filters, status: &OwnedFd) -> Result<Infallible, String> {
+fn container(
+    spec: &Start,
+    streams: &mut Streams,
+    filters: &Filters,
+    status: &OwnedFd,
+) -> Result<Infallible, String> {
     setsid().context(|| "start a session".to_owned())?;
     // Lowering it takes a right that a node may not give.
     let _ = fs::write("/proc/self/oom_score_adj", spec.oom_score_adj.to_string());
@@ -215,7 +229,8 @@ fn command(
     setsid().context(|| "start a session".to_owned())?;
     let _ = fs::write("/proc/self/oom_score_adj", spec.oom_score_adj.to_string());
     wait_for_parent(status)?;
-    setns(leader, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP).context(|| "enter the container".to_owned())?;
+    setns(leader, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)
+        .context(|| "enter the container".to_owned())?;
     process::become_program(&spec.process, &request.argv, streams, filters)
 }
 
@@ -228,7 +243,11 @@ fn wait_for_parent(status: &OwnedFd) -> Result<(), String> {
 
 /// A terminal of the container's own devpts, also its /dev/console; the master goes to the init.
 fn terminal(status: &OwnedFd) -> Result<OwnedFd, String> {
-    let master = File::options().read(true).write(true).open("/dev/pts/ptmx").context(|| "open a terminal".to_owned())?;
+    let master = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/pts/ptmx")
+        .context(|| "open a terminal".to_owned())?;
     let peer = sys::open_peer(master.as_fd()).context(|| "open the terminal's other side".to_owned())?;
     File::create("/dev/console").context(|| "make /dev/console".to_owned())?;
     // The first terminal of a new devpts is number 0.

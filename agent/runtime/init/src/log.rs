@@ -195,7 +195,8 @@ mod tests {
         let mut log = Log::open(&path, 200).unwrap();
         let mut pending = Pending::default();
         for number in 0..40 {
-            log.take(Stream::Stdout, &mut pending, format!("line {number} {}\n", "x".repeat(60)).as_bytes()).unwrap();
+            log.take(Stream::Stdout, &mut pending, format!("line {number} {}\n", "x".repeat(60)).as_bytes())
+                .unwrap();
         }
         let mut files: Vec<PathBuf> = fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().path()).collect();
         files.sort();

@@ -2,6 +2,7 @@
 //! writes their logs and exit codes, and serves the agent on a socket in the folder. It outlives the agent.
 
 mod clock;
+mod connection;
 mod identity;
 mod launch;
 mod log;
@@ -56,14 +57,14 @@ fn run(folder: &Path) -> Result<(), String> {
     let server = Server::new(listener).context(|| "set up the loop".to_owned())?;
     std::env::set_current_dir("/").context(|| "leave the folder".to_owned())?;
     report_ready()?;
-    // Joining a v1 hierarchy may wait for a grace period of the kernel: the agent has better to do meanwhile.
-    sandbox::join(&config);
+    sandbox::join(&config)?;
     server.run().context(|| "serve".to_owned())
 }
 
 /// Tells the agent, and lets go of its pipe.
 fn report_ready() -> Result<(), String> {
     writeln!(std::io::stdout(), "ready {}", std::process::id()).context(|| "report".to_owned())?;
-    let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
+    let null =
+        File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
     sys::dup_to(null.as_fd(), 1).context(|| "close stdout".to_owned())
 }

@@ -29,7 +29,8 @@ pub(crate) struct Filters(Vec<Vec<u8>>);
 
 impl Filters {
     pub(crate) fn read(process: &Process) -> Result<Self, String> {
-        let read = |path: &PathBuf| fs::read(path).context(|| format!("read the seccomp filter {}", path.display()));
+        let read =
+            |path: &PathBuf| fs::read(path).context(|| format!("read the seccomp filter {}", path.display()));
         Ok(Self(process.seccomp.iter().map(read).collect::<Result<_, _>>()?))
     }
 
@@ -56,7 +57,8 @@ pub(crate) fn become_program(
     sys::reset_signals().context(|| "reset signals".to_owned())?;
     confine(process, &who, filters)?;
     // The death of the init must not leave a container that nobody watches.
-    sys::prctl(libc::PR_SET_PDEATHSIG, u64::from(libc::SIGKILL.cast_unsigned())).context(|| "set death signal".to_owned())?;
+    sys::prctl(libc::PR_SET_PDEATHSIG, u64::from(libc::SIGKILL.cast_unsigned()))
+        .context(|| "set death signal".to_owned())?;
     let program = look_up(argv, &env)?;
     sys::close_on_exec_from(3).context(|| "close descriptors".to_owned())?;
     let error = sys::exec(&c_string(&program.to_string_lossy())?, &c_strings(argv)?, &c_strings(&env)?);
@@ -74,7 +76,8 @@ fn confine(process: &Process, who: &Identity, filters: &Filters) -> Result<(), S
         sys::prctl(libc::PR_CAPBSET_DROP, bit).context(|| format!("drop capability {bit}"))?;
     }
     sys::prctl(libc::PR_SET_KEEPCAPS, 1).context(|| "keep capabilities".to_owned())?;
-    sys::set_ids(who.uid, who.gid, &who.groups).context(|| format!("become user {} group {}", who.uid, who.gid))?;
+    sys::set_ids(who.uid, who.gid, &who.groups)
+        .context(|| format!("become user {} group {}", who.uid, who.gid))?;
     sys::prctl(libc::PR_SET_KEEPCAPS, 0).context(|| "keep capabilities".to_owned())?;
     sys::set_capabilities(wanted).context(|| "set capabilities".to_owned())?;
     if process.no_new_privs {
@@ -85,7 +88,8 @@ fn confine(process: &Process, who: &Identity, filters: &Filters) -> Result<(), S
 }
 
 fn connect(streams: &Streams, who: &Identity) -> Result<(), String> {
-    let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
+    let null =
+        File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null".to_owned())?;
     let put = |stream: Option<&OwnedFd>, number: i32| {
         let fd = stream.map_or(null.as_fd(), AsFd::as_fd);
         own(fd, who);

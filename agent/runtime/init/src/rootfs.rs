@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use rustix::fs::CWD;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
 use weft_agent_runtime_init::wire::{Mount, Propagation, Root, Start};
 
 use crate::sys;
@@ -33,6 +36,9 @@ const NONE: Option<&str> = None;
 const DEV_OPTIONS: &str = "mode=755,size=65536k";
 /// Group 5 is `tty` wherever the group exists.
 const DEVPTS_OPTIONS: &str = "newinstance,ptmxmode=0666,mode=0620,gid=5";
+
+/// So many names of 64 digits, and two long paths, fit the page of options that the kernel takes.
+const MAX_LAYERS_IN_OPTIONS: usize = 40;
 
 /// Name, major and minor number.
 const NODES: [(&str, u64, u64); 6] =
@@ -112,12 +118,14 @@ pub(crate) fn seal(spec: &Start) -> Result<(), String> {
 }
 
 fn clone_tree(path: &Path) -> Result<OwnedFd, String> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
     open_tree(CWD, path, flags).context(|| format!("mount source {}", path.display()))
 }
 
 fn source(mount: &Mount) -> Result<Bind<'_>, String> {
-    let folder = fs::metadata(&mount.source).context(|| format!("mount source {}", mount.source.display()))?.is_dir();
+    let folder =
+        fs::metadata(&mount.source).context(|| format!("mount source {}", mount.source.display()))?.is_dir();
     let tree = clone_tree(&mount.source)?;
     let mut set = 0;
     if mount.read_only {
@@ -149,23 +157,46 @@ fn cgroup_views(spec: &Start) -> Result<Vec<(String, OwnedFd)>, String> {
     Ok(views)
 }
 
-/// Mounts the overlay and makes it the root. Layers are named relative to their folder, because the kernel takes at
-/// most a page of options.
+/// Mounts the overlay and makes it the root.
 fn pivot(root: &Root, devices: bool) -> Result<(), String> {
     let target = root.folder.join("root");
     std::env::set_current_dir(&root.layers).context(|| format!("enter {}", root.layers.display()))?;
-    let part = |name: &str| escape(&root.folder.join(name).to_string_lossy());
-    let options = format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
-    let flags = if devices { MsFlags::empty() } else { MsFlags::MS_NODEV };
-    let overlay = |options: &str| mount(Some("overlay"), &target, Some("overlay"), flags, Some(options));
-    // A container's root outlives no crash of the machine, so it need never be synced.
-    overlay(&format!("{options},volatile"))
-        .or_else(|_older_kernel| overlay(&options))
-        .context(|| format!("mount the image of {} layers", root.lower.len()))?;
+    let mounted = if root.lower.len() > MAX_LAYERS_IN_OPTIONS {
+        overlay_by_parts(root, &target, devices)
+    } else {
+        overlay(root, &target, devices)
+    };
+    mounted.context(|| format!("mount the image of {} layers", root.lower.len()))?;
     std::env::set_current_dir(&target).context(|| "enter the root".to_owned())?;
     nix::unistd::pivot_root(".", ".").context(|| "change the root".to_owned())?;
     umount2(".", MntFlags::MNT_DETACH).context(|| "leave the node's root".to_owned())?;
     std::env::set_current_dir("/").context(|| "enter the new root".to_owned())
+}
+
+/// Layers are named relative to their folder, because the kernel takes at most a page of options.
+fn overlay(root: &Root, target: &Path, devices: bool) -> io::Result<()> {
+    let part = |name: &str| escape(&root.folder.join(name).to_string_lossy());
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
+    let flags = if devices { MsFlags::empty() } else { MsFlags::MS_NODEV };
+    let mount = |options: &str| mount(Some("overlay"), target, Some("overlay"), flags, Some(options));
+    // A container's root outlives no crash of the machine, so it need never be synced. Linux before 5.10 can't do without.
+    mount(&format!("{options},volatile")).or_else(|_refused| mount(&options))?;
+    Ok(())
+}
+
+/// One call per layer: Linux 6.7 and later.
+fn overlay_by_parts(root: &Root, target: &Path, devices: bool) -> io::Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    root.lower.iter().try_for_each(|layer| fsconfig_set_string(&context, "lowerdir+", layer.as_str()))?;
+    fsconfig_set_string(&context, "upperdir", root.folder.join("upper"))?;
+    fsconfig_set_string(&context, "workdir", root.folder.join("work"))?;
+    fsconfig_set_flag(&context, "volatile")?;
+    fsconfig_create(&context)?;
+    let flags = if devices { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_NODEV };
+    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(())
 }
 
 /// Overlay's options end at a comma and its layers at a colon.
@@ -189,7 +220,9 @@ fn make_folder(target: &str) -> Result<(), String> {
 
 fn mount_cgroups(views: Vec<(String, OwnedFd)>) -> Result<(), String> {
     let base = Path::new("/sys/fs/cgroup");
-    if let [(name, tree)] = views.as_slice() && name.is_empty() {
+    if let [(name, tree)] = views.as_slice()
+        && name.is_empty()
+    {
         return attach(tree, base, true);
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -206,14 +239,19 @@ fn mount_cgroups(views: Vec<(String, OwnedFd)>) -> Result<(), String> {
 fn host_nodes(folder: &Path, relative: &Path) -> Vec<Node> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let (Ok(meta), name) = (entry.path().symlink_metadata(), relative.join(entry.file_name())) else { continue };
+        let (Ok(meta), name) = (entry.path().symlink_metadata(), relative.join(entry.file_name())) else {
+            continue;
+        };
         let kind = meta.file_type();
         if kind.is_dir() {
             let own = ["pts", "shm", "mqueue", "hugepages"].iter().any(|own| name == Path::new(own));
             if !own {
                 found.extend(host_nodes(&entry.path(), &name));
             }
-        } else if (kind.is_char_device() || kind.is_block_device()) && name != Path::new("console") && name != Path::new("ptmx") {
+        } else if (kind.is_char_device() || kind.is_block_device())
+            && name != Path::new("console")
+            && name != Path::new("ptmx")
+        {
             found.push(Node { name, mode: meta.mode(), device: meta.rdev() });
         }
     }
@@ -232,7 +270,8 @@ fn devices(host: Vec<Node>) -> Result<(), String> {
         }
     }
     for (target, name) in LINKS {
-        std::os::unix::fs::symlink(target, Path::new("/dev").join(name)).context(|| format!("link /dev/{name}"))?;
+        std::os::unix::fs::symlink(target, Path::new("/dev").join(name))
+            .context(|| format!("link /dev/{name}"))?;
     }
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     special("devpts", "/dev/pts", quiet, Some(DEVPTS_OPTIONS))?;
@@ -248,7 +287,8 @@ fn node(name: &Path, mode: u32, device: u64) -> Result<(), String> {
     let (kind, permissions) = (SFlag::from_bits_truncate(mode), Mode::from_bits_truncate(mode));
     mknod(&path, kind, permissions, device).context(|| format!("make the device {}", path.display()))?;
     // mknod's mode is cut by the umask.
-    fs::set_permissions(&path, fs::Permissions::from_mode(mode & 0o7777)).context(|| format!("open {}", path.display()))
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode & 0o7777))
+        .context(|| format!("open {}", path.display()))
 }
 
 /// Attaches a detached mount, making its target if missing.

@@ -39,7 +39,8 @@ pub(crate) fn make(config: &Sandbox) -> Result<(), String> {
     if let Some(path) = &config.shm {
         fs::create_dir_all(path).context(|| format!("make {}", path.display()))?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("shm"), path, Some("tmpfs"), flags, Some(SHM_OPTIONS)).context(|| "mount shared memory".to_owned())?;
+        mount(Some("shm"), path, Some("tmpfs"), flags, Some(SHM_OPTIONS))
+            .context(|| "mount shared memory".to_owned())?;
     }
     if let Some(name) = &config.hostname {
         nix::unistd::sethostname(name).context(|| format!("set the host name {name:?}"))?;
@@ -47,12 +48,17 @@ pub(crate) fn make(config: &Sandbox) -> Result<(), String> {
     config.sysctls.iter().try_for_each(|(name, value)| sysctl(name, value))
 }
 
-/// Joins the sandbox's own groups.
-pub(crate) fn join(config: &Sandbox) {
-    let pid = i32::try_from(std::process::id()).unwrap_or_default();
-    for refused in cgroup::join(&config.cgroups, pid) {
-        eprintln!("{refused}: {}", refused.source);
+/// Joins the sandbox's own groups. Moving into a v1 hierarchy waits for a grace period of the kernel, some 10 ms: a child
+/// does it, so that the first container need not wait. It is reaped as any child.
+pub(crate) fn join(config: &Sandbox) -> Result<(), String> {
+    let own = i32::try_from(std::process::id()).unwrap_or_default();
+    if sys::fork().context(|| "fork".to_owned())? {
+        for refused in cgroup::join(&config.cgroups, own) {
+            eprintln!("{refused}: {}", refused.source);
+        }
+        sys::exit_now(0);
     }
+    Ok(())
 }
 
 fn sysctl(name: &str, value: &str) -> Result<(), String> {
@@ -79,8 +85,14 @@ mod tests {
     #[test]
     fn sysctls_stay_below_their_folder() {
         assert_eq!(sysctl_path("net.ipv4.ip_forward"), Some("/proc/sys/net/ipv4/ip_forward".into()));
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/rp_filter"), Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into()));
-        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.rp_filter"), Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into()));
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/rp_filter"),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into())
+        );
+        assert_eq!(
+            sysctl_path("net.ipv4.conf.eth0/1.rp_filter"),
+            Some("/proc/sys/net/ipv4/conf/eth0.1/rp_filter".into())
+        );
         assert_eq!(sysctl_path("net/../../x"), None);
         assert_eq!(sysctl_path("net..x"), None);
     }

@@ -2,42 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{MsgFlags, recvmsg, send};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use weft_agent_runtime_init::cgroup;
 use weft_agent_runtime_init::wire::{self, Exec, Exit, Reply, Request, Run, Start, Status};
 
 use crate::clock;
+use crate::connection::Connection;
 use crate::launch::{self, Launched};
 use crate::log::{self, Log, Pending, Stream};
 use crate::process::Streams;
 
 /// More than an agent opens: one stream of events, probes and execs.
 const MAX_CONNECTIONS: usize = 512;
-/// What a reader that doesn't read may cost us.
-const MAX_UNSENT_BYTES: usize = 4 << 20;
-/// Descriptors of one exec.
-const MAX_DESCRIPTORS: usize = 4;
 const READ_BYTES: usize = 64 << 10;
-
-struct Connection {
-    stream: UnixStream,
-    received: Vec<u8>,
-    descriptors: Vec<OwnedFd>,
-    unsent: Vec<u8>,
-    subscribed: bool,
-    awaits_shutdown: bool,
-    closed: bool,
-}
 
 struct Output {
     stream: Stream,
@@ -123,7 +109,8 @@ impl Server {
     fn wait(&self) -> io::Result<Vec<(Token, PollFlags)>> {
         let (read, write) = (PollFlags::POLLIN, PollFlags::POLLOUT);
         let mut tokens = vec![Token::Signals, Token::Listener];
-        let mut polled = vec![PollFd::new(self.signals.as_fd(), read), PollFd::new(self.listener.as_fd(), read)];
+        let mut polled =
+            vec![PollFd::new(self.signals.as_fd(), read), PollFd::new(self.listener.as_fd(), read)];
         for (id, connection) in &self.connections {
             tokens.push(Token::Connection(*id));
             let flags = if connection.unsent.is_empty() { read } else { read | write };
@@ -148,16 +135,7 @@ impl Server {
             if self.connections.len() >= MAX_CONNECTIONS || stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            let connection = Connection {
-                stream,
-                received: Vec::new(),
-                descriptors: Vec::new(),
-                unsent: Vec::new(),
-                subscribed: false,
-                awaits_shutdown: false,
-                closed: false,
-            };
-            self.connections.insert(self.next_connection, connection);
+            self.connections.insert(self.next_connection, Connection::new(stream));
             self.next_connection += 1;
         }
     }
@@ -193,7 +171,9 @@ impl Server {
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.subscribed = true;
                 }
-                Some(Reply::Containers(self.containers.iter().map(|(id, container)| container.status(id)).collect()))
+                Some(Reply::Containers(
+                    self.containers.iter().map(|(id, container)| container.status(id)).collect(),
+                ))
             }
             Request::Forget { container } => Some(self.forget(&container)),
             Request::Shutdown => {
@@ -237,8 +217,17 @@ impl Server {
         }
         save(&spec.state.join(wire::RUN_FILE), &Run { pid, started_at_ns });
         let id = spec.id.clone();
-        let container =
-            Container { spec, pid, pidfd, started_at_ns, outputs, log, log_failed: false, _stdin: stdin, exit: None };
+        let container = Container {
+            spec,
+            pid,
+            pidfd,
+            started_at_ns,
+            outputs,
+            log,
+            log_failed: false,
+            _stdin: stdin,
+            exit: None,
+        };
         self.containers.insert(id, container);
         Reply::Started { pid, started_at_ns }
     }
@@ -256,7 +245,7 @@ impl Server {
 
     /// Answers at once only if the command can't be started.
     fn exec(&mut self, connection: u64, request: &Exec) -> Option<Reply> {
-        let Some(from) = self.connections.get_mut(&connection) else { return None };
+        let from = self.connections.get_mut(&connection)?;
         if from.descriptors.len() < request.descriptors() {
             return Some(failed("descriptors are missing".to_owned()));
         }
@@ -269,7 +258,9 @@ impl Server {
             tty: next(request.tty),
         };
         drop(descriptors);
-        let Some(container) = self.containers.get(&request.container) else { return Some(unknown(&request.container)) };
+        let Some(container) = self.containers.get(&request.container) else {
+            return Some(unknown(&request.container));
+        };
         if container.exit.is_some() {
             return Some(failed(format!("container {} is not running", request.container)));
         }
@@ -327,7 +318,10 @@ impl Server {
             }
             return;
         }
-        let found = self.containers.iter_mut().find(|(_, container)| container.pid == pid && container.exit.is_none());
+        let found = self
+            .containers
+            .iter_mut()
+            .find(|(_, container)| container.pid == pid && container.exit.is_none());
         let Some((id, container)) = found else { return };
         container.end(code);
         let event = Reply::Event(container.status(id));
@@ -357,60 +351,6 @@ impl Server {
     fn farewell(&mut self) {
         for connection in self.connections.values_mut().filter(|connection| connection.awaits_shutdown) {
             connection.send(&Reply::Done);
-        }
-    }
-}
-
-impl Connection {
-    fn read(&mut self) {
-        let mut bytes = [0; READ_BYTES];
-        loop {
-            let mut space = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
-            let mut slices = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-            let (length, descriptors) =
-                match recvmsg::<()>(self.stream.as_raw_fd(), &mut slices, Some(&mut space), flags) {
-                    Ok(message) => (message.bytes, launch::received(&message)),
-                    Err(Errno::EAGAIN) => return,
-                    Err(Errno::EINTR) => continue,
-                    Err(_) => (0, Vec::new()),
-                };
-            if length == 0 {
-                self.closed = true;
-                return;
-            }
-            self.descriptors.extend(descriptors);
-            self.received.extend_from_slice(&bytes[..length]);
-            if self.received.len() > wire::MAX_MESSAGE_BYTES + READ_BYTES || self.descriptors.len() > MAX_DESCRIPTORS {
-                self.closed = true;
-                return;
-            }
-        }
-    }
-
-    fn send(&mut self, reply: &Reply) {
-        match wire::encode(reply) {
-            Ok(bytes) => self.unsent.extend(bytes),
-            Err(error) => {
-                eprintln!("encode a reply: {error}");
-                self.closed = true;
-            }
-        }
-        self.flush();
-        self.closed |= self.unsent.len() > MAX_UNSENT_BYTES;
-    }
-
-    fn flush(&mut self) {
-        while !self.unsent.is_empty() {
-            match send(self.stream.as_raw_fd(), &self.unsent, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-                Ok(sent) => drop(self.unsent.drain(..sent)),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return,
-                Err(_) => {
-                    self.unsent.clear();
-                    self.closed = true;
-                }
-            }
         }
     }
 }
@@ -494,7 +434,8 @@ fn nonblocking(fd: &OwnedFd) -> nix::Result<()> {
 }
 
 fn send_signal(pidfd: &OwnedFd, signal: i32) -> nix::Result<()> {
-    crate::sys::pidfd_send_signal(pidfd.as_fd(), signal).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+    crate::sys::pidfd_send_signal(pidfd.as_fd(), signal)
+        .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
 }
 
 /// Written aside and renamed, so that a reader sees all or nothing.

@@ -157,9 +157,11 @@ pub(crate) fn loopback_up(socket: BorrowedFd<'_>) -> io::Result<()> {
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l'.cast_signed();
     request.ifr_name[1] = b'o'.cast_signed();
-    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or(libc::IFF_UP as i16);
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or_default();
     // SAFETY: SIOCSIFFLAGS reads an ifreq.
-    check(libc::c_long::from(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }))?;
+    check(libc::c_long::from(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
+    }))?;
     Ok(())
 }
 
@@ -176,7 +178,11 @@ pub(crate) fn open_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: TIOCSPTLCK reads an int; TIOCGPTPEER takes open flags and returns a new descriptor.
     unsafe {
         check(libc::c_long::from(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlocked)))?;
-        let peer = libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
+        let peer = libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCGPTPEER,
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        );
         check(libc::c_long::from(peer))?;
         Ok(OwnedFd::from_raw_fd(peer))
     }
@@ -199,7 +205,11 @@ pub(crate) fn reset_signals() -> io::Result<()> {
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
-        check(libc::c_long::from(libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())))?;
+        check(libc::c_long::from(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            &raw const none,
+            std::ptr::null_mut(),
+        )))?;
     }
     Ok(())
 }
@@ -221,7 +231,7 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Splits this process in two; true in the child, whose parent is to end.
+/// Splits this process in two; true in the child.
 pub(crate) fn fork() -> io::Result<bool> {
     // SAFETY: this process has one thread.
     let child = unsafe { nix::unistd::fork() }.map_err(io::Error::from)?;
@@ -234,4 +244,10 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
     // SAFETY: a null siginfo means as kill(2).
     check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0) })?;
     Ok(())
+}
+
+/// Takes a descriptor that has just come with a message.
+pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has installed it for us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -19,12 +19,17 @@ const START_FAILED: i32 = 128;
 const SIGKILLED: i32 = 128 + libc::SIGKILL;
 
 impl Inner {
-    pub(super) async fn create_container(self: &Arc<Self>, sandbox_id: &str, spec: ContainerSpec) -> Result<String, Error> {
+    pub(super) async fn create_container(
+        self: &Arc<Self>,
+        sandbox_id: &str,
+        spec: ContainerSpec,
+    ) -> Result<String, Error> {
         let sandbox = self.ready_sandbox(sandbox_id)?;
         let inner = self.clone();
         let record = blocking(move || inner.make_container(&sandbox, spec)).await?;
         let id = record.id.clone();
-        let entry = ContainerEntry { record: Arc::new(record), state: watch::Sender::new(ContainerState::Created) };
+        let entry =
+            ContainerEntry { record: Arc::new(record), state: watch::Sender::new(ContainerState::Created) };
         self.state.lock().containers.insert(id.clone(), entry);
         Ok(id)
     }
@@ -33,7 +38,10 @@ impl Inner {
         let state = self.state.lock();
         let entry = state.sandboxes.get(id).ok_or_else(|| not_found("sandbox", id))?;
         if !entry.alive || entry.record.phase != Phase::Ready {
-            return Err(Error::Invalid { what: "create a container", reason: format!("sandbox {id} is not ready") });
+            return Err(Error::Invalid {
+                what: "create a container",
+                reason: format!("sandbox {id} is not ready"),
+            });
         }
         Ok(entry.record.clone())
     }
@@ -49,17 +57,29 @@ impl Inner {
         made
     }
 
-    fn fill_container(&self, id: &str, sandbox: &SandboxRecord, spec: ContainerSpec) -> Result<ContainerRecord, Error> {
+    fn fill_container(
+        &self,
+        id: &str,
+        sandbox: &SandboxRecord,
+        spec: ContainerSpec,
+    ) -> Result<ContainerRecord, Error> {
         let folder = self.paths.container(id);
         ["upper", "work", "root"].iter().try_for_each(|part| records::make_folder(&folder.join(part)))?;
         let image = self.images.acquire(&spec.image, id).map_err(image_error)?;
         let layers = self.images.layers_folder();
         let seccomp = seccomp::filters(&self.paths.seccomp(), &spec.security)?;
-        let context =
-            spec::Context { paths: &self.paths, hierarchies: &self.hierarchies, sandbox, image: &image, layers, seccomp };
+        let context = spec::Context {
+            paths: &self.paths,
+            hierarchies: &self.hierarchies,
+            sandbox,
+            image: &image,
+            layers,
+            seccomp,
+        };
         let start = context.start(id, &spec)?;
         let group = self.paths.leaf_cgroup(&sandbox.spec, id);
-        let refused = self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
+        let refused =
+            self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
         self.warn_refused(refused);
         self.warn_refused(self.hierarchies.limit(&group, &spec::limits(&spec.resources)));
         if !spec.security.privileged {
@@ -94,7 +114,10 @@ impl Inner {
     pub(super) async fn start_container(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let record = self.record(id)?;
         if *self.state_of(id)?.borrow() != ContainerState::Created {
-            return Err(Error::Invalid { what: "start a container", reason: format!("{id} has been started before") });
+            return Err(Error::Invalid {
+                what: "start a container",
+                reason: format!("{id} has been started before"),
+            });
         }
         let mut connection = self.connect(&record.sandbox_id).await?;
         match connection.ask(&Request::Start(Box::new(record.start.clone()))).await? {
@@ -117,7 +140,9 @@ impl Inner {
                 self.end(id, exit).await?;
                 Err(Error::Start { name: record.spec.name.clone(), reason: message })
             }
-            other => Err(Error::Invalid { what: "start a container", reason: format!("unexpected answer {other:?}") }),
+            other @ (Reply::Done | Reply::Exited { .. } | Reply::Containers(_) | Reply::Event(_)) => {
+                Err(unexpected("start a container", &other))
+            }
         }
     }
 
@@ -132,7 +157,11 @@ impl Inner {
 
     fn state_of(&self, id: &str) -> Result<watch::Receiver<ContainerState>, Error> {
         let state = self.state.lock();
-        state.containers.get(id).map(|entry| entry.state.subscribe()).ok_or_else(|| not_found("container", id))
+        state
+            .containers
+            .get(id)
+            .map(|entry| entry.state.subscribe())
+            .ok_or_else(|| not_found("container", id))
     }
 
     fn change(&self, id: &str, change: impl FnOnce(&mut ContainerState)) {
@@ -227,7 +256,11 @@ impl Inner {
         let Ok(mut connection) = self.connect(&record.sandbox_id).await else { return Ok(()) };
         match connection.ask(&Request::Signal { container: record.id.clone(), signal }).await? {
             Reply::Failed { message } => Err(Error::Invalid { what: "signal a container", reason: message }),
-            _ => Ok(()),
+            Reply::Done => Ok(()),
+            other @ (Reply::Started { .. }
+            | Reply::Exited { .. }
+            | Reply::Containers(_)
+            | Reply::Event(_)) => Err(unexpected("signal a container", &other)),
         }
     }
 
@@ -237,7 +270,8 @@ impl Inner {
         if let Ok(mut connection) = self.connect(&record.sandbox_id).await {
             connection.ask(&Request::Forget { container: id.to_owned() }).await?;
         }
-        let sandbox = self.state.lock().sandboxes.get(&record.sandbox_id).map(|entry| entry.record.spec.clone());
+        let sandbox =
+            self.state.lock().sandboxes.get(&record.sandbox_id).map(|entry| entry.record.spec.clone());
         if let Some(spec) = sandbox {
             self.remove_group(self.paths.leaf_cgroup(&spec, id)).await?;
         }
@@ -254,7 +288,12 @@ impl Inner {
         Ok(())
     }
 
-    pub(super) async fn exec(self: &Arc<Self>, id: &str, command: Vec<String>, stdio: Stdio) -> Result<i32, Error> {
+    pub(super) async fn exec(
+        self: &Arc<Self>,
+        id: &str,
+        command: Vec<String>,
+        stdio: Stdio,
+    ) -> Result<i32, Error> {
         let record = self.record(id)?;
         if !matches!(*self.state_of(id)?.borrow(), ContainerState::Running { .. }) {
             return Err(Error::Invalid { what: "exec", reason: format!("container {id} is not running") });
@@ -271,16 +310,25 @@ impl Inner {
         let descriptors: Vec<_> = [stdin, stdout, stderr, tty].into_iter().flatten().collect();
         let mut connection = self.connect(&record.sandbox_id).await?;
         let folder = self.paths.sandbox_run(&record.sandbox_id);
-        connection.send_with(&request, &descriptors).await.map_err(records::io_error("talk to the init in", &folder))?;
+        connection
+            .send_with(&request, &descriptors)
+            .await
+            .map_err(records::io_error("talk to the init in", &folder))?;
         // Only the command may hold them now: the other ends shall see it end.
         drop(descriptors);
         match connection.receive().await.map_err(records::io_error("talk to the init in", &folder))? {
             Some(Reply::Exited { code }) => Ok(code),
-            Some(Reply::Failed { message }) => Err(Error::Start { name: record.spec.name.clone(), reason: message }),
-            Some(other) => Err(Error::Invalid { what: "exec", reason: format!("unexpected answer {other:?}") }),
+            Some(Reply::Failed { message }) => {
+                Err(Error::Start { name: record.spec.name.clone(), reason: message })
+            }
+            Some(other) => Err(unexpected("exec", &other)),
             None => Err(Error::Invalid { what: "exec", reason: "the sandbox's init died".to_owned() }),
         }
     }
+}
+
+fn unexpected(what: &'static str, answer: &Reply) -> Error {
+    Error::Invalid { what, reason: format!("unexpected answer {answer:?}") }
 }
 
 async fn ended(state: &mut watch::Receiver<ContainerState>) {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rustix::fs::{Mode, OFlags};
@@ -17,13 +18,17 @@ use weft_agent_runtime_init::wire::{self, Reply, Request, Sandbox};
 use super::records;
 use crate::Error;
 
-const READ_BYTES: usize = 16 << 10;
+/// An init answers in milliseconds, unless a mount that it makes for a container hangs.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Answers are small; one listener per sandbox keeps its buffer.
+const READ_BYTES: usize = 4 << 10;
 
 /// Starts an init from its folder and waits until it serves. Blocks for a few milliseconds.
 pub(super) fn spawn(program: &Path, folder: &Path, config: &Sandbox) -> Result<i32, Error> {
     records::save(&folder.join(wire::CONFIG), config)?;
     let log = folder.join("init.log");
-    let log_file = File::options().create(true).append(true).open(&log).map_err(records::io_error("open", &log))?;
+    let log_file =
+        File::options().create(true).append(true).open(&log).map_err(records::io_error("open", &log))?;
     let mut child = Command::new(program)
         .arg0("weft-init")
         .arg(folder)
@@ -41,7 +46,7 @@ pub(super) fn spawn(program: &Path, folder: &Path, config: &Sandbox) -> Result<i
     child.wait().map_err(records::io_error("wait for", program))?;
     read.map_err(records::io_error("hear from", program))?;
     match line.trim().split_once(' ') {
-        Some(("ready", pid)) => pid.parse().map_err(|_| refused("no pid")),
+        Some(("ready", pid)) => pid.parse().map_err(|_no_number| refused("no pid")),
         Some((_, reason)) => Err(refused(reason)),
         None => Err(refused("weft-init ended without a word")),
     }
@@ -61,7 +66,8 @@ pub(super) struct Connection {
 impl Connection {
     /// Fails at once if the init is dead.
     pub(super) async fn open(folder: &Path) -> io::Result<Self> {
-        let place = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let place =
+            rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let stream = UnixStream::connect(wire::socket_path(place.as_fd())).await?;
         Ok(Self { stream, received: Vec::new(), path: folder.join(wire::SOCKET) })
     }
@@ -84,7 +90,8 @@ impl Connection {
             self.stream.writable().await?;
             let attempt = self.stream.try_io(Interest::WRITABLE, || {
                 let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-                sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None).map_err(io::Error::from)
+                sendmsg::<()>(self.stream.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None)
+                    .map_err(io::Error::from)
             });
             match attempt {
                 Ok(sent) => break sent,
@@ -101,15 +108,14 @@ impl Connection {
             if let Some(message) = wire::decode(&mut self.received)? {
                 return Ok(Some(message));
             }
-            let mut bytes = [0; READ_BYTES];
-            let read = match self.stream.read(&mut bytes).await {
+            self.received.reserve(READ_BYTES);
+            let read = match self.stream.read_buf(&mut self.received).await {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
                 other => other?,
             };
             if read == 0 {
                 return Ok(None);
             }
-            self.received.extend_from_slice(&bytes[..read]);
         }
     }
 
@@ -119,7 +125,9 @@ impl Connection {
             self.send(request).await?;
             self.receive().await?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
         };
-        let answer: io::Result<Reply> = answer.await;
-        answer.map_err(records::io_error("talk to", &self.path))
+        let answer: Result<io::Result<Reply>, _> = tokio::time::timeout(ANSWER, answer).await;
+        let late =
+            |_elapsed| Error::Timeout { what: "the answer of a sandbox's init", seconds: ANSWER.as_secs() };
+        answer.map_err(late)?.map_err(records::io_error("talk to", &self.path))
     }
 }

@@ -148,7 +148,9 @@ fn load_all<T: DeserializeOwned>(folder: &Path) -> Result<(Vec<T>, Vec<String>),
 pub(super) fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     match fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).ok()),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
         Err(error) => Err(io_error("read", path)(error)),
     }
 }

@@ -36,8 +36,11 @@ impl Inner {
         }
         let ids: Vec<String> = self.state.lock().sandboxes.keys().cloned().collect();
         for id in &ids {
-            if !self.listen(id).await? {
-                self.bury_containers(id).await?;
+            match self.listen(id).await {
+                Ok(true) => {}
+                Ok(false) => self.bury_containers(id).await?,
+                // It lives but doesn't answer: its pod is not ready, and the kubelet replaces it.
+                Err(error) => tracing::warn!(sandbox = id, error = chain(&error), "cannot adopt a sandbox"),
             }
         }
         self.sweep().await?;
@@ -60,13 +63,17 @@ impl Inner {
                 records::remove(&self.paths.container(&record.id))?;
                 continue;
             }
-            let exit: Option<wire::Exit> = records::load(&self.paths.container(&record.id).join(wire::EXIT_FILE))?;
+            let exit: Option<wire::Exit> =
+                records::load(&self.paths.container(&record.id).join(wire::EXIT_FILE))?;
             let state = exit.map_or(ContainerState::Created, |exit| ContainerState::Exited(from_wire(exit)));
             containers.push((record, state));
         }
         let ids: BTreeSet<&str> = containers.iter().map(|(record, _)| record.id.as_str()).collect();
         let uses = self.images.uses().map_err(image_error)?;
-        uses.iter().filter(|id| !ids.contains(id.as_str())).try_for_each(|id| self.images.release(id)).map_err(image_error)?;
+        uses.iter()
+            .filter(|id| !ids.contains(id.as_str()))
+            .try_for_each(|id| self.images.release(id))
+            .map_err(image_error)?;
         Ok(Found { sandboxes, containers })
     }
 
@@ -120,13 +127,17 @@ impl Inner {
         let ids: Vec<String> = self.state.lock().sandboxes.keys().cloned().collect();
         let mut first_error = None;
         for id in ids {
-            if let Err(error) = self.remove_sandbox(&id).await {
+            let mut removed = self.remove_sandbox(&id).await;
+            if let Err(Error::Network(_)) = removed {
+                // A plugin that fails must not keep the rest alive; the pod's end of its link goes with the namespace.
+                first_error = first_error.or(removed.err());
+                records::remove(&self.paths.network(&id))?;
+                removed = self.remove_sandbox(&id).await;
+            }
+            if let Err(error) = removed {
                 tracing::warn!(sandbox = id, error = chain(&error), "cannot remove a sandbox");
                 first_error.get_or_insert(error);
             }
-        }
-        if let Some(error) = first_error {
-            return Err(error);
         }
         self.remove_group(self.paths.cgroup.clone()).await?;
         let inner = self.clone();
@@ -134,12 +145,15 @@ impl Inner {
             let parent = inner.paths.cgroup.parent().filter(|parent| !parent.as_os_str().is_empty());
             parent.iter().for_each(|parent| inner.hierarchies.remove_if_empty(parent));
             let run = ["sandboxes", "netns", "seccomp"].map(|part| inner.paths.run.join(part));
-            run.iter().chain([&inner.paths.sandboxes(), &inner.paths.containers()]).try_for_each(|path| records::remove(path))?;
+            run.iter()
+                .chain([&inner.paths.sandboxes(), &inner.paths.containers()])
+                .try_for_each(|path| records::remove(path))?;
             // The folder may hold what others keep in it.
             let _ = fs::remove_dir(&inner.paths.run);
             Ok(())
         })
-        .await
+        .await?;
+        first_error.map_or(Ok(()), Err)
     }
 }
 

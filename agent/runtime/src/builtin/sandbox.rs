@@ -28,8 +28,13 @@ const SYSCTLS: [(&str, &str); 2] =
 impl Inner {
     pub(super) async fn run_sandbox(self: &Arc<Self>, spec: SandboxSpec) -> Result<Sandbox, Error> {
         spec::check_cgroup(&spec.cgroup)?;
-        let record =
-            SandboxRecord { id: new_id(), spec, phase: Phase::Creating, ips: Vec::new(), created_at_ns: now_ns() };
+        let record = SandboxRecord {
+            id: new_id(),
+            spec,
+            phase: Phase::Creating,
+            ips: Vec::new(),
+            created_at_ns: now_ns(),
+        };
         let made = self.make_sandbox(record.clone()).await;
         if made.is_err()
             && let Err(error) = self.undo_sandbox(&record).await
@@ -69,7 +74,8 @@ impl Inner {
         let resolv_conf = run.join("resolv.conf");
         fs::write(&resolv_conf, &spec.resolv_conf).map_err(records::io_error("write", &resolv_conf))?;
         let (pod, group) = (self.paths.pod_cgroup(spec), self.paths.leaf_cgroup(spec, id));
-        let refused = self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
+        let refused =
+            self.hierarchies.create(&group).map_err(records::io_error("make the cgroup", &group))?;
         self.warn_refused(refused);
         self.warn_refused(self.hierarchies.limit(&pod, &spec::limits(&spec.resources)));
         let own_network = !spec.host_network;
@@ -141,7 +147,9 @@ impl Inner {
         loop {
             match connection.receive().await {
                 Ok(Some(Reply::Event(status))) => self.observe(status),
-                Ok(Some(other)) => tracing::warn!(sandbox = id, message = ?other, "unexpected message of an init"),
+                Ok(Some(other)) => {
+                    tracing::warn!(sandbox = id, message = ?other, "unexpected message of an init")
+                }
                 Ok(None) | Err(_) => break,
             }
         }
@@ -151,13 +159,27 @@ impl Inner {
             entry.alive = false;
             (entry.record.phase != Phase::Ready, entry.record.spec.uid.clone())
         };
-        if let Err(error) = self.bury_containers(id).await {
+        if let Err(error) = self.kill_containers(id).await {
             tracing::warn!(sandbox = id, error = super::chain(&error), "cannot record the end of containers");
         }
         if !expected {
             tracing::warn!(sandbox = id, "a sandbox's init died");
             self.emit(RuntimeEvent::SandboxDied { pod_uid, sandbox_id: id.to_owned() });
         }
+    }
+
+    /// The kernel has killed the containers of a dead init, but for one that has become another user since.
+    async fn kill_containers(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        let record = self.state.lock().sandboxes.get(id).map(|entry| entry.record.clone());
+        if let Some(record) = record {
+            let (inner, groups) = (self.clone(), self.groups_of(&record));
+            blocking(move || {
+                groups.iter().for_each(|group| inner.hierarchies.kill(group));
+                Ok(())
+            })
+            .await?;
+        }
+        self.bury_containers(id).await
     }
 
     pub(super) async fn stop_sandbox(self: &Arc<Self>, id: &str) -> Result<(), Error> {
@@ -177,8 +199,9 @@ impl Inner {
     /// Everything of a sandbox but its record. May be repeated.
     pub(super) async fn tear_down(self: &Arc<Self>, record: &SandboxRecord) -> Result<(), Error> {
         let id = record.id.as_str();
-        let groups = self.groups_of(record);
         self.end_init(id).await;
+        // Named after the init's end: it can start nothing more.
+        let groups = self.groups_of(record);
         let (inner, copy) = (self.clone(), groups.clone());
         blocking(move || {
             copy.iter().for_each(|group| inner.hierarchies.kill(group));

@@ -53,12 +53,7 @@ const NEVER: [i64; 16] = [
     libc::SYS_lookup_dcookie,
 ];
 #[cfg(target_arch = "x86_64")]
-const NEVER_HERE: [i64; 4] = [
-    libc::SYS__sysctl,
-    libc::SYS_sysfs,
-    libc::SYS_uselib,
-    libc::SYS_ustat,
-];
+const NEVER_HERE: [i64; 4] = [libc::SYS__sysctl, libc::SYS_sysfs, libc::SYS_uselib, libc::SYS_ustat];
 #[cfg(not(target_arch = "x86_64"))]
 const NEVER_HERE: [i64; 0] = [];
 
@@ -92,7 +87,10 @@ const NEEDS: [(&[&str], &[i64]); 11] = [
     (&["SYS_BOOT"], &[libc::SYS_reboot]),
     (&["SYS_CHROOT"], &[libc::SYS_chroot]),
     (&["SYS_MODULE"], &[libc::SYS_delete_module, libc::SYS_finit_module, libc::SYS_init_module]),
-    (&["SYS_NICE"], &[libc::SYS_get_mempolicy, libc::SYS_mbind, libc::SYS_set_mempolicy, SET_MEMPOLICY_HOME_NODE]),
+    (
+        &["SYS_NICE"],
+        &[libc::SYS_get_mempolicy, libc::SYS_mbind, libc::SYS_set_mempolicy, SET_MEMPOLICY_HOME_NODE],
+    ),
     (&["SYS_PACCT"], &[libc::SYS_acct]),
     (&["SYS_TIME"], &[libc::SYS_clock_adjtime, libc::SYS_clock_settime, libc::SYS_settimeofday]),
 ];
@@ -115,7 +113,9 @@ pub(super) fn filters(folder: &Path, security: &Security) -> Result<Vec<PathBuf>
     let capabilities = security::capabilities(security)?;
     let admin = capabilities & security::mask_of("SYS_ADMIN") != 0;
     let known = folder.join(if admin { "known-clone3.bpf" } else { "known.bpf" });
-    keep(&known, || compile(known_calls(admin), SeccompAction::Errno(errno(libc::ENOSYS)), SeccompAction::Allow))?;
+    keep(&known, || {
+        compile(known_calls(admin), SeccompAction::Errno(errno(libc::ENOSYS)), SeccompAction::Allow)
+    })?;
     let denied = folder.join(format!("denied-{capabilities:016x}.bpf"));
     let rules = denied_calls(capabilities)?;
     keep(&denied, || compile(rules, SeccompAction::Allow, SeccompAction::Errno(errno(libc::EPERM))))?;
@@ -149,10 +149,13 @@ fn denied_calls(capabilities: u64) -> Result<Rules, Error> {
         }
     }
     let condition = |op, value| SeccompCondition::new(0, SeccompCmpArgLen::Qword, op, value);
-    let rule = |conditions: Result<Vec<_>, _>| conditions.and_then(SeccompRule::new).map_err(|error| invalid(&error));
+    let rule = |conditions: Result<Vec<_>, _>| {
+        conditions.and_then(SeccompRule::new).map_err(|error| invalid(&error))
+    };
     if capabilities & security::mask_of("SYS_ADMIN") == 0 {
         let flags = NAMESPACES.map(|flag| u64::from(flag.cast_unsigned()));
-        let clone = flags.map(|flag| rule(condition(SeccompCmpOp::MaskedEq(flag), flag).map(|one| vec![one])));
+        let clone =
+            flags.map(|flag| rule(condition(SeccompCmpOp::MaskedEq(flag), flag).map(|one| vec![one])));
         rules.insert(libc::SYS_clone, clone.into_iter().collect::<Result<_, _>>()?);
     }
     let other = PERSONALITIES.map(|value| condition(SeccompCmpOp::Ne, value));

@@ -4,17 +4,64 @@ use crate::{Error, Security};
 
 /// Linux capabilities by bit.
 const NAMES: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
-    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
-    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
-    "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
     "CHECKPOINT_RESTORE",
 ];
 /// The set that every other runtime gives by default.
 const DEFAULT: [&str; 14] = [
-    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW",
-    "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
 ];
 
 /// The bit of a capability, with or without `CAP_`.
@@ -41,15 +88,19 @@ pub(super) fn capabilities(security: &Security) -> Result<u64, Error> {
                 all = true;
                 continue;
             }
-            let unknown = || Error::Invalid { what: "set capabilities", reason: format!("unknown capability {name:?}") };
+            let unknown = || Error::Invalid {
+                what: "set capabilities",
+                reason: format!("unknown capability {name:?}"),
+            };
             mask |= bit(name).ok_or_else(unknown)?;
         }
         Ok((mask, all))
     };
-    let ((add, add_all), (drop, drop_all)) = (bits(&security.add_capabilities)?, bits(&security.drop_capabilities)?);
+    let ((add, add_all), (drop, drop_all)) =
+        (bits(&security.add_capabilities)?, bits(&security.drop_capabilities)?);
     let default = DEFAULT.iter().filter_map(|name| bit(name)).fold(0, |mask, bit| mask | bit);
     Ok(match (add_all, drop_all) {
-        (true, _) => u64::MAX & !drop,
+        (true, _) => !drop,
         (false, true) => add & !drop,
         (false, false) => (default | add) & !drop,
     })
@@ -70,7 +121,7 @@ mod tests {
         assert_eq!(all(&[], &[]), 0xa804_25fb);
         assert_eq!(all(&["NET_ADMIN"], &["ALL"]), 1 << 12);
         assert_eq!(all(&["cap_net_admin"], &["NET_RAW"]), (0xa804_25fb | 1 << 12) & !(1 << 13));
-        assert_eq!(all(&["ALL"], &["SYS_ADMIN"]), u64::MAX & !(1 << 21));
+        assert_eq!(all(&["ALL"], &["SYS_ADMIN"]), !(1u64 << 21));
         assert!(capabilities(&security(&["NOPE"], &[])).is_err());
     }
 }

@@ -16,10 +16,37 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Signals that images name; the rest are numbers.
 const SIGNALS: [(&str, i32); 31] = [
-    ("HUP", 1), ("INT", 2), ("QUIT", 3), ("ILL", 4), ("TRAP", 5), ("ABRT", 6), ("BUS", 7), ("FPE", 8), ("KILL", 9),
-    ("USR1", 10), ("SEGV", 11), ("USR2", 12), ("PIPE", 13), ("ALRM", 14), ("TERM", 15), ("STKFLT", 16), ("CHLD", 17),
-    ("CONT", 18), ("STOP", 19), ("TSTP", 20), ("TTIN", 21), ("TTOU", 22), ("URG", 23), ("XCPU", 24), ("XFSZ", 25),
-    ("VTALRM", 26), ("PROF", 27), ("WINCH", 28), ("IO", 29), ("PWR", 30), ("SYS", 31),
+    ("HUP", 1),
+    ("INT", 2),
+    ("QUIT", 3),
+    ("ILL", 4),
+    ("TRAP", 5),
+    ("ABRT", 6),
+    ("BUS", 7),
+    ("FPE", 8),
+    ("KILL", 9),
+    ("USR1", 10),
+    ("SEGV", 11),
+    ("USR2", 12),
+    ("PIPE", 13),
+    ("ALRM", 14),
+    ("TERM", 15),
+    ("STKFLT", 16),
+    ("CHLD", 17),
+    ("CONT", 18),
+    ("STOP", 19),
+    ("TSTP", 20),
+    ("TTIN", 21),
+    ("TTOU", 22),
+    ("URG", 23),
+    ("XCPU", 24),
+    ("XFSZ", 25),
+    ("VTALRM", 26),
+    ("PROF", 27),
+    ("WINCH", 28),
+    ("IO", 29),
+    ("PWR", 30),
+    ("SYS", 31),
 ];
 
 /// Limits as the kernel takes them.
@@ -144,7 +171,13 @@ impl Context<'_> {
             let source = self.paths.sandbox_run(&self.sandbox.id).join("resolv.conf");
             let target = PathBuf::from(RESOLV_CONF);
             let read_only = spec.security.read_only_root;
-            mounts.push(wire::Mount { source, target, read_only, devices: false, propagation: wire::Propagation::Private });
+            mounts.push(wire::Mount {
+                source,
+                target,
+                read_only,
+                devices: false,
+                propagation: wire::Propagation::Private,
+            });
         }
         for mount in &spec.mounts {
             mounts.push(bind(mount, devices)?);
@@ -154,7 +187,10 @@ impl Context<'_> {
 }
 
 fn bind(mount: &Mount, devices: bool) -> Result<wire::Mount, Error> {
-    let invalid = |reason: &str| Error::Invalid { what: "mount", reason: format!("{}: {reason}", mount.container_path.display()) };
+    let invalid = |reason: &str| Error::Invalid {
+        what: "mount",
+        reason: format!("{}: {reason}", mount.container_path.display()),
+    };
     if !mount.container_path.is_absolute() || !mount.host_path.is_absolute() {
         return Err(invalid("paths must be absolute"));
     }
@@ -175,7 +211,11 @@ fn bind(mount: &Mount, devices: bool) -> Result<wire::Mount, Error> {
 }
 
 fn argv(spec: &ContainerSpec, image: &Defaults) -> Result<Vec<String>, Error> {
-    let mut argv = if spec.command.is_empty() { image.entrypoint.clone().unwrap_or_default() } else { spec.command.clone() };
+    let mut argv = if spec.command.is_empty() {
+        image.entrypoint.clone().unwrap_or_default()
+    } else {
+        spec.command.clone()
+    };
     if !spec.args.is_empty() {
         argv.extend(spec.args.iter().cloned());
     } else if spec.command.is_empty() {
@@ -189,7 +229,8 @@ fn argv(spec: &ContainerSpec, image: &Defaults) -> Result<Vec<String>, Error> {
 
 /// A log path that stays in the sandbox's log folder.
 fn inside(path: &Path) -> Result<&Path, Error> {
-    let fine = path.components().all(|part| matches!(part, Component::Normal(_))) && path.file_name().is_some();
+    let fine =
+        path.components().all(|part| matches!(part, Component::Normal(_))) && path.file_name().is_some();
     fine.then_some(path).ok_or_else(|| Error::Invalid {
         what: "open a log",
         reason: format!("{} leaves the pod's log folder", path.display()),
@@ -198,7 +239,8 @@ fn inside(path: &Path) -> Result<&Path, Error> {
 
 /// Names that a cgroup path may not hold.
 pub(super) fn check_cgroup(path: &str) -> Result<(), Error> {
-    let parts: BTreeSet<bool> = Path::new(path).components().map(|part| matches!(part, Component::Normal(_))).collect();
+    let parts: BTreeSet<bool> =
+        Path::new(path).components().map(|part| matches!(part, Component::Normal(_))).collect();
     if parts.contains(&false) {
         return Err(Error::Invalid { what: "make a cgroup", reason: format!("bad path {path:?}") });
     }
@@ -214,7 +256,11 @@ mod tests {
         let own = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         let image = Defaults { entrypoint: Some(own(&["e"])), cmd: Some(own(&["c"])), ..Defaults::default() };
         let with = |command: &[&str], args: &[&str]| {
-            argv(&ContainerSpec { command: own(command), args: own(args), ..ContainerSpec::default() }, &image).unwrap()
+            argv(
+                &ContainerSpec { command: own(command), args: own(args), ..ContainerSpec::default() },
+                &image,
+            )
+            .unwrap()
         };
         assert_eq!(with(&[], &[]), ["e", "c"]);
         assert_eq!(with(&[], &["a"]), ["e", "a"]);
@@ -225,7 +271,8 @@ mod tests {
 
     #[test]
     fn stop_signals_have_names_and_numbers() {
-        let signal = |name: &str| stop_signal(&Defaults { stop_signal: Some(name.to_owned()), ..Defaults::default() });
+        let signal =
+            |name: &str| stop_signal(&Defaults { stop_signal: Some(name.to_owned()), ..Defaults::default() });
         assert_eq!(
             [signal("SIGQUIT"), signal("quit"), signal("9"), signal("RTMIN+3"), signal("bogus"), signal("")],
             [3, 3, 9, 37, 15, 15]

@@ -107,7 +107,12 @@ impl Archive {
             return Err(ImageError::Format("neither index.json nor manifest.json is in it".to_owned()));
         }
         let index: Index = self.document("index.json", None)?;
-        index.manifests.into_iter().map(|descriptor| self.oci(&descriptor, 0)).filter_map(Result::transpose).collect()
+        index
+            .manifests
+            .into_iter()
+            .map(|descriptor| self.oci(&descriptor, 0))
+            .filter_map(Result::transpose)
+            .collect()
     }
 
     fn saved(&self, saved: Saved) -> Result<Found, ImageError> {
@@ -133,7 +138,11 @@ impl Archive {
             if depth >= MAX_DEPTH {
                 return Err(ImageError::Format("its indexes are nested too deep".to_owned()));
             }
-            let found = inner.iter().map(|inner| self.oci(inner, depth + 1)).find_map(Result::transpose).transpose()?;
+            let found = inner
+                .iter()
+                .map(|inner| self.oci(inner, depth + 1))
+                .find_map(Result::transpose)
+                .transpose()?;
             return Ok(found.map(|found| found.named(descriptor)));
         }
         let Some(config) = manifest.config else { return Ok(None) };
@@ -145,7 +154,8 @@ impl Archive {
         };
         let layers = manifest.layers.iter().map(layer).collect::<Result<_, ImageError>>()?;
         let config_value = parse(&text, &path)?;
-        let found = Found { names: Vec::new(), manifest: None, id: config.digest, config: config_value, layers };
+        let found =
+            Found { names: Vec::new(), manifest: None, id: config.digest, config: config_value, layers };
         Ok(Some(found.named(descriptor)))
     }
 
@@ -217,7 +227,8 @@ fn parse<T: DeserializeOwned>(text: &[u8], path: &str) -> Result<T, ImageError> 
 }
 
 fn blob_path(digest: &str) -> Result<String, ImageError> {
-    let hex = digest_hex(digest).ok_or_else(|| ImageError::Format(format!("{digest:?} is no sha256 digest")))?;
+    let hex =
+        digest_hex(digest).ok_or_else(|| ImageError::Format(format!("{digest:?} is no sha256 digest")))?;
     Ok(format!("blobs/sha256/{hex}"))
 }
 

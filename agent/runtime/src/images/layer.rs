@@ -10,8 +10,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
-    fchmod, fchown, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, readlinkat, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat,
+    chownat, fchmod, fchown, fsetxattr, linkat, makedev, mkdirat, mknodat, openat2, readlinkat, statat,
+    symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
@@ -56,7 +57,8 @@ pub enum LayerError {
 /// # Errors
 /// See [`LayerError`]. What was unpacked so far stays.
 pub(super) fn unpack(archive: impl Read, folder: &Path) -> Result<u64, LayerError> {
-    let root = open_root(folder).map_err(|source| LayerError::Write { path: folder.to_path_buf(), source })?;
+    let root =
+        open_root(folder).map_err(|source| LayerError::Write { path: folder.to_path_buf(), source })?;
     let mut layer = Layer { root, bytes: 0, folder_times: Vec::new() };
     let mut archive = tar::Archive::new(archive);
     for entry in archive.entries().map_err(LayerError::Read)? {
@@ -89,7 +91,8 @@ impl Layer {
         let fail = |source: Errno| LayerError::Write { path: named.clone(), source: source.into() };
         let Some(name) = path.file_name().map(OsStr::to_os_string) else {
             // The layer's root itself.
-            let root = self.root.try_clone().map_err(|source| LayerError::Write { path: named.clone(), source })?;
+            let root =
+                self.root.try_clone().map_err(|source| LayerError::Write { path: named.clone(), source })?;
             return self.attributes(&mut entry, &root, &path).map_err(fail);
         };
         let parent = self.parent(&path).map_err(fail)?;
@@ -99,6 +102,10 @@ impl Layer {
         if !kind.is_dir() {
             self.clear(&parent, &name).map_err(fail)?;
         }
+        #[expect(
+            clippy::wildcard_enum_match_arm,
+            reason = "tar's kinds are open: what is unknown is refused"
+        )]
         match kind {
             EntryType::Directory => self.folder(&mut entry, &parent, &name, &path).map_err(fail),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
@@ -154,7 +161,13 @@ impl Layer {
         }
     }
 
-    fn folder<R: Read>(&mut self, entry: &mut Entry<'_, R>, parent: &OwnedFd, name: &OsStr, path: &Path) -> Result<(), Errno> {
+    fn folder<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        parent: &OwnedFd,
+        name: &OsStr,
+        path: &Path,
+    ) -> Result<(), Errno> {
         match mkdirat(parent, name, Mode::from_raw_mode(DEFAULT_FOLDER_MODE)) {
             Err(Errno::EXIST) => {
                 let there = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -172,7 +185,12 @@ impl Layer {
 
     /// Owner, mode and extended attributes of an open file or folder, in an order that keeps set-id bits and file
     /// capabilities.
-    fn attributes<R: Read>(&mut self, entry: &mut Entry<'_, R>, file: &OwnedFd, path: &Path) -> Result<(), Errno> {
+    fn attributes<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        file: &OwnedFd,
+        path: &Path,
+    ) -> Result<(), Errno> {
         let header = Header::of(entry)?;
         fchown(file, Some(header.uid), Some(header.gid))?;
         fchmod(file, header.mode)?;
@@ -201,14 +219,22 @@ impl Layer {
     ) -> Result<(), LayerError> {
         let fail = |source: io::Error| LayerError::Write { path: named.to_path_buf(), source };
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| fail(e.into()))?;
+        let fd =
+            rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| fail(e.into()))?;
         let mut file = std::fs::File::from(fd);
-        let copied = io::copy(entry, &mut file).and_then(|bytes| file.flush().map(|()| bytes)).map_err(fail)?;
+        let copied =
+            io::copy(entry, &mut file).and_then(|bytes| file.flush().map(|()| bytes)).map_err(fail)?;
         self.bytes += copied;
         self.attributes(entry, &OwnedFd::from(file), path).map_err(|e| fail(e.into()))
     }
 
-    fn hard_link<R: Read>(&self, entry: &Entry<'_, R>, parent: &OwnedFd, name: &OsStr, named: &Path) -> Result<(), LayerError> {
+    fn hard_link<R: Read>(
+        &self,
+        entry: &Entry<'_, R>,
+        parent: &OwnedFd,
+        name: &OsStr,
+        named: &Path,
+    ) -> Result<(), LayerError> {
         let target = entry.link_name().map_err(LayerError::Read)?.unwrap_or_default().into_owned();
         let fail = |source: Errno| LayerError::Write { path: named.to_path_buf(), source: source.into() };
         let escape = || LayerError::Escape(named.to_path_buf());
@@ -242,7 +268,9 @@ struct Header {
 impl Header {
     fn of<R: Read>(entry: &Entry<'_, R>) -> Result<Self, Errno> {
         let header = entry.header();
-        let id = |value: io::Result<u64>| value.ok().and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX);
+        let id = |value: io::Result<u64>| {
+            value.ok().and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX)
+        };
         let time = i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(0);
         let time = Timespec { tv_sec: time, tv_nsec: 0 };
         Ok(Self {
@@ -288,7 +316,7 @@ fn clamped(path: &Path) -> PathBuf {
             Component::Normal(part) => inner.push(part),
             Component::ParentDir => {
                 inner.pop();
-            },
+            }
             Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
         }
     }
@@ -305,7 +333,8 @@ fn whiteout(parent: &OwnedFd, name: &[u8], hidden: &[u8]) -> Result<(), Errno> {
     if matches!(hidden, b"" | b"." | b"..") {
         return Err(Errno::INVAL);
     }
-    match mknodat(parent, OsStr::from_bytes(hidden), FileType::CharacterDevice, Mode::empty(), makedev(0, 0)) {
+    match mknodat(parent, OsStr::from_bytes(hidden), FileType::CharacterDevice, Mode::empty(), makedev(0, 0))
+    {
         // The layer itself has a file of this name.
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(error) => Err(error),

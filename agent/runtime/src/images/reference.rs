@@ -65,7 +65,9 @@ fn digest_of(text: &str) -> Option<String> {
 fn is_tag(tag: &str) -> bool {
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     let mut bytes = tag.bytes();
-    bytes.next().is_some_and(word) && tag.len() <= MAX_TAG_BYTES && bytes.all(|byte| word(byte) || matches!(byte, b'.' | b'-'))
+    bytes.next().is_some_and(word)
+        && tag.len() <= MAX_TAG_BYTES
+        && bytes.all(|byte| word(byte) || matches!(byte, b'.' | b'-'))
 }
 
 fn full_name(name: &str) -> Option<String> {
@@ -82,7 +84,9 @@ fn full_name(name: &str) -> Option<String> {
 fn is_domain(domain: &str) -> bool {
     let (host, port) = domain.split_once(':').unwrap_or((domain, "0"));
     let fine = |part: &str| {
-        !part.is_empty() && !part.starts_with('-') && !part.ends_with('-')
+        !part.is_empty()
+            && !part.starts_with('-')
+            && !part.ends_with('-')
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     host.split('.').all(fine) && !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit())
@@ -92,9 +96,12 @@ fn is_domain(domain: &str) -> bool {
 fn is_component(component: &str) -> bool {
     let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let bytes = component.as_bytes();
-    let ends = bytes.first().is_some_and(|b| alphanumeric(*b)) && bytes.last().is_some_and(|b| alphanumeric(*b));
+    let ends =
+        bytes.first().is_some_and(|b| alphanumeric(*b)) && bytes.last().is_some_and(|b| alphanumeric(*b));
     let separators = component.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
-    ends && separators.into_iter().all(|s| matches!(s, "" | "." | "_" | "__") || s.bytes().all(|byte| byte == b'-'))
+    ends && separators
+        .into_iter()
+        .all(|s| matches!(s, "" | "." | "_" | "__") || s.bytes().all(|byte| byte == b'-'))
 }
 
 #[cfg(test)]
@@ -125,7 +132,20 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for bad in ["", "UPPER", "a b", "a:", "a:-x", "a//b", "a/../b", "nginx@sha256:12", "a@md5:00", ".a", "a___b", "/a"] {
+        for bad in [
+            "",
+            "UPPER",
+            "a b",
+            "a:",
+            "a:-x",
+            "a//b",
+            "a/../b",
+            "nginx@sha256:12",
+            "a@md5:00",
+            ".a",
+            "a___b",
+            "/a",
+        ] {
             assert_eq!(full(bad), None, "{bad}");
         }
     }

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use weft_agent_runtime::{ContainerSpec, ContainerState, Error, Mount, Propagation, Resources, Runtime, SandboxSpec, Stdio};
+use weft_agent_runtime::{
+    ContainerSpec, ContainerState, Error, Mount, Propagation, Resources, Runtime, SandboxSpec, Stdio,
+};
 use weft_tests_harness::require;
 
 use crate::node::{Node, script};
@@ -23,8 +25,15 @@ async fn output_becomes_a_cri_log_and_the_code_is_kept() {
     let log = node.log("c");
     let first = log.lines().next().unwrap();
     let time = first.split(' ').next().unwrap();
-    assert_eq!(time.parse::<jiff::Timestamp>().unwrap().to_string().len(), time.len(), "{time}");
-    assert!(log.contains(" stdout F hello\n") && log.contains(" stderr F oops\n") && log.contains(" stdout P rest\n"));
+    assert!(
+        time.parse::<jiff::Timestamp>().is_ok() && time.len() == "2026-01-02T03:04:05.123456789Z".len(),
+        "{time}"
+    );
+    assert!(
+        log.contains(" stdout F hello\n")
+            && log.contains(" stderr F oops\n")
+            && log.contains(" stdout P rest\n")
+    );
     node.finish().await;
 }
 
@@ -34,13 +43,29 @@ async fn image_and_pod_give_the_environment_and_the_working_folder() {
         return;
     }
     let node = Node::new().await;
-    let mut spec = script("c", "env; pwd; hostname; cat /etc/resolv.conf; echo pid $$; id -u; ls /dev; readlink /dev/fd");
+    let mut spec = script(
+        "c",
+        "env; pwd; hostname; cat /etc/resolv.conf; echo pid $$; id -u; ls /dev; readlink /dev/fd",
+    );
     spec.env = vec![("FROM".to_owned(), "pod".to_owned()), ("EMPTY".to_owned(), String::new())];
     spec.working_dir = "/made/here".to_owned();
     let (exit, output) = node.run(spec).await;
     assert_eq!(exit.code, 0, "{output}");
     let lines: Vec<&str> = output.lines().collect();
-    for line in ["FROM=pod", "KEEP=1", "EMPTY=", "HOME=/root", "HOSTNAME=podhost", "/made/here", "podhost", "nameserver 10.43.0.10", "pid 1", "0", "null", "/proc/self/fd"] {
+    for line in [
+        "FROM=pod",
+        "KEEP=1",
+        "EMPTY=",
+        "HOME=/root",
+        "HOSTNAME=podhost",
+        "/made/here",
+        "podhost",
+        "nameserver 10.43.0.10",
+        "pid 1",
+        "0",
+        "null",
+        "/proc/self/fd",
+    ] {
         assert!(lines.contains(&line), "{line:?} is missing in {output}");
     }
     assert!(!lines.contains(&"FROM=image") && !lines.contains(&"vda"));
@@ -64,7 +89,9 @@ async fn what_can_not_start_says_why() {
         let id = node.runtime().create_container(&sandbox, spec).await.unwrap();
         let error = node.runtime().start_container(&id).await.unwrap_err();
         assert!(matches!(&error, Error::Start { reason, .. } if reason == message), "{error}");
-        let ContainerState::Exited(exit) = node.runtime().container(&id).await.unwrap().state else { panic!() };
+        let ContainerState::Exited(exit) = node.runtime().container(&id).await.unwrap().state else {
+            panic!()
+        };
         assert_eq!((exit.code, exit.message.as_str()), (128, message));
         node.runtime().remove_container(&id).await.unwrap();
     }
@@ -88,10 +115,21 @@ async fn exec_joins_the_container() {
     spec.security.run_as_user = Some(33);
     spec.env = vec![("MARK".to_owned(), "x".to_owned())];
     let id = node.start(&sandbox, spec).await;
-    let (code, output) = node.exec(&id, &["sh", "-c", "id -u; id -g; echo $MARK; ps | grep -c sleep; cat /proc/self/cgroup; exit 5"]).await;
+    let (code, output) = node
+        .exec(
+            &id,
+            &["sh", "-c", "id -u; id -g; echo $MARK; ps | grep -c sleep; cat /proc/self/cgroup; exit 5"],
+        )
+        .await;
     assert_eq!(code, 5);
     assert!(output.starts_with("33\n34\nx\n"), "{output}");
-    assert!(output.lines().filter(|line| line.contains(":memory:") || line.starts_with("0::")).all(|line| line.ends_with(":/")), "{output}");
+    assert!(
+        output
+            .lines()
+            .filter(|line| line.contains(":memory:") || line.starts_with("0::"))
+            .all(|line| line.ends_with(":/")),
+        "{output}"
+    );
 
     let (mut input, output) = (std::io::pipe().unwrap(), std::io::pipe().unwrap());
     let stdio = Stdio { stdin: Some(input.0.into()), stdout: Some(output.1.into()), ..Stdio::default() };
@@ -133,9 +171,17 @@ async fn stopping_asks_first_and_kills_after_the_grace() {
     }
     let node = Node::new().await;
     let sandbox = node.sandbox().await;
-    let polite = node.start(&sandbox, script("polite", "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.05; done")).await;
-    let deaf = node.start(&sandbox, script("deaf", "trap '' TERM; echo up; while :; do sleep 0.05; done")).await;
-    let up = || anyhow::Ok((node.output("polite").contains("up") && node.output("deaf").contains("up")).then_some(()));
+    let polite = node
+        .start(
+            &sandbox,
+            script("polite", "trap 'echo bye; exit 3' TERM; echo up; while :; do sleep 0.05; done"),
+        )
+        .await;
+    let deaf =
+        node.start(&sandbox, script("deaf", "trap '' TERM; echo up; while :; do sleep 0.05; done")).await;
+    let up = || {
+        anyhow::Ok((node.output("polite").contains("up") && node.output("deaf").contains("up")).then_some(()))
+    };
     weft_tests_harness::wait_until("both are up", crate::node::PATIENCE, up).unwrap();
     node.runtime().stop_container(&polite, Duration::from_secs(10)).await.unwrap();
     assert_eq!(node.exit(&polite).await.code, 3);
@@ -155,7 +201,10 @@ async fn limits_are_written_and_memory_is_enforced() {
     }
     let node = Node::new().await;
     let sandbox = node.sandbox().await;
-    let mut spec = script("c", "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; echo ready; dd if=/dev/zero of=/dev/null bs=200M count=1");
+    let mut spec = script(
+        "c",
+        "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; echo ready; dd if=/dev/zero of=/dev/null bs=200M count=1",
+    );
     spec.resources = Resources {
         cpu_shares: Some(512),
         cpu_quota_us: Some(50_000),
@@ -175,7 +224,9 @@ async fn limits_are_written_and_memory_is_enforced() {
         ([("cpu", "cpu.cfs_quota_us"), ("", "cpu.max")], ["50000", "50000 100000"]),
         ([("pids", "pids.max"), ("", "pids.max")], ["50", "50"]),
     ] {
-        let read = files.map(|(mount, file)| fs::read_to_string(node.config.cgroup_root.join(mount).join(&group).join(file)).ok());
+        let read = files.map(|(mount, file)| {
+            fs::read_to_string(node.config.cgroup_root.join(mount).join(&group).join(file)).ok()
+        });
         let found = read.iter().zip(value).any(|(read, value)| read.as_deref().map(str::trim) == Some(value));
         assert!(found, "{files:?} are {read:?}");
     }
@@ -202,8 +253,11 @@ async fn a_process_is_in_its_cgroups_everywhere() {
     assert!(seen > 0);
     let init = node.runtime().sandbox_pid(&sandbox).await.unwrap();
     assert_eq!(fs::read_to_string(format!("/proc/{init}/comm")).unwrap(), "weft-init\n");
-    let place = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
-    assert!(place.lines().filter(|line| line.contains(":memory:") || line.starts_with("0::")).all(|line| line.ends_with(&sandbox)), "{place}");
+    let place = || fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
+    let of_interest = |line: &&str| line.contains(":memory:") || line.starts_with("0::");
+    let joined =
+        || Ok(place().lines().filter(of_interest).all(|line| line.ends_with(&sandbox)).then_some(()));
+    weft_tests_harness::wait_until("the init is in its groups", crate::node::PATIENCE, joined).unwrap();
     node.finish().await;
 }
 
@@ -222,8 +276,16 @@ async fn mounts_are_read_only_recursive_and_contained() {
         read_only,
         propagation: Propagation::Private,
     };
-    let mut spec = script("c", "cat /one; cat /ro/file; touch /ro/x || echo refused; touch /rw/made && echo made; touch /dev/shm/x && echo shm; test -e /dev/termination-log && echo term");
-    spec.mounts = vec![mount("file", "/one", true), mount("", "/ro", true), mount("", "/rw", false), mount("file", "/dev/termination-log", false)];
+    let mut spec = script(
+        "c",
+        "cat /one; cat /ro/file; touch /ro/x || echo refused; touch /rw/made && echo made; touch /dev/shm/x && echo shm; test -e /dev/termination-log && echo term",
+    );
+    spec.mounts = vec![
+        mount("file", "/one", true),
+        mount("", "/ro", true),
+        mount("", "/rw", false),
+        mount("file", "/dev/termination-log", false),
+    ];
     let (exit, output) = node.run(spec).await;
     assert_eq!(exit.code, 0, "{output}");
     for word in ["datadata", "Read-only file system", "refused\n", "made\n", "shm\n", "term\n"] {
@@ -249,13 +311,14 @@ async fn containers_of_a_pod_share_what_pods_share() {
     let sandbox = node.sandbox().await;
     let one = node.start(&sandbox, script("one", "echo secret > /dev/shm/x; exec sleep 1000")).await;
     let two = node.start(&sandbox, script("two", "exec sleep 1000")).await;
-    let seen = async {
-        while node.exec(&two, &["cat", "/dev/shm/x"]).await.1 != "secret\n" {}
-    };
+    let seen = async { while node.exec(&two, &["cat", "/dev/shm/x"]).await.1 != "secret\n" {} };
     tokio::time::timeout(crate::node::PATIENCE, seen).await.unwrap();
     let namespaces = ["readlink", "/proc/self/ns/net", "/proc/self/ns/ipc", "/proc/self/ns/uts"];
     assert_eq!(node.exec(&one, &namespaces).await.1, node.exec(&two, &namespaces).await.1);
-    assert_ne!(node.exec(&one, &["readlink", "/proc/self/ns/pid"]).await.1, node.exec(&two, &["readlink", "/proc/self/ns/pid"]).await.1);
+    assert_ne!(
+        node.exec(&one, &["readlink", "/proc/self/ns/pid"]).await.1,
+        node.exec(&two, &["readlink", "/proc/self/ns/pid"]).await.1
+    );
     let (_, lo) = node.exec(&one, &["ip", "addr", "show", "lo"]).await;
     assert!(lo.contains("127.0.0.1/8") && lo.contains("UP"), "{lo}");
     node.finish().await;
@@ -314,13 +377,15 @@ async fn much_output_is_complete_and_rotated() {
     let node = Node::new().await;
     let (exit, _) = node.run(script("c", "seq 1 1000000")).await;
     assert_eq!(exit.code, 0);
-    let mut files: Vec<_> = fs::read_dir(node.folder.path().join("logs/c")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir(node.folder.path().join("logs/c")).unwrap().map(|entry| entry.unwrap().path()).collect();
     // `0.log` is the newest; the others sort by time.
     files.sort();
     files.rotate_left(1);
     assert_eq!(files.len(), 5);
     let text: String = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
-    let numbers: Vec<u32> = text.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+    let numbers: Vec<u32> =
+        text.lines().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
     assert_eq!(numbers.last(), Some(&1_000_000));
     assert!(numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]));
     node.finish().await;

@@ -126,13 +126,17 @@ impl Image {
             files.insert(format!("blobs/sha256/{}", &digest[7..]), content);
             json!({"digest": digest, "size": size, "mediaType": "application/octet-stream"})
         };
-        let layers: Vec<Value> = self.layers.iter().map(|layer| blob(compress(layer, self.compression))).collect();
+        let layers: Vec<Value> =
+            self.layers.iter().map(|layer| blob(compress(layer, self.compression))).collect();
         let config = blob(self.config_text());
         let manifest = json!({"schemaVersion": 2, "config": config, "layers": layers});
         let mut manifest = blob(manifest.to_string().into_bytes());
         manifest["annotations"] = json!({"org.opencontainers.image.ref.name": self.name});
         let foreign = json!({"digest": digest(b""), "platform": {"os": "plan9", "architecture": "mips"}});
-        files.insert("index.json".to_owned(), json!({"manifests": [foreign, manifest]}).to_string().into_bytes());
+        files.insert(
+            "index.json".to_owned(),
+            json!({"manifests": [foreign, manifest]}).to_string().into_bytes(),
+        );
         files.insert("oci-layout".to_owned(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec());
         files
     }
@@ -179,12 +183,21 @@ pub(crate) fn write_folder(folder: &Path, files: &BTreeMap<String, Vec<u8>>) {
 /// Debian's static busybox with its usual links, users `www` (33) and `root`.
 pub(crate) fn busybox(name: &str, config: Value) -> Image {
     let busybox = std::fs::read("/bin/busybox").unwrap();
-    let mut layer = Layer::new().folder("bin/", 0o755).folder("etc/", 0o755).folder("tmp/", 0o1777).folder("root/", 0o700);
+    let mut layer = Layer::new()
+        .folder("bin/", 0o755)
+        .folder("etc/", 0o755)
+        .folder("tmp/", 0o1777)
+        .folder("root/", 0o700);
     layer = layer.file("bin/busybox", 0o755, &busybox);
-    for applet in ["sh", "echo", "sleep", "cat", "id", "env", "ls", "mount", "touch", "dd", "hostname", "pwd", "stat", "ps", "head", "grep", "unshare", "tty", "ip", "ping", "true", "mkdir", "readlink", "yes", "tail", "mknod", "kill", "wc", "seq"] {
+    for applet in [
+        "sh", "echo", "sleep", "cat", "id", "env", "ls", "mount", "touch", "dd", "hostname", "pwd", "stat",
+        "ps", "head", "grep", "unshare", "tty", "ip", "ping", "true", "mkdir", "readlink", "yes", "tail",
+        "mknod", "kill", "wc", "seq",
+    ] {
         layer = layer.link(tar::EntryType::Symlink, &format!("bin/{applet}"), "busybox");
     }
-    layer = layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nwww:x:33:34::/var/www:/bin/false\n");
+    layer =
+        layer.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nwww:x:33:34::/var/www:/bin/false\n");
     layer = layer.file("etc/group", 0o644, b"root:x:0:\nwww:x:34:\nlogs:x:50:www\n");
     Image::new(name, config, vec![layer.build()])
 }

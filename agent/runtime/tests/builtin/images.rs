@@ -6,15 +6,18 @@ use std::path::Path;
 
 use serde_json::json;
 use tar::EntryType;
-use weft_agent_runtime::images::{ImageError, ImageStore};
 use weft_agent_runtime::Runtime;
+use weft_agent_runtime::images::{ImageError, ImageStore};
 use weft_tests_harness::require;
 
 use crate::image::{self, Compression, Image, Layer};
 use crate::node::{Node, script};
 
 fn simple(name: &str) -> Image {
-    let layers = vec![Layer::new().folder("d/", 0o750).file("d/f", 0o640, b"content").build(), Layer::new().file("g", 0o644, b"more").build()];
+    let layers = vec![
+        Layer::new().folder("d/", 0o750).file("d/f", 0o640, b"content").build(),
+        Layer::new().file("g", 0o644, b"more").build(),
+    ];
     Image::new(name, json!({"User": "www"}), layers)
 }
 
@@ -30,7 +33,8 @@ fn every_format_and_compression_gives_the_same_image() {
     for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
         let image = Image { compression, ..simple("app:1") };
         let folder = tempfile::tempdir().unwrap();
-        let (oci_tar, docker_tar, layout) = (folder.path().join("o.tar"), folder.path().join("d.tar"), folder.path().join("layout"));
+        let (oci_tar, docker_tar, layout) =
+            (folder.path().join("o.tar"), folder.path().join("d.tar"), folder.path().join("layout"));
         image::write_tar(&oci_tar, &image.oci());
         image::write_tar(&docker_tar, &image.docker());
         image::write_folder(&layout, &image.oci());
@@ -146,7 +150,12 @@ fn wrong_digests_and_broken_archives_are_refused() {
     files.insert("1/layer.tar".to_owned(), image.layers[0].clone());
     image::write_tar(&path, &files);
     assert!(matches!(store.import(&path), Err(ImageError::Digest { .. })));
-    for (name, text) in [("index.json", "{"), ("index.json", "{\"manifests\":[]}"), ("manifest.json", "[{\"Config\":\"../x\",\"Layers\":[]}]"), ("nothing", "x")] {
+    for (name, text) in [
+        ("index.json", "{"),
+        ("index.json", "{\"manifests\":[]}"),
+        ("manifest.json", "[{\"Config\":\"../x\",\"Layers\":[]}]"),
+        ("nothing", "x"),
+    ] {
         image::write_tar(&path, &[(name.to_owned(), text.as_bytes().to_vec())].into());
         assert!(store.import(&path).is_err(), "{text}");
     }
@@ -171,7 +180,8 @@ fn tags_move_and_removal_keeps_shared_layers() {
     store.import(&second.write(folder.path())).unwrap();
     // What one process changes, the other sees.
     assert_eq!(other.list().unwrap().len(), 2);
-    let moved = Image { name: "app:1".to_owned(), ..Image::new("", second.config.clone(), second.layers.clone()) };
+    let moved =
+        Image { name: "app:1".to_owned(), ..Image::new("", second.config.clone(), second.layers.clone()) };
     store.import(&moved.write(folder.path())).unwrap();
     assert_eq!(other.find(&first_id).unwrap().unwrap().tags, Vec::<String>::new());
     assert_eq!(other.find("app:1").unwrap().unwrap().tags.len(), 2);
@@ -181,7 +191,11 @@ fn tags_move_and_removal_keeps_shared_layers() {
     assert!(!layer_folder(&path, &first, 1).exists() && layer_folder(&path, &first, 0).exists());
     store.remove("app:2").unwrap();
     assert!(matches!(store.remove("app:2"), Err(ImageError::NotFound(_))));
-    assert_eq!(fs::read_dir(path.join("layers")).unwrap().count() + fs::read_dir(path.join("scratch")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(path.join("layers")).unwrap().count()
+            + fs::read_dir(path.join("scratch")).unwrap().count(),
+        0
+    );
     assert!(matches!(store.find("UPPER/case"), Err(ImageError::Reference(_))));
 }
 
@@ -222,17 +236,57 @@ async fn layers_stack_and_a_used_image_stays() {
         return;
     }
     let node = Node::new().await;
-    let mut image = image::busybox("stack:1", json!({"Entrypoint": ["sh", "-c"], "Cmd": ["ls /o /d; cat /f; id -u"], "User": "www:logs"}));
-    image.layers.push(Layer::new().folder("o/", 0o755).file("o/old", 0o644, b"").folder("d/", 0o755).file("d/gone", 0o644, b"").file("d/kept", 0o644, b"").file("f", 0o644, b"one\n").build());
-    image.layers.push(Layer::new().folder("o/", 0o755).file("o/.wh..wh..opq", 0o644, b"").file("o/new", 0o644, b"").file("d/.wh.gone", 0o644, b"").file("f", 0o644, b"two\n").build());
+    let mut image = image::busybox(
+        "stack:1",
+        json!({"Entrypoint": ["sh", "-c"], "Cmd": ["ls /o /d; cat /f; id -u"], "User": "www:logs"}),
+    );
+    image.layers.push(
+        Layer::new()
+            .folder("o/", 0o755)
+            .file("o/old", 0o644, b"")
+            .folder("d/", 0o755)
+            .file("d/gone", 0o644, b"")
+            .file("d/kept", 0o644, b"")
+            .file("f", 0o644, b"one\n")
+            .build(),
+    );
+    image.layers.push(
+        Layer::new()
+            .folder("o/", 0o755)
+            .file("o/.wh..wh..opq", 0o644, b"")
+            .file("o/new", 0o644, b"")
+            .file("d/.wh.gone", 0o644, b"")
+            .file("f", 0o644, b"two\n")
+            .build(),
+    );
     node.runtime().images().import(&image.write(node.folder.path())).unwrap();
     let mut spec = script("c", "");
     (spec.image, spec.command) = ("stack:1".to_owned(), Vec::new());
     let (exit, output) = node.run(spec).await;
     assert_eq!((exit.code, output.as_str()), (0, "/d:\nkept\n\n/o:\nnew\ntwo\n33\n"));
     let id = node.runtime().list_containers().await.unwrap()[0].id.clone();
-    assert!(matches!(node.runtime().images().remove("stack:1"), Err(ImageError::InUse { container, .. }) if container == id));
+    assert!(
+        matches!(node.runtime().images().remove("stack:1"), Err(ImageError::InUse { container, .. }) if container == id)
+    );
     node.runtime().remove_container(&id).await.unwrap();
     node.runtime().images().remove("stack:1").unwrap();
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn an_image_may_have_many_layers() {
+    if !require("an_image_may_have_many_layers", &["root"]) {
+        return;
+    }
+    let node = Node::new().await;
+    let mut image = image::busybox("deep:1", json!({}));
+    for number in 0..100 {
+        let layer = Layer::new().file("same", 0o644, format!("{number}\n").as_bytes());
+        image.layers.push(layer.file(&format!("own{number}"), 0o644, b"").build());
+    }
+    node.runtime().images().import(&image.write(node.folder.path())).unwrap();
+    let mut spec = script("c", "ls / | grep -c own; cat /same");
+    spec.image = "deep:1".to_owned();
+    assert_eq!(node.run(spec).await.1, "100\n99\n");
     node.finish().await;
 }

@@ -36,14 +36,32 @@ async fn plugins_are_called_as_the_spec_says() {
     node.runtime().stop_sandbox(&id).await.unwrap();
     node.runtime().stop_sandbox(&id).await.unwrap();
     let calls = calls(&node);
-    let verbs: Vec<(&str, i64)> = calls.iter().map(|call| (call.split(' ').next().unwrap(), input(call)["x"].as_i64().unwrap())).collect();
-    assert_eq!(verbs, [("ADD", 1), ("ADD", 2), ("CHECK", 1), ("CHECK", 2), ("STATUS", 1), ("STATUS", 2), ("DEL", 2), ("DEL", 1)]);
+    let verbs: Vec<(&str, i64)> = calls
+        .iter()
+        .map(|call| (call.split(' ').next().unwrap(), input(call)["x"].as_i64().unwrap()))
+        .collect();
+    assert_eq!(
+        verbs,
+        [
+            ("ADD", 1),
+            ("ADD", 2),
+            ("CHECK", 1),
+            ("CHECK", 2),
+            ("STATUS", 1),
+            ("STATUS", 2),
+            ("DEL", 2),
+            ("DEL", 1)
+        ]
+    );
     assert!(input(&calls[0]).get("prevResult").is_none());
     for call in [1, 2, 3, 6, 7] {
         assert_eq!(input(&calls[call])["prevResult"]["ips"][0]["address"], "10.42.0.7/24", "{}", calls[call]);
     }
     let netns = node.config.run_dir.join(&node.config.node_name).join("netns").join(&id);
-    let head = format!("ADD {id} eth0 {} IgnoreUnknown=1;K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_NAME=p;K8S_POD_NAMESPACE=ns;K8S_POD_UID=uid-1 ", netns.display());
+    let head = format!(
+        "ADD {id} eth0 {} IgnoreUnknown=1;K8S_POD_INFRA_CONTAINER_ID={id};K8S_POD_NAME=p;K8S_POD_NAMESPACE=ns;K8S_POD_UID=uid-1 ",
+        netns.display()
+    );
     assert!(calls[0].starts_with(&head), "{} is not {head}", calls[0]);
     assert_eq!(input(&calls[7])["name"], "t");
     node.finish().await;
@@ -58,13 +76,20 @@ async fn a_refused_network_leaves_nothing() {
     fs::remove_file(node.plugin_log()).ok();
     node.plugin(&NOOP_PLUGIN.replace("if [ \"$CNI_COMMAND\" = ADD ]; then", "if [ \"$CNI_COMMAND\" = ADD ]; then echo '{\"code\":11,\"msg\":\"no more addresses\",\"details\":\"try later\"}'; exit 1;"));
     let error = node.runtime().run_sandbox(node.pod()).await.unwrap_err();
-    assert_eq!(error.to_string(), r#"network plugin: plugin type="noop" failed (add): no more addresses; try later"#);
+    assert_eq!(
+        error.to_string(),
+        r#"network plugin: plugin type="noop" failed (add): no more addresses; try later"#
+    );
     assert_eq!(calls(&node).iter().map(|call| &call[..3]).collect::<Vec<_>>(), ["ADD", "DEL"]);
     assert!(node.runtime().list_sandboxes().await.unwrap().is_empty());
     let data = node.folder.path().join("data/nodes").join(&node.config.node_name);
     assert_eq!(fs::read_dir(data.join("sandboxes")).unwrap().count(), 0);
     let run = node.config.run_dir.join(&node.config.node_name);
-    assert_eq!(fs::read_dir(run.join("netns")).unwrap().count() + fs::read_dir(run.join("sandboxes")).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(run.join("netns")).unwrap().count()
+            + fs::read_dir(run.join("sandboxes")).unwrap().count(),
+        0
+    );
 
     fs::write(node.config.cni_conf_dir.join("10-test.conflist"), "not json").unwrap();
     assert!(matches!(node.runtime().run_sandbox(node.pod()).await, Err(Error::Network(_))));
@@ -133,7 +158,11 @@ async fn two_pods(plugins: &Path) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     node.runtime().remove_sandbox(&one.id).await.unwrap();
     node.runtime().remove_sandbox(&two.id).await.unwrap();
-    let left = fs::read_dir(leases.join("ref")).unwrap().flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("10.")).count();
+    let left = fs::read_dir(leases.join("ref"))
+        .unwrap()
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("10."))
+        .count();
     assert_eq!(left, 0);
     node.finish().await;
 }

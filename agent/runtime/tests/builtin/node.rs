@@ -25,10 +25,16 @@ pub(crate) fn init_path() -> PathBuf {
         let exe = std::env::current_exe().unwrap();
         let path = exe.ancestors().nth(2).unwrap().join("weft-init");
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("init/src");
-        let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-        let newest = fs::read_dir(sources).unwrap().map(|entry| modified(&entry.unwrap().path())).max().unwrap();
+        let modified = |path: &Path| {
+            fs::metadata(path).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        let newest =
+            fs::read_dir(sources).unwrap().map(|entry| modified(&entry.unwrap().path())).max().unwrap();
         if modified(&path) < newest {
-            let built = Command::new(env!("CARGO")).args(["build", "--package", "weft-agent-runtime-init"]).status().unwrap();
+            let built = Command::new(env!("CARGO"))
+                .args(["build", "--package", "weft-agent-runtime-init"])
+                .status()
+                .unwrap();
             assert!(built.success(), "weft-init does not build");
         }
         path
@@ -48,20 +54,26 @@ impl Node {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let folder = tempfile::tempdir().unwrap();
-        let mut config = Config::new(&name, &folder.path().join("data"), &folder.path().join("run"));
-        config.init_path = init_path();
-        config.cni_bin_dirs = vec![folder.path().join("plugins")];
-        config.cni_conf_dir = folder.path().join("conf");
-        config.cgroup_parent = Path::new("weft").join(&name);
+        let config = Self::at(&name, folder.path());
         fs::create_dir_all(&config.cni_conf_dir).unwrap();
         fs::create_dir_all(&config.cni_bin_dirs[0]).unwrap();
         let mut node = Self { config, runtime: None, folder };
         node.plugin(NOOP_PLUGIN);
         node.network(&json!({"cniVersion": "1.1.0", "name": "t", "plugins": [{"type": "noop"}]}));
         node.runtime = Some(BuiltinRuntime::open(node.config.clone()).await.unwrap());
-        let archive = image::busybox("busybox:1", json!({"Env": ["FROM=image", "KEEP=1"], "Cmd": ["sh"]})).write(node.folder.path());
+        let archive = image::busybox("busybox:1", json!({"Env": ["FROM=image", "KEEP=1"], "Cmd": ["sh"]}))
+            .write(node.folder.path());
         node.runtime().images().import(&archive).unwrap();
         node
+    }
+
+    /// The configuration of a node in a test's folder.
+    pub(crate) fn at(name: &str, folder: &Path) -> Config {
+        let mut config = Config::new(name, &folder.join("data"), &folder.join("run"));
+        config.init_path = init_path();
+        config.cni_bin_dirs = vec![folder.join("plugins")];
+        config.cni_conf_dir = folder.join("conf");
+        config
     }
 
     pub(crate) fn runtime(&self) -> &BuiltinRuntime {
@@ -90,16 +102,7 @@ impl Node {
     }
 
     pub(crate) fn pod(&self) -> SandboxSpec {
-        SandboxSpec {
-            name: "p".to_owned(),
-            namespace: "ns".to_owned(),
-            uid: "uid-1".to_owned(),
-            hostname: "podhost".to_owned(),
-            resolv_conf: "nameserver 10.43.0.10\n".to_owned(),
-            log_directory: self.folder.path().join("logs"),
-            cgroup: "burstable/poduid-1".to_owned(),
-            ..SandboxSpec::default()
-        }
+        pod(self.folder.path())
     }
 
     pub(crate) async fn sandbox(&self) -> String {
@@ -147,10 +150,15 @@ impl Node {
     /// Runs a command in a container; its code and output.
     pub(crate) async fn exec(&self, id: &str, command: &[&str]) -> (i32, String) {
         let (read, write) = std::io::pipe().unwrap();
-        let stdio = Stdio { stdout: Some(write.try_clone().unwrap().into()), stderr: Some(write.into()), ..Stdio::default() };
+        let stdio = Stdio {
+            stdout: Some(write.try_clone().unwrap().into()),
+            stderr: Some(write.into()),
+            ..Stdio::default()
+        };
         let command = command.iter().map(|word| (*word).to_owned()).collect();
         let code = self.runtime().exec(id, command, stdio).await.unwrap();
-        let output = tokio::task::spawn_blocking(move || std::io::read_to_string(read).unwrap()).await.unwrap();
+        let output =
+            tokio::task::spawn_blocking(move || std::io::read_to_string(read).unwrap()).await.unwrap();
         (code, output)
     }
 
@@ -165,6 +173,11 @@ impl Node {
         for hierarchy in fs::read_dir(&self.config.cgroup_root).unwrap().flatten() {
             let group = hierarchy.path().join(&self.config.cgroup_parent);
             assert!(!group.exists(), "a cgroup is left: {}", group.display());
+        }
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).into_owned();
+            assert!(!(command.starts_with("weft-init") && command.contains(&ours)), "{command:?} is left");
         }
         assert!(!self.config.run_dir.join(&self.config.node_name).exists(), "run-time files are left");
     }
@@ -184,6 +197,19 @@ impl Drop for Node {
         if let Ok(Err(error)) = clean.join() {
             eprintln!("cannot clean up: {error}");
         }
+    }
+}
+
+pub(crate) fn pod(folder: &Path) -> SandboxSpec {
+    SandboxSpec {
+        name: "p".to_owned(),
+        namespace: "ns".to_owned(),
+        uid: "uid-1".to_owned(),
+        hostname: "podhost".to_owned(),
+        resolv_conf: "nameserver 10.43.0.10\n".to_owned(),
+        log_directory: folder.join("logs"),
+        cgroup: "burstable/poduid-1".to_owned(),
+        ..SandboxSpec::default()
     }
 }
 

@@ -9,7 +9,10 @@ use crate::node::{Node, script};
 
 /// The capability line of /proc/self/status, without leading zeros.
 fn capabilities(output: &str, kind: &str) -> u64 {
-    let line = output.lines().find_map(|line| line.strip_prefix(kind)).unwrap_or_else(|| panic!("no {kind} in {output}"));
+    let line = output
+        .lines()
+        .find_map(|line| line.strip_prefix(kind))
+        .unwrap_or_else(|| panic!("no {kind} in {output}"));
     u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
 }
 
@@ -19,7 +22,10 @@ async fn users_and_groups_are_those_of_image_and_pod() {
         return;
     }
     let node = Node::new().await;
-    let mut spec = script("c", "id -u; id -g; id -G; echo $HOME; touch /dev/stdout; echo to > /dev/stdout; touch /etc/x || echo refused");
+    let mut spec = script(
+        "c",
+        "id -u; id -g; id -G; echo $HOME; touch /dev/stdout; echo to > /dev/stdout; touch /etc/x || echo refused",
+    );
     spec.security.run_as_user = Some(33);
     spec.security.run_as_non_root = true;
     spec.security.supplemental_groups = vec![77];
@@ -85,7 +91,10 @@ async fn a_read_only_root_is_read_only() {
         return;
     }
     let node = Node::new().await;
-    let mut spec = script("c", "touch /x || echo refused; touch /dev/shm/x && echo shm; echo x > /dev/null && echo null");
+    let mut spec = script(
+        "c",
+        "touch /x || echo refused; touch /dev/shm/x && echo shm; echo x > /dev/null && echo null",
+    );
     spec.security.read_only_root = true;
     spec.working_dir = "/made".to_owned();
     let (exit, output) = node.run(spec).await;
@@ -100,7 +109,10 @@ async fn privileged_means_everything() {
         return;
     }
     let node = Node::new().await;
-    let mut spec = script("c", "mount -t tmpfs x /tmp && echo mounted; cat /proc/self/status; test -c /dev/kmsg && echo kmsg; touch /proc/sys/kernel/x; echo 0 > /proc/sys/net/ipv4/ip_forward && echo sysctl");
+    let mut spec = script(
+        "c",
+        "mount -t tmpfs x /tmp && echo mounted; cat /proc/self/status; test -c /dev/kmsg && echo kmsg; touch /proc/sys/kernel/x; echo 0 > /proc/sys/net/ipv4/ip_forward && echo sysctl",
+    );
     spec.security.privileged = true;
     let (_, output) = node.run(spec).await;
     let own = fs::read_to_string("/proc/self/status").unwrap();
@@ -117,7 +129,10 @@ async fn seccomp_refuses_namespaces_and_lets_programs_run() {
     }
     let node = Node::new().await;
     for no_new_privileges in [false, true] {
-        let mut spec = script("c", "unshare -U true || echo refused; ls / | wc -l; cat /proc/self/status; sleep 0.01; echo done");
+        let mut spec = script(
+            "c",
+            "unshare -U true || echo refused; ls / | wc -l; cat /proc/self/status; sleep 0.01; echo done",
+        );
         spec.security.seccomp_default = true;
         spec.security.no_new_privileges = no_new_privileges;
         spec.log_path = format!("c{no_new_privileges}/0.log").into();
@@ -125,8 +140,16 @@ async fn seccomp_refuses_namespaces_and_lets_programs_run() {
         let id = node.start(&sandbox, spec).await;
         assert_eq!(node.exit(&id).await.code, 0);
         let output = node.output(&format!("c{no_new_privileges}"));
-        assert!(output.contains("Operation not permitted\nrefused\n") || output.contains("refused\n"), "{output}");
-        assert!(output.contains("Seccomp:\t2") && output.contains("Seccomp_filters:\t2") && output.contains("done"), "{output}");
+        assert!(
+            output.contains("Operation not permitted\nrefused\n") || output.contains("refused\n"),
+            "{output}"
+        );
+        assert!(
+            output.contains("Seccomp:\t2")
+                && output.contains("Seccomp_filters:\t2")
+                && output.contains("done"),
+            "{output}"
+        );
     }
     // Without a profile the same call is let through.
     let (_, output) = node.run(script("open", "unshare -U true && echo let")).await;

@@ -1,13 +1,13 @@
 //! One pass over a value of any format: checks it against the schema, drops what is unknown, canonicalises the rest.
 use std::{borrow::Cow, fmt};
 
-use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Value};
 
+use super::want::{Scalar, Want, canonical_base64, whole_or_float};
 use crate::{
     quantity::Quantity,
-    schema::{Definition, DefinitionId, Field, Schema, Shape, Type},
+    schema::{Definition, DefinitionId, Field, Schema, Type},
     timestamp,
 };
 
@@ -137,153 +137,6 @@ impl<'de> DeserializeSeed<'de> for Root<'_, '_> {
     }
 }
 
-/// What a value must be.
-#[derive(Clone, Copy)]
-enum Want<'s> {
-    String,
-    Int32,
-    Int64,
-    Double,
-    Bool,
-    Bytes,
-    Any,
-    /// Any value, with its nulls and all that is in it noted: a patch.
-    Plain,
-    Time,
-    MicroTime,
-    Quantity,
-    IntOrString,
-    JsonSchema,
-    Fields(&'s Definition),
-    List(&'s Type),
-    Map(&'s Type),
-}
-
-impl<'s> Want<'s> {
-    fn of(schema: &'s Schema, ty: &Type) -> Self
-    where
-        Self: 's,
-    {
-        match ty {
-            Type::String => Self::String,
-            Type::Int32 => Self::Int32,
-            Type::Int64 => Self::Int64,
-            Type::Double => Self::Double,
-            Type::Bool => Self::Bool,
-            Type::Bytes => Self::Bytes,
-            Type::Object => Self::Any,
-            Type::Ref(id) => {
-                let definition = schema.get(*id);
-                match definition.shape {
-                    Shape::Object => Self::Fields(definition),
-                    Shape::Time => Self::Time,
-                    Shape::MicroTime => Self::MicroTime,
-                    Shape::Quantity => Self::Quantity,
-                    Shape::IntOrString => Self::IntOrString,
-                    Shape::Raw | Shape::Json => Self::Any,
-                    Shape::JsonSchema => Self::JsonSchema,
-                }
-            }
-            Type::List(_) | Type::Map(_) => Self::Any,
-        }
-    }
-
-    /// Like [`Self::of`] for a type that lives as long as the schema.
-    fn within(schema: &'s Schema, ty: &'s Type) -> Self {
-        match ty {
-            Type::List(item) => Self::List(item),
-            Type::Map(value) => Self::Map(value),
-            other => Self::of(schema, other),
-        }
-    }
-
-    /// What Go makes of null in a list or a map.
-    fn zero(self) -> Value {
-        match self {
-            Self::String | Self::Bytes => Value::String(String::new()),
-            Self::Int32 | Self::Int64 | Self::Double | Self::IntOrString => Value::from(0),
-            Self::Bool => Value::Bool(false),
-            Self::Quantity => Value::from("0"),
-            Self::Fields(_) => Value::Object(Map::new()),
-            Self::Any
-            | Self::Plain
-            | Self::Time
-            | Self::MicroTime
-            | Self::JsonSchema
-            | Self::List(_)
-            | Self::Map(_) => Value::Null,
-        }
-    }
-
-    fn go_type(self, schema: &Schema) -> String {
-        match self {
-            Self::String => "string".to_owned(),
-            Self::Int32 => "int32".to_owned(),
-            Self::Int64 => "int64".to_owned(),
-            Self::Double => "float64".to_owned(),
-            Self::Bool => "bool".to_owned(),
-            Self::Bytes => "[]uint8".to_owned(),
-            Self::Any | Self::Plain => "interface {}".to_owned(),
-            Self::Time => "v1.Time".to_owned(),
-            Self::MicroTime => "v1.MicroTime".to_owned(),
-            Self::Quantity => "resource.Quantity".to_owned(),
-            Self::IntOrString => "intstr.IntOrString".to_owned(),
-            Self::JsonSchema => "v1.JSONSchemaProps".to_owned(),
-            Self::Fields(definition) => definition.go_type(),
-            Self::List(item) => format!("[]{}", go_type(schema, item)),
-            Self::Map(value) => format!("map[string]{}", go_type(schema, value)),
-        }
-    }
-}
-
-fn go_type(schema: &Schema, ty: &Type) -> String {
-    match ty {
-        Type::List(item) => format!("[]{}", go_type(schema, item)),
-        Type::Map(value) => format!("map[string]{}", go_type(schema, value)),
-        Type::Ref(id) => schema.get(*id).go_type(),
-        scalar => Want::of(schema, scalar).go_type(schema),
-    }
-}
-
-/// A scalar, as any format may bring it.
-enum Scalar<'a> {
-    Bool(bool),
-    Int(i64),
-    Uint(u64),
-    Float(f64),
-    Str(Cow<'a, str>),
-}
-
-impl Scalar<'_> {
-    fn go_kind(&self) -> &'static str {
-        match self {
-            Self::Bool(_) => "bool",
-            Self::Int(_) | Self::Uint(_) | Self::Float(_) => "number",
-            Self::Str(_) => "string",
-        }
-    }
-
-    fn text(&self) -> String {
-        match self {
-            Self::Bool(value) => value.to_string(),
-            Self::Int(value) => value.to_string(),
-            Self::Uint(value) => value.to_string(),
-            Self::Float(value) => Value::from(*value).to_string(),
-            Self::Str(value) => value.to_string(),
-        }
-    }
-
-    fn into_value(self) -> Value {
-        match self {
-            Self::Bool(value) => Value::Bool(value),
-            Self::Int(value) => Value::from(value),
-            Self::Uint(value) => Value::from(value),
-            Self::Float(value) => Number::from_f64(value).map_or(Value::Null, Value::Number),
-            Self::Str(value) => Value::String(value.into_owned()),
-        }
-    }
-}
-
 /// Reads one value; `None` is null, which means absent.
 struct Seed<'w, 's> {
     walk: &'w mut Walk<'s>,
@@ -314,7 +167,18 @@ impl<'s> Seed<'_, 's> {
             }
             Want::Quantity => crate::quantity::QuantityError::Format.to_string(),
             Want::IntOrString => format!("json: cannot unmarshal {value} into Go value of type int32"),
-            want => self.walk.misfit(value, self.owner, &want.go_type(self.walk.schema)),
+            want @ (Want::String
+            | Want::Int32
+            | Want::Int64
+            | Want::Double
+            | Want::Bool
+            | Want::Bytes
+            | Want::Any
+            | Want::Plain
+            | Want::JsonSchema
+            | Want::Fields(_)
+            | Want::List(_)
+            | Want::Map(_)) => self.walk.misfit(value, self.owner, &want.go_type(self.walk.schema)),
         };
         self.stop(message)
     }
@@ -542,35 +406,5 @@ impl<'s> Visitor<'_> for Key<'s> {
 
     fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
         Ok(self.0.field(name).map_or_else(|| Named::Unknown(name.to_owned()), Named::Field))
-    }
-}
-
-/// Go writes a float without fraction like an integer.
-fn whole_or_float(number: f64) -> Value {
-    const EXACT: f64 = 9_007_199_254_740_992.0;
-    if number.fract() == 0.0 && number.abs() < EXACT {
-        #[expect(clippy::cast_possible_truncation, reason = "whole and within the exact range of f64")]
-        return Value::from(number as i64);
-    }
-    Number::from_f64(number).map_or(Value::Null, Value::Number)
-}
-
-fn canonical_base64(text: &str) -> Result<String, String> {
-    let packed: Cow<'_, str> = if text.contains(['\n', '\r']) {
-        Cow::Owned(text.chars().filter(|c| !matches!(c, '\n' | '\r')).collect())
-    } else {
-        Cow::Borrowed(text)
-    };
-    match BASE64_STANDARD.decode(packed.as_bytes()) {
-        Ok(_) => Ok(packed.into_owned()),
-        Err(error) => {
-            let at = match error {
-                base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _) => at,
-                base64::DecodeError::InvalidLength(_) | base64::DecodeError::InvalidPadding => {
-                    packed.trim_end_matches('=').len()
-                }
-            };
-            Err(format!("illegal base64 data at input byte {at}"))
-        }
     }
 }

@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::go_text;
+use super::{go_text, rejected};
 use crate::{
     schema::{DefinitionId, Schema, Shape, Type},
-    status::{Details, Status},
+    status::Status,
 };
 
 const PATCH: &str = "$patch";
@@ -55,10 +55,7 @@ impl From<StrategicError> for Status {
             | StrategicError::RetainKeys
             | StrategicError::OrderDiffers(_)
             | StrategicError::MixedList(_) => Self::bad_request(error.to_string()),
-            StrategicError::ListOfLists => {
-                let message = "the server rejected our request due to an error in our request";
-                Self::failure(422, "Invalid", message).with_details(Details::default())
-            }
+            StrategicError::ListOfLists => rejected(),
             // Upstream has no code of its own for these either.
             StrategicError::Directive(_)
             | StrategicError::NoMergeKey { .. }
@@ -230,10 +227,7 @@ impl<'s> Merge<'s> {
 }
 
 fn into_array(value: Value) -> Option<Vec<Value>> {
-    match value {
-        Value::Array(items) => Some(items),
-        _ => None,
-    }
+    if let Value::Array(items) = value { Some(items) } else { None }
 }
 
 fn merge_key(item: &Object, key: &str) -> Result<Value> {

@@ -138,6 +138,19 @@ fn directives() {
     assert_eq!(strategic(&current, &patch), json!({"metadata": {"finalizers": ["c", "a", "d"]}}));
 }
 
+/// What kubectl 1.32 sends for a container that went, one that came and one that changed.
+#[test]
+fn patch_of_kubectl_apply() {
+    let current = json!({"containers": [{"name": "a", "image": "a:1", "tty": true}, {"name": "b"}, {"name": "injected"}]});
+    let patch = json!({"$setElementOrder/containers": [{"name": "a"}, {"name": "c"}], "containers": [
+        {"image": "a:2", "name": "a"}, {"image": "c:1", "name": "c"}, {"$patch": "delete", "name": "b"}]});
+    assert_eq!(
+        pod_patch(current, patch),
+        json!({"containers": [{"name": "a", "image": "a:2", "tty": true}, {"name": "c", "image": "c:1"},
+            {"name": "injected"}]})
+    );
+}
+
 #[test]
 fn refused_patches() {
     let current = json!({"spec": {"template": {"spec": {"containers": [{"name": "a"}]}}}});

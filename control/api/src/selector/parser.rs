@@ -72,14 +72,16 @@ pub(super) fn parse(text: &str) -> Result<Vec<Requirement>, SelectorError> {
     }
     loop {
         requirements.push(requirement(&mut lexer)?);
-        match lexer.next() {
-            Token::End => return Ok(requirements),
-            token if token.is(",") => match lexer.peek() {
-                Token::Word(_) => {}
-                token if token.is("!") => {}
-                token => return Err(unexpected(token, "identifier after ','")),
-            },
-            token => return Err(unexpected(&token, "',' or 'end of string'")),
+        let token = lexer.next();
+        if token == Token::End {
+            return Ok(requirements);
+        }
+        if !token.is(",") {
+            return Err(unexpected(&token, "',' or 'end of string'"));
+        }
+        let token = lexer.peek();
+        if !matches!(token, Token::Word(_)) && !token.is("!") {
+            return Err(unexpected(token, "identifier after ','"));
         }
     }
 }
@@ -152,27 +154,16 @@ fn values(lexer: &mut Lexer<'_>) -> Result<Vec<String>, SelectorError> {
     }
     let mut values = Vec::new();
     loop {
-        match lexer.next() {
-            Token::Word(word) => {
-                values.push(word);
-                match lexer.next() {
-                    token if token.is(",") => {
-                        if lexer.peek().is(")") {
-                            values.push(String::new());
-                        }
-                    }
-                    token if token.is(")") => return Ok(values),
-                    token => return Err(unexpected(&token, "',' or ')'")),
-                }
-            }
-            token if token.is(",") => values.push(String::new()),
-            token if token.is(")") => {
-                if values.is_empty() {
-                    values.push(String::new());
-                }
-                return Ok(values);
-            }
-            token => return Err(unexpected(&token, "',', ')' or identifier")),
+        let value =
+            if let Token::Word(_) = lexer.peek() { lexer.next().text().to_owned() } else { String::new() };
+        let given = !value.is_empty();
+        values.push(value);
+        let token = lexer.next();
+        if token.is(")") {
+            return Ok(values);
+        }
+        if !token.is(",") {
+            return Err(unexpected(&token, if given { "',' or ')'" } else { "',', ')' or identifier" }));
         }
     }
 }

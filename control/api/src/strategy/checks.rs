@@ -29,14 +29,24 @@ pub(super) fn required(errors: &mut Errors, path: &FieldPath, value: &Value) -> 
 }
 
 /// A string that must be there and obey a rule for names.
-pub(super) fn required_name(errors: &mut Errors, path: &FieldPath, value: &Value, rule: fn(&str) -> Vec<String>) {
+pub(super) fn required_name(
+    errors: &mut Errors,
+    path: &FieldPath,
+    value: &Value,
+    rule: fn(&str) -> Vec<String>,
+) {
     if required(errors, path, value) {
         problems(errors, path, text(value), rule(text(value)));
     }
 }
 
 /// A string that, if it is there, must obey a rule for names.
-pub(super) fn optional_name(errors: &mut Errors, path: &FieldPath, value: &Value, rule: fn(&str) -> Vec<String>) {
+pub(super) fn optional_name(
+    errors: &mut Errors,
+    path: &FieldPath,
+    value: &Value,
+    rule: fn(&str) -> Vec<String>,
+) {
     if !is_empty(value) {
         problems(errors, path, text(value), rule(text(value)));
     }
@@ -95,12 +105,18 @@ pub(super) fn label_selector(errors: &mut Errors, path: &FieldPath, selector: &V
                 &path.child("values"),
                 "must be specified when `operator` is 'In' or 'NotIn'",
             )),
-            "Exists" | "DoesNotExist" if !items(&expression["values"]).is_empty() => errors.push(FieldError::forbidden(
-                &path.child("values"),
-                "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
-            )),
+            "Exists" | "DoesNotExist" if !items(&expression["values"]).is_empty() => {
+                errors.push(FieldError::forbidden(
+                    &path.child("values"),
+                    "may not be specified when `operator` is 'Exists' or 'DoesNotExist'",
+                ))
+            }
             "In" | "NotIn" | "Exists" | "DoesNotExist" => {}
-            operator => errors.push(FieldError::invalid(&path.child("operator"), operator, "not a valid selector operator")),
+            operator => errors.push(FieldError::invalid(
+                &path.child("operator"),
+                operator,
+                "not a valid selector operator",
+            )),
         }
         let key = text(&expression["key"]);
         problems(errors, &path.child("key"), key, names::qualified_name(key));
@@ -127,5 +143,7 @@ pub(super) fn port_reference(errors: &mut Errors, path: &FieldPath, port: &Value
 /// A port number.
 pub(super) fn port_number(errors: &mut Errors, path: &FieldPath, port: &Value) {
     let number = port.as_i64().unwrap_or_default();
-    errors.extend(names::port_number(number).into_iter().map(|problem| FieldError::invalid(path, number, problem)));
+    errors.extend(
+        names::port_number(number).into_iter().map(|problem| FieldError::invalid(path, number, problem)),
+    );
 }

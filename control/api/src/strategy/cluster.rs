@@ -25,7 +25,9 @@ pub(super) fn default(group: &str, kind: &str, object: &mut Value) {
             default_object(object, "spec");
             default_object(object, "status");
         }
-        ("scheduling.k8s.io", "PriorityClass") => default_to(object, "preemptionPolicy", "PreemptLowerPriority"),
+        ("scheduling.k8s.io", "PriorityClass") => {
+            default_to(object, "preemptionPolicy", "PreemptLowerPriority")
+        }
         _ => {}
     }
 }

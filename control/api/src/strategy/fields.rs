@@ -20,7 +20,9 @@ const POD: &[(&str, Read)] = &[
     ("spec.serviceAccountName", |pod| text(&pod["spec"]["serviceAccountName"]).to_owned()),
     ("spec.hostNetwork", |pod| (pod["spec"]["hostNetwork"] == true).to_string()),
     ("status.phase", |pod| text(&pod["status"]["phase"]).to_owned()),
-    ("status.podIP", |pod| text_or(&pod["status"]["podIPs"][0]["ip"], text(&pod["status"]["podIP"])).to_owned()),
+    ("status.podIP", |pod| {
+        text_or(&pod["status"]["podIPs"][0]["ip"], text(&pod["status"]["podIP"])).to_owned()
+    }),
     ("status.nominatedNodeName", |pod| text(&pod["status"]["nominatedNodeName"]).to_owned()),
 ];
 
@@ -55,13 +57,15 @@ const NEW_EVENT: &[(&str, Read)] = &[
 
 const NODE: &[(&str, Read)] =
     &[("spec.unschedulable", |node| (node["spec"]["unschedulable"] == true).to_string())];
-const NAMESPACE: &[(&str, Read)] = &[("status.phase", |namespace| text(&namespace["status"]["phase"]).to_owned())];
+const NAMESPACE: &[(&str, Read)] =
+    &[("status.phase", |namespace| text(&namespace["status"]["phase"]).to_owned())];
 const SECRET: &[(&str, Read)] = &[("type", |secret| text(&secret["type"]).to_owned())];
 const REPLICAS: &[(&str, Read)] =
     &[("status.replicas", |object| object["status"]["replicas"].as_i64().unwrap_or_default().to_string())];
 const JOB: &[(&str, Read)] =
     &[("status.successful", |job| job["status"]["succeeded"].as_i64().unwrap_or_default().to_string())];
-const SIGNED: &[(&str, Read)] = &[("spec.signerName", |object| text(&object["spec"]["signerName"]).to_owned())];
+const SIGNED: &[(&str, Read)] =
+    &[("spec.signerName", |object| text(&object["spec"]["signerName"]).to_owned())];
 const POD_CERTIFICATE: &[(&str, Read)] = &[
     ("spec.signerName", |object| text(&object["spec"]["signerName"]).to_owned()),
     ("spec.podName", |object| text(&object["spec"]["podName"]).to_owned()),

@@ -16,9 +16,11 @@ const CRON_JOB_NAME_MAX_BYTES: usize = 52;
 /// What is wrong with the name of an object of this kind, in upstream's words. With `prefix` it is a `generateName`.
 pub fn name_problems(kind: &Kind, name: &str, prefix: bool) -> Vec<String> {
     let rule: fn(&str) -> Vec<String> = match (kind.group, kind.kind) {
-        ("", "Namespace") | ("apps", "StatefulSet") => names::dns1123_label,
-        ("", "Service") => names::dns1035_label,
-        ("rbac.authorization.k8s.io", _) | ("certificates.k8s.io" | "apiregistration.k8s.io", _) => names::path_segment,
+        // Service names may begin with a digit since 1.36 (KEP-5311).
+        ("", "Namespace" | "Service") | ("apps", "StatefulSet") => names::dns1123_label,
+        ("rbac.authorization.k8s.io", _) | ("certificates.k8s.io" | "apiregistration.k8s.io", _) => {
+            names::path_segment
+        }
         ("networking.k8s.io", "IPAddress") => names::ip,
         _ => names::dns1123_subdomain,
     };
@@ -35,7 +37,12 @@ pub(super) fn create(kind: &Kind, object: &Value) -> Errors {
     let mut errors = Vec::new();
     let generate_name = text(&metadata["generateName"]);
     if !generate_name.is_empty() {
-        problems(&mut errors, &path.child("generateName"), generate_name, name_problems(kind, generate_name, true));
+        problems(
+            &mut errors,
+            &path.child("generateName"),
+            generate_name,
+            name_problems(kind, generate_name, true),
+        );
     }
     let name = text(&metadata["name"]);
     if name.is_empty() {
@@ -102,7 +109,11 @@ fn owners(errors: &mut Errors, path: &FieldPath, owners: &Value) {
             }
         }
         if version == "v1" && owner["kind"] == "Event" {
-            errors.push(FieldError::invalid(path, owner.clone(), "/v1, Kind=Event is disallowed from being an owner"));
+            errors.push(FieldError::invalid(
+                path,
+                owner.clone(),
+                "/v1, Kind=Event is disallowed from being an owner",
+            ));
         }
         if owner["controller"] == true {
             let name = text(&owner["name"]);
@@ -144,7 +155,9 @@ pub(super) fn update(new: &Value, old: &Value) -> Errors {
         let detail = "must not be decremented";
         errors.push(FieldError::invalid(&path.child("generation"), generation(new), detail));
     }
-    for field in ["name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"] {
+    for field in
+        ["name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"]
+    {
         let differs = new[field] != old[field] && !(is_empty(&new[field]) && is_empty(&old[field]));
         if differs {
             errors.push(FieldError::invalid(&path.child(field), new[field].clone(), IMMUTABLE));
@@ -156,7 +169,8 @@ pub(super) fn update(new: &Value, old: &Value) -> Errors {
 
 fn no_new_finalizers(errors: &mut Errors, path: &FieldPath, new: &Value, old: &Value) {
     let known = items(&old["finalizers"]);
-    let mut extra: Vec<_> = items(&new["finalizers"]).iter().filter(|one| !known.contains(one)).map(text).collect();
+    let mut extra: Vec<_> =
+        items(&new["finalizers"]).iter().filter(|one| !known.contains(one)).map(text).collect();
     if extra.is_empty() {
         return;
     }

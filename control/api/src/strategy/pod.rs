@@ -62,7 +62,10 @@ pub(super) fn create(group: &str, kind: &str, object: &Value, errors: &mut Error
             let path = FieldPath::new("spec");
             spec::validate(errors, &path, &object["spec"]);
             if !is_empty(&object["spec"]["ephemeralContainers"]) {
-                errors.push(FieldError::forbidden(&path.child("ephemeralContainers"), "cannot be set on create"));
+                errors.push(FieldError::forbidden(
+                    &path.child("ephemeralContainers"),
+                    "cannot be set on create",
+                ));
             }
             let gated = !items(&object["spec"]["schedulingGates"]).is_empty();
             if gated && !is_empty(&object["spec"]["nodeName"]) {

@@ -16,7 +16,10 @@ const HTTPS: i64 = 443;
 pub(super) fn default(group: &str, kind: &str, object: &mut Value) {
     match (group, kind) {
         (RBAC, "RoleBinding" | "ClusterRoleBinding") => role_binding(object),
-        ("admissionregistration.k8s.io", "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration") => {
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration",
+        ) => {
             let mutating = kind == "MutatingWebhookConfiguration";
             each(object, "webhooks").for_each(|one| webhook(one, mutating));
         }
@@ -26,7 +29,10 @@ pub(super) fn default(group: &str, kind: &str, object: &mut Value) {
                 match_resources(at(spec, &["matchConstraints"]));
             }
         }
-        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding") => {
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding",
+        ) => {
             match_resources(at(object, &["spec", "matchResources"]));
         }
         ("apiextensions.k8s.io", "CustomResourceDefinition") => definition(object),

@@ -16,7 +16,8 @@ pub fn scale_get(kind: &Kind, object: &Value) -> Value {
     }
     let selector = &object["spec"]["selector"];
     let selector = if (kind.group, kind.kind) == ("", "ReplicationController") {
-        let mut pairs: Vec<_> = entries(selector).map(|(key, value)| format!("{key}={}", text(value))).collect();
+        let mut pairs: Vec<_> =
+            entries(selector).map(|(key, value)| format!("{key}={}", text(value))).collect();
         pairs.sort();
         pairs.join(",")
     } else {
@@ -42,7 +43,9 @@ pub fn scale_set(_kind: &Kind, object: &mut Value, scale: &Value) {
         spec["replicas"] = number(&scale["spec"]["replicas"]).into();
     }
     let version = &scale["metadata"]["resourceVersion"];
-    if !text(version).is_empty() && let Some(metadata) = at(object, &["metadata"]) {
+    if !text(version).is_empty()
+        && let Some(metadata) = at(object, &["metadata"])
+    {
         metadata["resourceVersion"] = version.clone();
     }
 }

@@ -43,27 +43,31 @@ pub(super) fn each<'a>(object: &'a mut Value, key: &str) -> impl Iterator<Item =
     object.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten()
 }
 
-/// The value at a path of fields, to change; none unless each is there and not null.
+/// The object at a path of fields, to change; none unless it is there.
 pub(super) fn at<'a>(object: &'a mut Value, path: &[&str]) -> Option<&'a mut Value> {
     let found = path.iter().try_fold(object, |value, field| value.get_mut(*field))?;
-    (!found.is_null()).then_some(found)
+    found.is_object().then_some(found)
 }
 
 /// Sets a field that upstream holds by pointer: only when it is absent or null.
 pub(super) fn default_to(object: &mut Value, key: &str, value: impl Into<Value>) {
+    let value = value.into();
     if let Some(map) = object.as_object_mut()
+        && !value.is_null()
         && map.get(key).is_none_or(Value::is_null)
     {
-        map.insert(key.to_owned(), value.into());
+        map.insert(key.to_owned(), value);
     }
 }
 
 /// Sets a field that upstream holds by value: also when it is its type's zero.
 pub(super) fn default_zero(object: &mut Value, key: &str, value: impl Into<Value>) {
+    let value = value.into();
     if let Some(map) = object.as_object_mut()
+        && !value.is_null()
         && map.get(key).is_none_or(is_zero)
     {
-        map.insert(key.to_owned(), value.into());
+        map.insert(key.to_owned(), value);
     }
 }
 
@@ -149,7 +153,8 @@ fn same_maps(one: &Map<String, Value>, other: &Map<String, Value>) -> bool {
         Some(found) => same(value, found) || (missing(key, value) && missing(key, found)),
         None => missing(key, value),
     };
-    one.iter().all(|(key, value)| holds(key, value, other)) && other.iter().all(|(key, value)| holds(key, value, one))
+    one.iter().all(|(key, value)| holds(key, value, other))
+        && other.iter().all(|(key, value)| holds(key, value, one))
 }
 
 /// Whether a field with this value may as well not be there.

@@ -24,14 +24,18 @@ pub fn warnings(kind: &Kind, object: &Value) -> Vec<String> {
             }
             pod_spec(&mut warnings, "spec", &object["spec"]);
         }
-        ("apps", _) | ("batch", "Job") => pod_spec(&mut warnings, "spec.template.spec", &object["spec"]["template"]["spec"]),
+        ("apps", _) | ("batch", "Job") => {
+            pod_spec(&mut warnings, "spec.template.spec", &object["spec"]["template"]["spec"])
+        }
         ("batch", "CronJob") => {
             let spec = &object["spec"]["jobTemplate"]["spec"]["template"]["spec"];
             pod_spec(&mut warnings, "spec.jobTemplate.spec.template.spec", spec);
         }
         ("", "ComponentStatus") => warnings.push("v1 ComponentStatus is deprecated in v1.19+".to_owned()),
         ("", "Endpoints") => {
-            warnings.push("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice".to_owned());
+            warnings.push(
+                "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice".to_owned(),
+            );
         }
         _ => {}
     }
@@ -59,7 +63,8 @@ fn pod_spec(warnings: &mut Vec<String>, path: &str, spec: &Value) {
             ("beta.kubernetes.io/instance-type", "node.kubernetes.io/instance-type"),
         ] {
             if key == old {
-                warnings.push(format!("{path}.nodeSelector[{key}]: deprecated since v1.14; use {new:?} instead"));
+                warnings
+                    .push(format!("{path}.nodeSelector[{key}]: deprecated since v1.14; use {new:?} instead"));
             }
         }
     }

@@ -24,7 +24,9 @@ pub(super) fn row(group: &str, kind: &str, object: &Value, now: Timestamp) -> Op
             age(object, now),
             text(&object["preemptionPolicy"]).into(),
         ],
-        ("node.k8s.io", "RuntimeClass") => vec![name(object), text(&object["handler"]).into(), age(object, now)],
+        ("node.k8s.io", "RuntimeClass") => {
+            vec![name(object), text(&object["handler"]).into(), age(object, now)]
+        }
         ("coordination.k8s.io", "Lease") => vec![name(object), spec_text("holderIdentity"), age(object, now)],
         ("coordination.k8s.io", "LeaseCandidate") => vec![
             name(object),
@@ -45,7 +47,11 @@ fn node(object: &Value, now: Timestamp) -> Vec<Value> {
         Some(_) => "NotReady",
         None => "Unknown",
     };
-    let status = if object["spec"]["unschedulable"] == true { format!("{ready},SchedulingDisabled") } else { ready.to_owned() };
+    let status = if object["spec"]["unschedulable"] == true {
+        format!("{ready},SchedulingDisabled")
+    } else {
+        ready.to_owned()
+    };
     let address = |type_: &str| -> Value {
         let found = items(&object["status"]["addresses"]).iter().find(|one| one["type"] == type_);
         found.map_or(NONE, |one| text(&one["address"])).into()
@@ -83,7 +89,9 @@ fn event(object: &Value, now: Timestamp) -> Vec<Value> {
     let either = |old: &str, new: &str| if object[old].is_null() { &object[new] } else { &object[old] };
     let first = match either("firstTimestamp", "deprecatedFirstTimestamp") {
         Value::String(first) => since(&first.as_str().into(), now),
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => since(&object["eventTime"], now),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => {
+            since(&object["eventTime"], now)
+        }
     };
     let last = either("lastTimestamp", "deprecatedLastTimestamp");
     let mut last = if last.is_string() { since(last, now) } else { first.clone() };

@@ -42,7 +42,8 @@ const POD: &[Column] = &[
     wide("Readiness Gates"),
 ];
 const POD_TEMPLATE: &[Column] = &[NAME, text("Containers"), text("Images"), text("Pod Labels")];
-const REPLICAS: &[Column] = &[NAME, int("Desired"), int("Current"), int("Ready"), AGE, CONTAINERS, IMAGES, SELECTOR];
+const REPLICAS: &[Column] =
+    &[NAME, int("Desired"), int("Current"), int("Ready"), AGE, CONTAINERS, IMAGES, SELECTOR];
 const DEPLOYMENT: &[Column] =
     &[NAME, text("Ready"), text("Up-to-date"), text("Available"), AGE, CONTAINERS, IMAGES, SELECTOR];
 const DAEMON_SET: &[Column] = &[
@@ -76,7 +77,8 @@ const CRON_JOB: &[Column] = &[
 const CONTROLLER_REVISION: &[Column] = &[NAME, text("Controller"), text("Revision"), AGE];
 const HPA: &[Column] =
     &[NAME, text("Reference"), text("Targets"), text("MinPods"), text("MaxPods"), text("Replicas"), AGE];
-const PDB: &[Column] = &[NAME, text("Min Available"), text("Max Unavailable"), int("Allowed Disruptions"), AGE];
+const PDB: &[Column] =
+    &[NAME, text("Min Available"), text("Max Unavailable"), int("Allowed Disruptions"), AGE];
 const SCALE: &[Column] = &[text("Name"), int("Desired"), int("Available"), AGE];
 
 const SERVICE: &[Column] =
@@ -184,7 +186,8 @@ const CSI_STORAGE_CAPACITY: &[Column] = &[NAME, text("StorageClassName"), text("
 const STORAGE_VERSION: &[Column] = &[NAME, text("CommonEncodingVersion"), text("StorageVersions"), AGE];
 const STORAGE_VERSION_MIGRATION: &[Column] = &[text("Name"), text("Resource")];
 
-const ROLE_BINDING: &[Column] = &[NAME, text("Role"), AGE, wide("Users"), wide("Groups"), wide("ServiceAccounts")];
+const ROLE_BINDING: &[Column] =
+    &[NAME, text("Role"), AGE, wide("Users"), wide("Groups"), wide("ServiceAccounts")];
 const CSR: &[Column] =
     &[NAME, AGE, text("SignerName"), text("Requestor"), text("RequestedDuration"), text("Condition")];
 const CLUSTER_TRUST_BUNDLE: &[Column] = &[NAME, text("SignerName")];
@@ -288,12 +291,16 @@ fn other(group: &str, kind: &str) -> &'static [Column] {
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => ROLE_BINDING,
         ("certificates.k8s.io", "CertificateSigningRequest") => CSR,
         ("certificates.k8s.io", "ClusterTrustBundle") => CLUSTER_TRUST_BUNDLE,
-        ("admissionregistration.k8s.io", "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration") => WEBHOOKS,
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration",
+        ) => WEBHOOKS,
         ("admissionregistration.k8s.io", "ValidatingAdmissionPolicy") => VALIDATING_POLICY,
         ("admissionregistration.k8s.io", "MutatingAdmissionPolicy") => MUTATING_POLICY,
-        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding") => {
-            POLICY_BINDING
-        }
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding",
+        ) => POLICY_BINDING,
         ("flowcontrol.apiserver.k8s.io", "FlowSchema") => FLOW_SCHEMA,
         ("flowcontrol.apiserver.k8s.io", "PriorityLevelConfiguration") => PRIORITY_LEVEL,
         ("resource.k8s.io", "DeviceClass" | "ResourceClaimTemplate") => NAME_AND_AGE,

@@ -58,7 +58,11 @@ fn seconds_or_invalid(seconds: i64, limit: i64) -> Option<String> {
 }
 
 fn two_units(large: i64, large_unit: &str, small: i64, small_unit: &str) -> String {
-    if small == 0 { format!("{large}{large_unit}") } else { format!("{large}{large_unit}{small}{small_unit}") }
+    if small == 0 {
+        format!("{large}{large_unit}")
+    } else {
+        format!("{large}{large_unit}{small}{small_unit}")
+    }
 }
 
 /// The instant in an RFC 3339 string; none if it is absent or unreadable.

@@ -57,12 +57,15 @@ pub(crate) fn selector_text(value: &Value) -> String {
         let mut values: Vec<_> = items(&expression["values"]).iter().map(text).collect();
         values.sort_unstable();
         let values = values.join(",");
-        terms.push((key, match text(&expression["operator"]) {
-            "In" => format!("{key} in ({values})"),
-            "NotIn" => format!("{key} notin ({values})"),
-            "DoesNotExist" => format!("!{key}"),
-            _ => key.to_owned(),
-        }));
+        terms.push((
+            key,
+            match text(&expression["operator"]) {
+                "In" => format!("{key} in ({values})"),
+                "NotIn" => format!("{key} notin ({values})"),
+                "DoesNotExist" => format!("!{key}"),
+                _ => key.to_owned(),
+            },
+        ));
     }
     terms.sort_by_key(|(key, _)| *key);
     terms.into_iter().map(|(_, term)| term).collect::<Vec<_>>().join(",")

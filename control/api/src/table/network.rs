@@ -16,12 +16,19 @@ pub(super) fn row(group: &str, kind: &str, object: &Value, now: Timestamp) -> Op
         ("discovery.k8s.io", "EndpointSlice") => endpoint_slice(object, now),
         ("networking.k8s.io", "Ingress") => ingress(object, now),
         ("networking.k8s.io", "IngressClass") => {
-            vec![name(object), text(&spec["controller"]).into(), ingress_parameters(spec).into(), age(object, now)]
+            vec![
+                name(object),
+                text(&spec["controller"]).into(),
+                ingress_parameters(spec).into(),
+                age(object, now),
+            ]
         }
         ("networking.k8s.io", "NetworkPolicy") => {
             vec![name(object), selector(&spec["podSelector"]).into(), age(object, now)]
         }
-        ("networking.k8s.io", "ServiceCIDR") => vec![name(object), joined(&spec["cidrs"], ",").into(), age(object, now)],
+        ("networking.k8s.io", "ServiceCIDR") => {
+            vec![name(object), joined(&spec["cidrs"], ",").into(), age(object, now)]
+        }
         ("networking.k8s.io", "IPAddress") => vec![name(object), parent(&spec["parentRef"]).into()],
         _ => return None,
     })
@@ -100,7 +107,9 @@ fn host_port(ip: &str, port: i64) -> String {
 
 fn endpoint_slice(object: &Value, now: Timestamp) -> Vec<Value> {
     let port = |port: &Value| {
-        port["port"].as_i64().map_or_else(|| port["name"].as_str().unwrap_or("*").to_owned(), |port| port.to_string())
+        port["port"]
+            .as_i64()
+            .map_or_else(|| port["name"].as_str().unwrap_or("*").to_owned(), |port| port.to_string())
     };
     let ports: Vec<_> = items(&object["ports"]).iter().map(port).collect();
     let addresses = items(&object["endpoints"]).iter().flat_map(|one| items(&one["addresses"]));

@@ -38,8 +38,8 @@ struct Summary {
 
 pub(super) fn row(pod: &Value, now: Timestamp) -> Vec<Value> {
     let summary = summarise(pod);
-    let total =
-        items(&pod["spec"]["containers"]).len() + items(&pod["spec"]["initContainers"]).iter().filter(|c| is_sidecar(c)).count();
+    let total = items(&pod["spec"]["containers"]).len()
+        + items(&pod["spec"]["initContainers"]).iter().filter(|c| is_sidecar(c)).count();
     vec![
         name(pod),
         format!("{}/{total}", summary.ready).into(),

@@ -15,12 +15,18 @@ pub(super) fn row(group: &str, kind: &str, object: &Value, now: Timestamp) -> Op
         ("certificates.k8s.io", "ClusterTrustBundle") => {
             vec![name(object), text_or(&spec["signerName"], NONE).into()]
         }
-        ("admissionregistration.k8s.io", "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration") => {
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration",
+        ) => {
             vec![name(object), count(&object["webhooks"]).into(), age(object, now)]
         }
         ("admissionregistration.k8s.io", "ValidatingAdmissionPolicy") => policy(object, "validations", now),
         ("admissionregistration.k8s.io", "MutatingAdmissionPolicy") => policy(object, "mutations", now),
-        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding") => vec![
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding",
+        ) => vec![
             name(object),
             text(&spec["policyName"]).into(),
             parameter(&spec["paramRef"]).into(),
@@ -29,7 +35,9 @@ pub(super) fn row(group: &str, kind: &str, object: &Value, now: Timestamp) -> Op
         ("flowcontrol.apiserver.k8s.io", "FlowSchema") => flow_schema(object, now),
         ("flowcontrol.apiserver.k8s.io", "PriorityLevelConfiguration") => priority_level(object, now),
         ("resource.k8s.io", "DeviceClass" | "ResourceClaimTemplate") => vec![name(object), age(object, now)],
-        ("resource.k8s.io", "ResourceClaim") => vec![name(object), claim_state(object).into(), age(object, now)],
+        ("resource.k8s.io", "ResourceClaim") => {
+            vec![name(object), claim_state(object).into(), age(object, now)]
+        }
         ("resource.k8s.io", "ResourceSlice") => vec![
             name(object),
             text(&spec["nodeName"]).into(),

@@ -53,7 +53,11 @@ fn access_modes(modes: &Value) -> String {
 }
 
 fn phase(object: &Value) -> &str {
-    if object["metadata"]["deletionTimestamp"].is_string() { "Terminating" } else { text(&object["status"]["phase"]) }
+    if object["metadata"]["deletionTimestamp"].is_string() {
+        "Terminating"
+    } else {
+        text(&object["status"]["phase"])
+    }
 }
 
 /// The class, which objects of old name in an annotation.
@@ -112,9 +116,10 @@ fn claim(object: &Value, now: Timestamp) -> Vec<Value> {
 
 fn class(object: &Value, now: Timestamp) -> Vec<Value> {
     let annotations = &object["metadata"]["annotations"];
-    let default = ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"]
-        .iter()
-        .any(|key| annotations[*key] == "true");
+    let default =
+        ["storageclass.kubernetes.io/is-default-class", "storageclass.beta.kubernetes.io/is-default-class"]
+            .iter()
+            .any(|key| annotations[*key] == "true");
     let suffix = if default { " (default)" } else { "" };
     vec![
         format!("{}{suffix}", text(&object["metadata"]["name"])).into(),
@@ -151,7 +156,8 @@ fn storage_version(object: &Value, now: Timestamp) -> Vec<Value> {
     let status = &object["status"];
     let common = status["commonEncodingVersion"].as_str().unwrap_or(UNSET);
     let versions = items(&status["storageVersions"]).iter();
-    let versions: Vec<_> =
-        versions.map(|one| format!("{}={}", text(&one["apiServerID"]), text(&one["encodingVersion"]))).collect();
+    let versions: Vec<_> = versions
+        .map(|one| format!("{}={}", text(&one["apiServerID"]), text(&one["encodingVersion"])))
+        .collect();
     vec![name(object), common.into(), versions.join(",").into(), age(object, now)]
 }

@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use super::duration::{age, human_duration, instant, since};
 use super::format::{
-    NONE, UNKNOWN, UNSET, containers, count, is_true, items, labels, name, number, scalar, selector, text, text_or,
+    NONE, UNKNOWN, UNSET, containers, count, is_true, items, labels, name, number, scalar, selector, text,
+    text_or,
 };
 
 pub(super) fn row(group: &str, kind: &str, object: &Value, now: Timestamp) -> Option<Vec<Value>> {
@@ -188,7 +189,8 @@ fn disruption_budget(object: &Value, now: Timestamp) -> Vec<Value> {
 fn autoscaler(object: &Value, now: Timestamp) -> Vec<Value> {
     let spec = &object["spec"];
     let target = &spec["scaleTargetRef"];
-    let minimum = spec["minReplicas"].as_i64().map_or_else(|| UNSET.to_owned(), |minimum| minimum.to_string());
+    let minimum =
+        spec["minReplicas"].as_i64().map_or_else(|| UNSET.to_owned(), |minimum| minimum.to_string());
     vec![
         name(object),
         format!("{}/{}", text(&target["kind"]), text(&target["name"])).into(),
@@ -248,7 +250,9 @@ fn metric(spec: &Value, status: &Value) -> String {
         "pods" => quantity("averageValue"),
         "external" | "object" if target["averageValue"].is_null() => quantity("value"),
         "external" | "object" => format!("{} (avg)", quantity("averageValue")),
-        _ if !target["averageValue"].is_null() => format!("{}: {}", text(&spec["name"]), quantity("averageValue")),
+        _ if !target["averageValue"].is_null() => {
+            format!("{}: {}", text(&spec["name"]), quantity("averageValue"))
+        }
         _ => {
             let percent = |value: &Value, otherwise: &str| {
                 value.as_i64().map_or_else(|| otherwise.to_owned(), |value| format!("{value}%"))

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use weft_control_api::kinds::Kind;
 use weft_control_api::status::Status;
-use weft_control_api::{codec, patch as patching, strategy};
+use weft_control_api::{patch as patching, strategy};
 use weft_control_store::{Condition, Op, TxnOutcome};
 
 /// How often a change without a precondition is made anew after it lost a race.
@@ -38,8 +38,17 @@ pub(crate) struct Change<'a> {
 }
 
 /// Kinds that a PUT creates if they aren't there, as upstream.
-const CREATE_ON_UPDATE: [&str; 9] = ["endpoints", "events", "leases", "services", "limitranges", "roles",
-    "rolebindings", "clusterroles", "clusterrolebindings"];
+const CREATE_ON_UPDATE: [&str; 9] = [
+    "endpoints",
+    "events",
+    "leases",
+    "services",
+    "limitranges",
+    "roles",
+    "rolebindings",
+    "clusterroles",
+    "clusterrolebindings",
+];
 
 /// Answers a PUT.
 pub(super) async fn put(call: &Call, body: Body) -> Result<Response, Status> {
@@ -81,8 +90,8 @@ pub(super) async fn patch(call: &Call, body: Body) -> Result<Response, Status> {
     let body = call.read(body).await?;
     let mut warnings = Vec::new();
     let written = update_object(&call.api, &call.user, &change(call, &options), |old| {
-        let patched = patching::apply(call.kind, patch_type, old, &body)?;
-        let decoded = codec::decode_value(call.kind, patched, options.field_validation)?;
+        let decoded =
+            patching::apply_and_decode(call.kind, patch_type, old, &body, options.field_validation)?;
         warnings = decoded.warnings;
         let mut object = decoded.object;
         strategy::default(call.kind, &mut object);
@@ -158,7 +167,8 @@ fn check_preconditions(resource: &Resource, name: &str, new: &Value, old: &Value
     let text = |object: &Value, key: &str| object["metadata"][key].as_str().unwrap_or_default().to_owned();
     let (wanted, found) = (text(new, "uid"), text(old, "uid"));
     if !wanted.is_empty() && wanted != found {
-        let reason = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
+        let reason =
+            format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
         return Err(Status::conflict(resource.storage.group_resource(), name, &reason));
     }
     let wanted = text(new, "resourceVersion");
@@ -177,9 +187,17 @@ fn keep_system_metadata(new: &mut Value, old: &Value) {
     for key in ["managedFields", "selfLink"] {
         metadata.remove(key);
     }
-    for key in ["name", "namespace", "generateName", "uid", "creationTimestamp", "deletionTimestamp",
-        "deletionGracePeriodSeconds", "generation", "resourceVersion"]
-    {
+    for key in [
+        "name",
+        "namespace",
+        "generateName",
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "resourceVersion",
+    ] {
         match old["metadata"].get(key) {
             Some(value) => metadata.insert(key.to_owned(), value.clone()),
             None => metadata.remove(key),

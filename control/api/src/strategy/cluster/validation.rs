@@ -5,9 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::super::Change;
-use super::super::checks::{
-    Errors, immutable, one_of, optional_one_of, problems, required,
-};
+use super::super::checks::{Errors, immutable, one_of, optional_one_of, problems, required};
 use super::super::pod::resources::{quantity, resource_amount};
 use super::super::value::{entries, is_empty, items, number, same, text};
 use crate::field::{FieldError, FieldPath};
@@ -72,7 +70,12 @@ pub(in super::super) fn update(group: &str, kind: &str, change: &Change<'_>, err
         ("events.k8s.io", "Event", None) => {}
         ("", "ResourceQuota", None) => {
             quota(new, errors);
-            immutable(errors, &FieldPath::new("spec").child("scopes"), &new["spec"]["scopes"], &old["spec"]["scopes"]);
+            immutable(
+                errors,
+                &FieldPath::new("spec").child("scopes"),
+                &new["spec"]["scopes"],
+                &old["spec"]["scopes"],
+            );
         }
         (_, _, None) => create(group, kind, new, errors),
         _ => {}
@@ -144,7 +147,11 @@ fn event(group: &str, object: &Value, errors: &mut Errors) {
     };
     let path = FieldPath::new(field).child("namespace");
     let (about, namespace) = (text(&involved["namespace"]), text(&object["metadata"]["namespace"]));
-    let fits = if about.is_empty() { CLUSTER_EVENTS.contains(&namespace) || namespace == "kube-system" } else { about == namespace };
+    let fits = if about.is_empty() {
+        CLUSTER_EVENTS.contains(&namespace) || namespace == "kube-system"
+    } else {
+        about == namespace
+    };
     if !fits {
         errors.push(FieldError::invalid(&path, about, "does not match event.namespace"));
     }
@@ -154,7 +161,8 @@ fn event(group: &str, object: &Value, errors: &mut Errors) {
         }
         return;
     }
-    let controller = if object["reportingComponent"].is_null() { "reportingController" } else { "reportingComponent" };
+    let controller =
+        if object["reportingComponent"].is_null() { "reportingController" } else { "reportingComponent" };
     if required(errors, &FieldPath::new("reportingController"), &object[controller]) {
         let name = text(&object[controller]);
         problems(errors, &FieldPath::new("reportingController"), name, names::qualified_name(name));
@@ -166,7 +174,11 @@ fn event(group: &str, object: &Value, errors: &mut Errors) {
         }
     }
     if group == "events.k8s.io" && !matches!(text(&object["type"]), "Normal" | "Warning") {
-        errors.push(FieldError::invalid(&FieldPath::new("type"), "", "has invalid value: ".to_owned() + text(&object["type"])));
+        errors.push(FieldError::invalid(
+            &FieldPath::new("type"),
+            "",
+            "has invalid value: ".to_owned() + text(&object["type"]),
+        ));
     }
     let note = if object["note"].is_null() { "message" } else { "note" };
     if text(&object[note]).len() > 1024 {
@@ -178,7 +190,11 @@ fn lease(object: &Value, errors: &mut Errors) {
     let path = FieldPath::new("spec");
     let spec = &object["spec"];
     if let Some(seconds) = spec["leaseDurationSeconds"].as_i64().filter(|seconds| *seconds <= 0) {
-        errors.push(FieldError::invalid(&path.child("leaseDurationSeconds"), seconds, "must be greater than 0"));
+        errors.push(FieldError::invalid(
+            &path.child("leaseDurationSeconds"),
+            seconds,
+            "must be greater than 0",
+        ));
     }
     if let Some(transitions) = spec["leaseTransitions"].as_i64().filter(|transitions| *transitions < 0) {
         let detail = "must be greater than or equal to 0";
@@ -230,9 +246,13 @@ fn limit_range(object: &Value, errors: &mut Errors) {
     for (index, item) in items(&object["spec"]["limits"]).iter().enumerate() {
         let path = FieldPath::new("spec").child("limits").index(index);
         required(errors, &path.child("type"), &item["type"]);
-        for (low, high) in [("min", "max"), ("min", "default"), ("defaultRequest", "default"), ("default", "max")] {
+        for (low, high) in
+            [("min", "max"), ("min", "default"), ("defaultRequest", "default"), ("default", "max")]
+        {
             for (name, lower) in entries(&item[low]) {
-                let (Some(lower), Some(upper)) = (quantity(lower), quantity(&item[high][name])) else { continue };
+                let (Some(lower), Some(upper)) = (quantity(lower), quantity(&item[high][name])) else {
+                    continue;
+                };
                 if lower > upper {
                     let detail = format!("{low} value {lower} is greater than {high} value {upper}");
                     errors.push(FieldError::invalid(&path.child(low).key(name), lower.to_string(), detail));

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::super::Change;
 use super::super::checks::{Errors, immutable, problems};
-use super::super::value::{entries, same, text};
+use super::super::value::{entries, is_empty, same, text};
 use crate::field::{FieldError, FieldPath};
 use crate::names;
 
@@ -40,8 +40,8 @@ fn sealed(errors: &mut Errors, new: &Value, old: &Value) {
         errors.push(FieldError::forbidden(&FieldPath::new("immutable"), detail));
     }
     for field in ["data", "binaryData"] {
-        let absent = |value: &Value| super::super::value::is_empty(value);
-        if !same(&new[field], &old[field]) && !(absent(&new[field]) && absent(&old[field])) {
+        let empty = is_empty(&new[field]) && is_empty(&old[field]);
+        if !empty && !same(&new[field], &old[field]) {
             errors.push(FieldError::forbidden(&FieldPath::new(field), detail));
         }
     }
@@ -49,7 +49,8 @@ fn sealed(errors: &mut Errors, new: &Value, old: &Value) {
 
 fn decoded_bytes(value: &Value) -> usize {
     let text = text(value);
-    base64::decoded_len_estimate(text.len()).saturating_sub(text.bytes().rev().take_while(|byte| *byte == b'=').count())
+    base64::decoded_len_estimate(text.len())
+        .saturating_sub(text.bytes().rev().take_while(|byte| *byte == b'=').count())
 }
 
 fn config_map(object: &Value, errors: &mut Errors) {
@@ -93,10 +94,8 @@ fn secret(object: &Value, errors: &mut Errors) {
         "kubernetes.io/ssh-auth" => needs(&["ssh-privatekey"]),
         "kubernetes.io/dockerconfigjson" => docker_config(errors, data, ".dockerconfigjson"),
         "kubernetes.io/dockercfg" => docker_config(errors, data, ".dockercfg"),
-        "kubernetes.io/basic-auth" => {
-            if data["username"].is_null() && data["password"].is_null() {
-                needs(&["username", "password"]);
-            }
+        "kubernetes.io/basic-auth" if data["username"].is_null() && data["password"].is_null() => {
+            needs(&["username", "password"]);
         }
         "kubernetes.io/service-account-token" => {
             let annotation = "kubernetes.io/service-account.name";

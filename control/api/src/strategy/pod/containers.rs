@@ -69,13 +69,21 @@ pub(super) fn ephemeral(errors: &mut Errors, path: &FieldPath, spec: &Value, kno
         }
         for field in ["ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "resources"] {
             if !is_empty(&container[field]) {
-                errors.push(FieldError::forbidden(&path.child(field), "cannot be set for an Ephemeral Container"));
+                errors.push(FieldError::forbidden(
+                    &path.child(field),
+                    "cannot be set for an Ephemeral Container",
+                ));
             }
         }
     }
 }
 
-fn unique_name<'a>(errors: &mut Errors, path: &FieldPath, container: &'a Value, seen: &mut BTreeSet<&'a str>) {
+fn unique_name<'a>(
+    errors: &mut Errors,
+    path: &FieldPath,
+    container: &'a Value,
+    seen: &mut BTreeSet<&'a str>,
+) {
     let name = text(&container["name"]);
     if !name.is_empty() && !seen.insert(name) {
         errors.push(FieldError::duplicate(&path.child("name"), name));

@@ -28,10 +28,10 @@ pub(in super::super) fn pod(pod: &mut Value) {
     default_object(pod, "status");
 }
 
-/// Defaults of the template in an object at `path`.
+/// Defaults of the template in an object at `path`. Upstream's types hold templates by value, so that there always is one.
 pub(in super::super) fn template(object: &mut Value, path: &[&str]) {
-    let spec = at(object, path).and_then(|template| default_object(template, "spec"));
-    if let Some(spec) = spec {
+    let template = path.iter().try_fold(object, |object, field| default_object(object, field));
+    if let Some(spec) = template.and_then(|template| default_object(template, "spec")) {
         pod_spec(spec);
     }
 }
@@ -105,6 +105,14 @@ fn container(container: &mut Value) {
     }
 }
 
+/// On the host's network a port is a host port.
+fn host_ports(container: &mut Value) {
+    for port in each(container, "ports") {
+        let number = port["containerPort"].clone();
+        default_zero(port, "hostPort", number);
+    }
+}
+
 /// Images without tag and digest, or with the tag `latest`, are pulled each time.
 fn pull_policy(image: &str) -> &'static str {
     let (name, digest) = image.split_once('@').map_or((image, None), |(name, digest)| (name, Some(digest)));
@@ -117,7 +125,9 @@ fn pull_policy(image: &str) -> &'static str {
 }
 
 fn probe_defaults(probe: &mut Value) {
-    for (field, value) in [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)] {
+    for (field, value) in
+        [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)]
+    {
         default_zero(probe, field, value);
     }
     if let Some(get) = at(probe, &["httpGet"]) {
@@ -134,7 +144,9 @@ fn http_get(get: &mut Value) {
 }
 
 fn volume(volume: &mut Value) {
-    let sources = volume.as_object().map(|map| map.iter().filter(|(key, value)| *key != "name" && !value.is_null()).count());
+    let sources = volume
+        .as_object()
+        .map(|map| map.iter().filter(|(key, value)| *key != "name" && !value.is_null()).count());
     if sources == Some(0) {
         default_object(volume, "emptyDir");
     }
@@ -187,8 +199,11 @@ fn legacy_volume(volume: &mut Value) {
         ("scaleIO", "storageMode", "ThinProvisioned"),
         ("scaleIO", "fsType", "xfs"),
     ];
-    const POINTER: [(&str, &str, &str); 3] =
-        [("azureDisk", "cachingMode", "ReadWrite"), ("azureDisk", "kind", "Shared"), ("azureDisk", "fsType", "ext4")];
+    const POINTER: [(&str, &str, &str); 3] = [
+        ("azureDisk", "cachingMode", "ReadWrite"),
+        ("azureDisk", "kind", "Shared"),
+        ("azureDisk", "fsType", "ext4"),
+    ];
     for (source, field, value) in ZERO {
         if let Some(source) = at(volume, &[source]) {
             default_zero(source, field, value);
@@ -207,7 +222,9 @@ fn legacy_volume(volume: &mut Value) {
 /// A limit without a request is also the request.
 fn requests_from_limits(container: &mut Value) {
     let Some(resources) = at(container, &["resources"]) else { return };
-    let Some(limits) = resources["limits"].as_object().filter(|limits| !limits.is_empty()).cloned() else { return };
+    let Some(limits) = resources["limits"].as_object().filter(|limits| !limits.is_empty()).cloned() else {
+        return;
+    };
     if let Some(Value::Object(requests)) = default_object(resources, "requests") {
         for (name, limit) in limits {
             requests.entry(name).or_insert(limit);
@@ -224,7 +241,8 @@ fn is_pod_level(resource: &str) -> bool {
 fn pod_level_requests(spec: &mut Value) {
     let Some(limits) = spec["resources"]["limits"].as_object().cloned() else { return };
     let mut requests = spec["resources"]["requests"].as_object().cloned().unwrap_or_default();
-    let missing: Vec<_> = ["cpu", "memory"].into_iter().filter(|name| !requests.contains_key(*name)).collect();
+    let missing: Vec<_> =
+        ["cpu", "memory"].into_iter().filter(|name| !requests.contains_key(*name)).collect();
     for name in missing {
         if let Some(total) = super::resources::pod_request(spec, name) {
             requests.insert(name.to_owned(), total.into());
@@ -244,8 +262,10 @@ fn pod_level_requests(spec: &mut Value) {
 /// The API keeps thousandths of a unit at most: anything finer is rounded up.
 fn round_up_to_milli(resources: &mut Value) {
     let Some(map) = resources.as_object_mut() else { return };
-    let rounded: Map<String, Value> =
-        map.iter().map(|(name, value)| (name.clone(), super::resources::rounded_up_to_milli(value))).collect();
+    let rounded: Map<String, Value> = map
+        .iter()
+        .map(|(name, value)| (name.clone(), super::resources::rounded_up_to_milli(value)))
+        .collect();
     *map = rounded;
 }
 

@@ -77,7 +77,7 @@ fn source(errors: &mut Errors, path: &FieldPath, variable: &Value) {
         }
     }
     if given.is_empty() {
-        let detail = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef`, or `fileKeyRef`";
+        let detail = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef` or `fileKeyRef`";
         errors.push(FieldError::invalid(path, "", detail));
     } else if !is_empty(&variable["value"]) {
         errors.push(FieldError::invalid(path, "", "may not be specified when `value` is not empty"));
@@ -103,7 +103,9 @@ pub(super) fn field_reference(errors: &mut Errors, path: &FieldPath, reference: 
     let field = text(&reference["fieldPath"]);
     if let Some((map, key)) = field.strip_suffix("']").and_then(|rest| rest.split_once("['")) {
         match map {
-            "metadata.annotations" => problems(errors, &path, key, names::qualified_name(&key.to_lowercase())),
+            "metadata.annotations" => {
+                problems(errors, &path, key, names::qualified_name(&key.to_lowercase()))
+            }
             "metadata.labels" => problems(errors, &path, key, names::qualified_name(key)),
             _ => errors.push(FieldError::invalid(&path, field, "does not support subscript")),
         }
@@ -142,7 +144,11 @@ pub(super) fn resource_reference(errors: &mut Errors, path: &FieldPath, referenc
     let given = divisor.as_str().map_or_else(|| divisor.to_string(), str::to_owned);
     if !is_empty(divisor) && given != "0" && !known.contains(&given.as_str()) {
         let name = resource.split_once('.').map_or(resource, |(_, name)| name);
-        let units = if name == "cpu" { "1m and 1" } else { "1, 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei" };
+        let units = if name == "cpu" {
+            "1m and 1"
+        } else {
+            "1, 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei"
+        };
         let detail = format!("only divisor's values {units} are supported with the {name} resource");
         errors.push(FieldError::invalid(&path.child("divisor"), given, detail));
     }
@@ -153,15 +159,25 @@ pub(super) fn sources(errors: &mut Errors, path: &FieldPath, sources: &Value) {
     for (index, source) in items(sources).iter().enumerate() {
         let path = path.index(index);
         optional_name(errors, &path.child("prefix"), &source["prefix"], names::env_var_name);
-        let given: Vec<_> =
-            ["configMapRef", "secretRef"].into_iter().filter(|reference| !source[*reference].is_null()).collect();
+        let given: Vec<_> = ["configMapRef", "secretRef"]
+            .into_iter()
+            .filter(|reference| !source[*reference].is_null())
+            .collect();
         for reference in &given {
             required(errors, &path.child(reference).child("name"), &source[*reference]["name"]);
         }
         match given.len() {
-            0 => errors.push(FieldError::invalid(&path, "", "must specify one of: `configMapRef` or `secretRef`")),
+            0 => errors.push(FieldError::invalid(
+                &path,
+                "",
+                "must specify one of: `configMapRef` or `secretRef`",
+            )),
             1 => {}
-            _ => errors.push(FieldError::invalid(&path, "", "may not have more than one field specified at a time")),
+            _ => errors.push(FieldError::invalid(
+                &path,
+                "",
+                "may not have more than one field specified at a time",
+            )),
         }
     }
 }

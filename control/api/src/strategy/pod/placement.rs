@@ -19,11 +19,13 @@ pub(super) fn tolerations(errors: &mut Errors, path: &FieldPath, tolerations: &V
 }
 
 fn toleration_rules(errors: &mut Errors, path: &FieldPath, toleration: &Value) {
-    let [key, operator, value, effect] = ["key", "operator", "value", "effect"].map(|field| text(&toleration[field]));
+    let [key, operator, value, effect] =
+        ["key", "operator", "value", "effect"].map(|field| text(&toleration[field]));
     if !key.is_empty() {
         problems(errors, &path.child("key"), key, names::qualified_name(key));
     } else if operator != "Exists" {
-        let detail = "operator must be Exists when `key` is empty, which means \"match all values and all keys\"";
+        let detail =
+            "operator must be Exists when `key` is empty, which means \"match all values and all keys\"";
         errors.push(FieldError::invalid(&path.child("operator"), operator, detail));
     }
     if !toleration["tolerationSeconds"].is_null() && effect != "NoExecute" {
@@ -57,11 +59,15 @@ pub(super) fn affinity(errors: &mut Errors, path: &FieldPath, affinity: &Value) 
     }
     for kind in ["podAffinity", "podAntiAffinity"] {
         let (path, terms) = (path.child(kind), &affinity[kind]);
-        for (index, term) in items(&terms["requiredDuringSchedulingIgnoredDuringExecution"]).iter().enumerate() {
+        for (index, term) in
+            items(&terms["requiredDuringSchedulingIgnoredDuringExecution"]).iter().enumerate()
+        {
             let path = path.child("requiredDuringSchedulingIgnoredDuringExecution").index(index);
             pod_term(errors, &path, term);
         }
-        for (index, term) in items(&terms["preferredDuringSchedulingIgnoredDuringExecution"]).iter().enumerate() {
+        for (index, term) in
+            items(&terms["preferredDuringSchedulingIgnoredDuringExecution"]).iter().enumerate()
+        {
             let path = path.child("preferredDuringSchedulingIgnoredDuringExecution").index(index);
             weight(errors, &path, term);
             pod_term(errors, &path.child("podAffinityTerm"), &term["podAffinityTerm"]);
@@ -96,7 +102,11 @@ fn node_selector_term(errors: &mut Errors, path: &FieldPath, term: &Value) {
         let path = path.child("matchFields").index(index);
         if !matches!(text(&expression["operator"]), "In" | "NotIn") {
             let operator = expression["operator"].clone();
-            errors.push(FieldError::invalid(&path.child("operator"), operator, "not a valid selector operator"));
+            errors.push(FieldError::invalid(
+                &path.child("operator"),
+                operator,
+                "not a valid selector operator",
+            ));
         } else if items(&expression["values"]).len() != 1 {
             let detail = "must be only one value when `operator` is 'In' or 'NotIn' for node field selector";
             errors.push(FieldError::required(&path.child("values"), detail));
@@ -124,7 +134,11 @@ fn node_requirement(errors: &mut Errors, path: &FieldPath, expression: &Value) {
             errors.push(FieldError::required(&path.child("values"), detail));
         }
         "In" | "NotIn" | "Exists" | "DoesNotExist" | "Gt" | "Lt" => {}
-        operator => errors.push(FieldError::invalid(&path.child("operator"), operator, "not a valid selector operator")),
+        operator => errors.push(FieldError::invalid(
+            &path.child("operator"),
+            operator,
+            "not a valid selector operator",
+        )),
     }
     let key = text(&expression["key"]);
     problems(errors, &path.child("key"), key, names::qualified_name(key));
@@ -155,7 +169,11 @@ pub(super) fn spread(errors: &mut Errors, path: &FieldPath, constraints: &Value)
         for field in ["maxSkew", "minDomains"] {
             let value = &constraint[field];
             if (field == "maxSkew" || !value.is_null()) && number(value) <= 0 {
-                errors.push(FieldError::invalid(&path.child(field), number(value), "must be greater than zero"));
+                errors.push(FieldError::invalid(
+                    &path.child(field),
+                    number(value),
+                    "must be greater than zero",
+                ));
             }
         }
         if is_empty(&constraint["topologyKey"]) {

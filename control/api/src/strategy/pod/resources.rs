@@ -58,7 +58,10 @@ pub(super) fn pod_request(spec: &Value, resource: &str) -> Option<String> {
 /// `Guaranteed`, `Burstable` or `BestEffort`.
 pub(super) fn quality_of_service(spec: &Value) -> &'static str {
     let pod = &spec["resources"];
-    if entries(&pod["requests"]).chain(entries(&pod["limits"])).any(|(name, _)| matches!(name, "cpu" | "memory")) {
+    if entries(&pod["requests"])
+        .chain(entries(&pod["limits"]))
+        .any(|(name, _)| matches!(name, "cpu" | "memory"))
+    {
         return class_of(&[pod]);
     }
     let containers = items(&spec["containers"]).iter().chain(items(&spec["initContainers"]));
@@ -67,7 +70,8 @@ pub(super) fn quality_of_service(spec: &Value) -> &'static str {
 }
 
 fn class_of(resources: &[&Value]) -> &'static str {
-    let amount = |one: &Value, list: &str, name: &str| quantity(&one[list][name]).filter(|amount| !amount.is_zero());
+    let amount =
+        |one: &Value, list: &str, name: &str| quantity(&one[list][name]).filter(|amount| !amount.is_zero());
     let mut any = false;
     let mut guaranteed = true;
     for one in resources {
@@ -120,7 +124,8 @@ pub(super) fn validate(errors: &mut Errors, path: &FieldPath, resources: &Value)
                 errors.push(FieldError::invalid(&path, request.to_string(), detail));
             }
             None if is_exclusive(name) => {
-                errors.push(FieldError::required(&path, "Limit must be set for non overcommitable resources"));
+                errors
+                    .push(FieldError::required(&path, "Limit must be set for non overcommitable resources"));
             }
             Some(_) | None => {}
         }
@@ -151,7 +156,8 @@ pub(in super::super) fn resource_amount(errors: &mut Errors, path: &FieldPath, n
     if amount.signum() < 0 {
         errors.push(FieldError::invalid(path, amount.to_string(), NOT_NEGATIVE));
     }
-    let whole = name.contains('/') && !name.starts_with("kubernetes.io/") && !name.contains(".kubernetes.io/");
+    let whole =
+        name.contains('/') && !name.starts_with("kubernetes.io/") && !name.contains(".kubernetes.io/");
     if whole && amount.millis() % 1000 != 0 {
         errors.push(FieldError::invalid(path, amount.to_string(), "must be an integer"));
     }

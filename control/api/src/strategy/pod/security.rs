@@ -21,7 +21,12 @@ pub(super) fn pod(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     let policies = ["Always", "OnRootMismatch"];
     optional_one_of(errors, &path.child("fsGroupChangePolicy"), &context["fsGroupChangePolicy"], &policies);
     let policies = ["Merge", "Strict"];
-    optional_one_of(errors, &path.child("supplementalGroupsPolicy"), &context["supplementalGroupsPolicy"], &policies);
+    optional_one_of(
+        errors,
+        &path.child("supplementalGroupsPolicy"),
+        &context["supplementalGroupsPolicy"],
+        &policies,
+    );
     profile(errors, &path.child("seccompProfile"), &context["seccompProfile"]);
     profile(errors, &path.child("appArmorProfile"), &context["appArmorProfile"]);
     if spec["shareProcessNamespace"] == true && spec["hostPID"] == true {
@@ -48,8 +53,11 @@ fn sysctls(errors: &mut Errors, path: &FieldPath, sysctls: &Value) {
             continue;
         }
         let part = |part: &str| {
-            let edge = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
-            let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+            let edge = |byte: Option<&u8>| {
+                byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+            };
+            let inner =
+                |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
             let bytes = part.as_bytes();
             edge(bytes.first()) && edge(bytes.last()) && bytes.iter().copied().all(inner)
         };
@@ -96,7 +104,8 @@ pub(super) fn container(errors: &mut Errors, path: &FieldPath, context: &Value) 
         }
         let admin = |one: &Value| matches!(text(one), "CAP_SYS_ADMIN" | "SYS_ADMIN");
         if items(&context["capabilities"]["add"]).iter().any(admin) {
-            let detail = "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN";
+            let detail =
+                "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN";
             errors.push(FieldError::invalid(path, context.clone(), detail));
         }
     }

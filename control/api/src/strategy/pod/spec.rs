@@ -29,7 +29,13 @@ pub(super) fn validate(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     placement::spread(errors, &path.child("topologySpreadConstraints"), &spec["topologySpreadConstraints"]);
     dns(errors, path, spec);
     identity(errors, path, spec);
-    in_range(errors, &path.child("activeDeadlineSeconds"), &spec["activeDeadlineSeconds"], 1, i64::from(i32::MAX));
+    in_range(
+        errors,
+        &path.child("activeDeadlineSeconds"),
+        &spec["activeDeadlineSeconds"],
+        1,
+        i64::from(i32::MAX),
+    );
     for (name, amount) in entries(&spec["overhead"]) {
         resources::resource_amount(errors, &path.child("overhead").key(name), name, amount);
     }
@@ -55,9 +61,12 @@ fn scheduling_gates(errors: &mut Errors, path: &FieldPath, gates: &Value) {
     }
 }
 
+/// What is wrong with a name.
+type Rule = fn(&str) -> Vec<String>;
+
 /// Names of the pod itself and of what it refers to.
 fn identity(errors: &mut Errors, path: &FieldPath, spec: &Value) {
-    let rules: [(&str, fn(&str) -> Vec<String>); 6] = [
+    let rules: [(&str, Rule); 6] = [
         ("serviceAccountName", names::dns1123_subdomain),
         ("nodeName", names::dns1123_subdomain),
         ("hostname", names::dns1123_label),
@@ -93,7 +102,11 @@ fn dns(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     if spec["dnsPolicy"] == "None" && servers.is_empty() {
         let missing = if config.is_null() { &path } else { &at };
         let detail = "must provide `dnsConfig` when `dnsPolicy` is None";
-        let detail = if config.is_null() { detail } else { "must provide at least one DNS nameserver when `dnsPolicy` is None" };
+        let detail = if config.is_null() {
+            detail
+        } else {
+            "must provide at least one DNS nameserver when `dnsPolicy` is None"
+        };
         errors.push(FieldError::required(missing, detail));
     }
     if servers.len() > MAX_NAME_SERVERS {
@@ -109,9 +122,12 @@ fn dns(errors: &mut Errors, path: &FieldPath, spec: &Value) {
         let detail = format!("must not have more than {MAX_SEARCH_PATHS} search paths");
         errors.push(FieldError::invalid(&at, config["searches"].clone(), detail));
     }
-    let bytes: usize = searches.iter().map(|search| text(search).len()).sum::<usize>() + searches.len().saturating_sub(1);
+    let bytes: usize =
+        searches.iter().map(|search| text(search).len()).sum::<usize>() + searches.len().saturating_sub(1);
     if bytes > MAX_SEARCH_BYTES {
-        let detail = format!("must not have more than {MAX_SEARCH_BYTES} characters (including spaces) in the search list");
+        let detail = format!(
+            "must not have more than {MAX_SEARCH_BYTES} characters (including spaces) in the search list"
+        );
         errors.push(FieldError::invalid(&at, config["searches"].clone(), detail));
     }
     for (index, search) in searches.iter().enumerate().filter(|(_, search)| text(search) != ".") {

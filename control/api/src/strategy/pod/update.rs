@@ -30,7 +30,10 @@ fn main(errors: &mut Errors, new: &Value, old: &Value) {
     for list in ["containers", "initContainers"] {
         let before = errors.len();
         if items(&new[list]).len() != items(&old[list]).len() {
-            errors.push(FieldError::forbidden(&path.child(list), "pod updates may not add or remove containers"));
+            errors.push(FieldError::forbidden(
+                &path.child(list),
+                "pod updates may not add or remove containers",
+            ));
         }
         if errors.len() > before {
             return;
@@ -45,7 +48,8 @@ fn main(errors: &mut Errors, new: &Value, old: &Value) {
     added_tolerations(errors, &path.child("tolerations"), new, old);
     let munged = without_updatable(new, old);
     if !same(&munged, old) {
-        let detail = format!("pod updates may not change fields other than {UPDATABLE}\n{}", difference(&munged, old));
+        let detail =
+            format!("pod updates may not change fields other than {UPDATABLE}\n{}", difference(&munged, old));
         errors.push(FieldError::forbidden(&path, detail));
     }
 }
@@ -60,7 +64,11 @@ fn active_deadline(errors: &mut Errors, path: &FieldPath, new: &Value, old: &Val
             errors.push(FieldError::invalid(path, new, "must be less than or equal to previous value"));
         }
         (None, Some(_)) => {
-            errors.push(FieldError::invalid(path, Value::Null, "must not update from a positive integer to nil value"));
+            errors.push(FieldError::invalid(
+                path,
+                Value::Null,
+                "must not update from a positive integer to nil value",
+            ));
         }
         (Some(_) | None, Some(_) | None) => {}
     }
@@ -132,12 +140,21 @@ fn difference(new: &Value, old: &Value) -> String {
 fn status(errors: &mut Errors, new: &Value, old: &Value) {
     let path = FieldPath::new("status");
     let (restart, status, before) = (text(&new["spec"]["restartPolicy"]), &new["status"], &old["status"]);
-    optional_name(errors, &path.child("nominatedNodeName"), &status["nominatedNodeName"], names::dns1123_subdomain);
+    optional_name(
+        errors,
+        &path.child("nominatedNodeName"),
+        &status["nominatedNodeName"],
+        names::dns1123_subdomain,
+    );
     for (index, ip) in items(&status["podIPs"]).iter().enumerate() {
         optional_name(errors, &path.child("podIPs").index(index), &ip["ip"], names::ip);
     }
     if !is_empty(&before["qosClass"]) && status["qosClass"] != before["qosClass"] {
-        errors.push(FieldError::invalid(&path.child("qosClass"), status["qosClass"].clone(), "field is immutable"));
+        errors.push(FieldError::invalid(
+            &path.child("qosClass"),
+            status["qosClass"].clone(),
+            "field is immutable",
+        ));
     }
     if restart == "Always" {
         return;
@@ -149,7 +166,10 @@ fn status(errors: &mut Errors, new: &Value, old: &Value) {
             let restarts = |spec: &&Value| spec["name"] == before["name"] && !spec["restartPolicy"].is_null();
             let ended = &before["state"]["terminated"];
             let failed = ended["exitCode"].as_i64().unwrap_or_default() != 0;
-            if !ended.is_object() || (restart == "OnFailure" && failed) || specs.iter().any(|spec| restarts(&spec)) {
+            if !ended.is_object()
+                || (restart == "OnFailure" && failed)
+                || specs.iter().any(|spec| restarts(&spec))
+            {
                 continue;
             }
             let now = items(&status[list]).iter().find(|one| one["name"] == before["name"]);
@@ -163,7 +183,8 @@ fn status(errors: &mut Errors, new: &Value, old: &Value) {
 
 fn ephemeral(errors: &mut Errors, new: &Value, old: &Value) {
     let path = FieldPath::new("spec").child("ephemeralContainers");
-    let known = volumes::validate(&mut Vec::new(), &FieldPath::new("spec").child("volumes"), &new["spec"]["volumes"]);
+    let known =
+        volumes::validate(&mut Vec::new(), &FieldPath::new("spec").child("volumes"), &new["spec"]["volumes"]);
     containers::ephemeral(errors, &path, &new["spec"], &known);
     let list = |pod: &Value| items(&pod["spec"]["ephemeralContainers"]).to_vec();
     let (new, old) = (list(new), list(old));
@@ -175,7 +196,10 @@ fn ephemeral(errors: &mut Errors, new: &Value, old: &Value) {
                 errors.push(FieldError::forbidden(&path, detail));
             }
             Some(now) if !same(now, before) => {
-                let detail = format!("existing ephemeral containers {name:?} may not be changed\n{}", difference(now, before));
+                let detail = format!(
+                    "existing ephemeral containers {name:?} may not be changed\n{}",
+                    difference(now, before)
+                );
                 errors.push(FieldError::forbidden(&path, detail));
             }
             Some(_) => {}

@@ -53,11 +53,9 @@ fn source(errors: &mut Errors, path: &FieldPath, volume: &Value) {
     }
     let path = path.child(kind);
     match kind {
-        "emptyDir" => {
-            if quantity(&value["sizeLimit"]).is_some_and(|size| size.signum() < 0) {
-                let detail = "SizeLimit field must be a valid resource quantity";
-                errors.push(FieldError::forbidden(&path.child("sizeLimit"), detail));
-            }
+        "emptyDir" if quantity(&value["sizeLimit"]).is_some_and(|size| size.signum() < 0) => {
+            let detail = "SizeLimit field must be a valid resource quantity";
+            errors.push(FieldError::forbidden(&path.child("sizeLimit"), detail));
         }
         "hostPath" => host_path(errors, &path, value),
         "secret" => {
@@ -85,12 +83,15 @@ fn source(errors: &mut Errors, path: &FieldPath, volume: &Value) {
         }
         "image" => {
             required(errors, &path.child("reference"), &value["reference"]);
-            optional_one_of(errors, &path.child("pullPolicy"), &value["pullPolicy"], &["Always", "IfNotPresent", "Never"]);
+            optional_one_of(
+                errors,
+                &path.child("pullPolicy"),
+                &value["pullPolicy"],
+                &["Always", "IfNotPresent", "Never"],
+            );
         }
-        "ephemeral" => {
-            if value["volumeClaimTemplate"].is_null() {
-                errors.push(FieldError::required(&path.child("volumeClaimTemplate"), ""));
-            }
+        "ephemeral" if value["volumeClaimTemplate"].is_null() => {
+            errors.push(FieldError::required(&path.child("volumeClaimTemplate"), ""));
         }
         _ => {}
     }
@@ -108,7 +109,11 @@ pub(in super::super) fn host_path(errors: &mut Errors, path: &FieldPath, source:
 pub(in super::super) fn nfs(errors: &mut Errors, path: &FieldPath, source: &Value) {
     required(errors, &path.child("server"), &source["server"]);
     if required(errors, &path.child("path"), &source["path"]) && !text(&source["path"]).starts_with('/') {
-        errors.push(FieldError::invalid(&path.child("path"), source["path"].clone(), "must be an absolute path"));
+        errors.push(FieldError::invalid(
+            &path.child("path"),
+            source["path"].clone(),
+            "must be an absolute path",
+        ));
     }
 }
 
@@ -163,7 +168,9 @@ fn downward(errors: &mut Errors, path: &FieldPath, files: &Value) {
             (true, false) => {
                 resource_reference(errors, &path.child("resourceFieldRef"), &file["resourceFieldRef"], true);
             }
-            (true, true) => errors.push(FieldError::required(&path, "one of fieldRef and resourceFieldRef is required")),
+            (true, true) => {
+                errors.push(FieldError::required(&path, "one of fieldRef and resourceFieldRef is required"))
+            }
             (false, false) => {
                 let detail = "fieldRef and resourceFieldRef can not be specified simultaneously";
                 errors.push(FieldError::invalid(&path, "resource", detail));
@@ -183,7 +190,10 @@ fn projected(errors: &mut Errors, path: &FieldPath, sources: &Value) {
         let mut given = entries(source).filter(|(_, value)| !value.is_null());
         let Some((kind, value)) = given.next() else { continue };
         for (more, _) in given {
-            errors.push(FieldError::forbidden(&path.child(more), "may not specify more than 1 volume type per source"));
+            errors.push(FieldError::forbidden(
+                &path.child(more),
+                "may not specify more than 1 volume type per source",
+            ));
         }
         let path = path.child(kind);
         match kind {
@@ -196,9 +206,17 @@ fn projected(errors: &mut Errors, path: &FieldPath, sources: &Value) {
                 let seconds = value["expirationSeconds"].as_i64().unwrap_or(TOKEN_MIN_SECONDS);
                 let at = path.child("expirationSeconds");
                 if seconds < TOKEN_MIN_SECONDS {
-                    errors.push(FieldError::invalid(&at, seconds, "may not specify a duration less than 10 minutes"));
+                    errors.push(FieldError::invalid(
+                        &at,
+                        seconds,
+                        "may not specify a duration less than 10 minutes",
+                    ));
                 } else if seconds > TOKEN_MAX_SECONDS {
-                    errors.push(FieldError::invalid(&at, seconds, "may not specify a duration larger than 2^32 seconds"));
+                    errors.push(FieldError::invalid(
+                        &at,
+                        seconds,
+                        "may not specify a duration larger than 2^32 seconds",
+                    ));
                 }
                 if required(errors, &path.child("path"), &value["path"]) {
                     file_path(errors, &path.child("path"), text(&value["path"]));
@@ -211,7 +229,8 @@ fn projected(errors: &mut Errors, path: &FieldPath, sources: &Value) {
 
 /// A container's mounts and devices; `path` is the container.
 pub(super) fn mounts(errors: &mut Errors, path: &FieldPath, container: &Value, known: &Volumes<'_>) {
-    let devices: BTreeSet<_> = items(&container["volumeDevices"]).iter().map(|one| text(&one["devicePath"])).collect();
+    let devices: BTreeSet<_> =
+        items(&container["volumeDevices"]).iter().map(|one| text(&one["devicePath"])).collect();
     let mut seen = BTreeSet::new();
     for (index, mount) in items(&container["volumeMounts"]).iter().enumerate() {
         let path = path.child("volumeMounts").index(index);

@@ -35,7 +35,11 @@ pub(in super::super) fn update(group: &str, kind: &str, change: &Change<'_>, err
         (RBAC, "RoleBinding" | "ClusterRoleBinding", _) => {
             create(group, kind, new, errors);
             if !same(&new["roleRef"], &old["roleRef"]) {
-                errors.push(FieldError::invalid(&FieldPath::new("roleRef"), new["roleRef"].clone(), "cannot change roleRef"));
+                errors.push(FieldError::invalid(
+                    &FieldPath::new("roleRef"),
+                    new["roleRef"].clone(),
+                    "cannot change roleRef",
+                ));
             }
         }
         ("apiextensions.k8s.io", "CustomResourceDefinition", None) => {
@@ -46,7 +50,12 @@ pub(in super::super) fn update(group: &str, kind: &str, change: &Change<'_>, err
                 .any(|one| one["type"] == "Established" && one["status"] == "True");
             if established {
                 for field in ["scope", "group"] {
-                    super::super::checks::immutable(errors, &path.child(field), &new["spec"][field], &old["spec"][field]);
+                    super::super::checks::immutable(
+                        errors,
+                        &path.child(field),
+                        &new["spec"][field],
+                        &old["spec"][field],
+                    );
                 }
                 for field in ["kind", "plural"] {
                     let (now, before) = (&new["spec"]["names"][field], &old["spec"]["names"][field]);
@@ -68,11 +77,19 @@ fn role(object: &Value, cluster: bool, errors: &mut Errors) {
         if !is_empty(&rule["nonResourceURLs"]) {
             if !cluster {
                 let detail = "namespaced rules cannot apply to non-resource URLs";
-                errors.push(FieldError::invalid(&path.child("nonResourceURLs"), rule["nonResourceURLs"].clone(), detail));
+                errors.push(FieldError::invalid(
+                    &path.child("nonResourceURLs"),
+                    rule["nonResourceURLs"].clone(),
+                    detail,
+                ));
             }
             if ["apiGroups", "resources", "resourceNames"].iter().any(|field| !is_empty(&rule[*field])) {
                 let detail = "rules cannot apply to both regular resources and non-resource URLs";
-                errors.push(FieldError::invalid(&path.child("nonResourceURLs"), rule["nonResourceURLs"].clone(), detail));
+                errors.push(FieldError::invalid(
+                    &path.child("nonResourceURLs"),
+                    rule["nonResourceURLs"].clone(),
+                    detail,
+                ));
             }
             continue;
         }
@@ -160,10 +177,16 @@ fn webhook_rules(errors: &mut Errors, path: &FieldPath, webhook: &Value) {
     for (field, known) in [("failurePolicy", ["Fail", "Ignore"]), ("matchPolicy", ["Equivalent", "Exact"])] {
         optional_one_of(errors, &path.child(field), &webhook[field], &known);
     }
-    optional_one_of(errors, &path.child("reinvocationPolicy"), &webhook["reinvocationPolicy"], &["IfNeeded", "Never"]);
+    optional_one_of(
+        errors,
+        &path.child("reinvocationPolicy"),
+        &webhook["reinvocationPolicy"],
+        &["IfNeeded", "Never"],
+    );
     let effects = &webhook["sideEffects"];
     if effects.is_null() {
-        errors.push(FieldError::required(&path.child("sideEffects"), "must specify one of None, NoneOnDryRun"));
+        errors
+            .push(FieldError::required(&path.child("sideEffects"), "must specify one of None, NoneOnDryRun"));
     } else {
         optional_one_of(errors, &path.child("sideEffects"), effects, &["None", "NoneOnDryRun"]);
     }
@@ -203,7 +226,11 @@ fn definition(object: &Value, errors: &mut Errors) {
         let group = text(&spec["group"]);
         problems(errors, &path.child("group"), group, names::dns1123_subdomain(group));
         if !group.contains('.') {
-            errors.push(FieldError::invalid(&path.child("group"), group, "should be a domain with at least one dot"));
+            errors.push(FieldError::invalid(
+                &path.child("group"),
+                group,
+                "should be a domain with at least one dot",
+            ));
         }
     }
     one_of(errors, &path.child("scope"), &spec["scope"], &["Cluster", "Namespaced"]);
@@ -229,7 +256,11 @@ fn versions(errors: &mut Errors, path: &FieldPath, spec: &Value) {
         let (path, name) = (path.index(index), text(&version["name"]));
         problems(errors, &path.child("name"), name, names::dns1035_label(name));
         if !seen.insert(name) {
-            errors.push(FieldError::invalid(&path, spec["versions"].clone(), "must contain unique version names"));
+            errors.push(FieldError::invalid(
+                &path,
+                spec["versions"].clone(),
+                "must contain unique version names",
+            ));
         }
         if version["schema"]["openAPIV3Schema"].is_null() {
             let detail = "schemas are required";
@@ -259,7 +290,11 @@ fn api_service(object: &Value, errors: &mut Errors) {
     }
     if spec["service"].is_null() {
         if !is_empty(&spec["caBundle"]) {
-            errors.push(FieldError::invalid(&path.child("caBundle"), "<omitted>", "local APIServices may not have a caBundle"));
+            errors.push(FieldError::invalid(
+                &path.child("caBundle"),
+                "<omitted>",
+                "local APIServices may not have a caBundle",
+            ));
         }
         return;
     }
@@ -277,7 +312,8 @@ fn signing_request(object: &Value, errors: &mut Errors) {
     required(errors, &path.child("request"), &spec["request"]);
     if required(errors, &path.child("signerName"), &spec["signerName"]) {
         let name = text(&spec["signerName"]);
-        let well_formed = name.split_once('/').is_some_and(|(domain, rest)| domain.contains('.') && !rest.is_empty());
+        let well_formed =
+            name.split_once('/').is_some_and(|(domain, rest)| domain.contains('.') && !rest.is_empty());
         if !well_formed {
             let detail = "must be a fully qualified domain and path of the form 'example.com/signer-name'";
             errors.push(FieldError::invalid(&path.child("signerName"), name, detail));

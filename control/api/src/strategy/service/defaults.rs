@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::super::value::{at, default_object, default_to, default_zero, each, is_empty, items, remove, text};
+use super::super::value::{
+    at, default_object, default_to, default_zero, each, is_empty, items, remove, text,
+};
 
 /// Three hours: how long a client stays with its endpoint under ClientIP affinity.
 const AFFINITY_SECONDS: i64 = 10_800;
@@ -38,7 +40,7 @@ pub(in super::super) fn apply(group: &str, kind: &str, object: &mut Value) {
 }
 
 fn service(object: &mut Value) {
-    let Some(spec) = at(object, &["spec"]) else { return };
+    let Some(spec) = default_object(object, "spec") else { return };
     default_zero(spec, "type", "ClusterIP");
     default_zero(spec, "sessionAffinity", "None");
     match text(&spec["sessionAffinity"]) {

@@ -6,7 +6,9 @@ use std::net::IpAddr;
 use serde_json::Value;
 
 use super::super::Change;
-use super::super::checks::{Errors, immutable, one_of, optional_name, optional_one_of, port_number, problems, required};
+use super::super::checks::{
+    Errors, immutable, one_of, optional_name, optional_one_of, port_number, problems, required,
+};
 use super::super::value::{is_empty, items, text};
 use crate::field::{FieldError, FieldPath};
 use crate::names;
@@ -28,7 +30,12 @@ pub(super) fn endpoints(object: &Value, errors: &mut Errors) {
                 let path = path.child(list).index(index);
                 endpoint_ip(errors, &path.child("ip"), text(&address["ip"]));
                 optional_name(errors, &path.child("hostname"), &address["hostname"], names::dns1123_label);
-                optional_name(errors, &path.child("nodeName"), &address["nodeName"], names::dns1123_subdomain);
+                optional_name(
+                    errors,
+                    &path.child("nodeName"),
+                    &address["nodeName"],
+                    names::dns1123_subdomain,
+                );
             }
         }
         let ports = items(&subset["ports"]);
@@ -95,12 +102,12 @@ fn slice_endpoint(errors: &mut Errors, path: &FieldPath, endpoint: &Value, type_
     }
     for (index, address) in addresses.iter().enumerate() {
         let (path, address) = (at.index(index), text(address));
-        let parsed = address.parse::<IpAddr>();
+        let parsed = address.parse::<IpAddr>().ok();
         match type_ {
-            "IPv4" if !parsed.is_ok_and(|address| address.is_ipv4()) => {
+            "IPv4" if !parsed.is_some_and(|address| address.is_ipv4()) => {
                 errors.push(FieldError::invalid(&path, address, "must be a valid IPv4 address"));
             }
-            "IPv6" if !parsed.is_ok_and(|address| address.is_ipv6()) => {
+            "IPv6" if !parsed.is_some_and(|address| address.is_ipv6()) => {
                 errors.push(FieldError::invalid(&path, address, "must be a valid IPv6 address"));
             }
             "IPv4" | "IPv6" => endpoint_ip(errors, &path, address),

@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::super::Change;
 use super::super::checks::{
-    Errors, immutable, label_selector, one_of, optional_name, optional_one_of, port_number, port_reference, problems,
-    required,
+    Errors, immutable, label_selector, one_of, optional_name, optional_one_of, port_number, port_reference,
+    problems, required,
 };
 use super::super::value::{is_empty, items, number, text};
 use crate::field::{FieldError, FieldPath};
@@ -18,9 +18,18 @@ pub(super) fn ingress(object: &Value, errors: &mut Errors) {
     let path = FieldPath::new("spec");
     let spec = &object["spec"];
     if is_empty(&spec["rules"]) && spec["defaultBackend"].is_null() {
-        errors.push(FieldError::invalid(&path, Value::Array(Vec::new()), "either `defaultBackend` or `rules` must be specified"));
+        errors.push(FieldError::invalid(
+            &path,
+            Value::Array(Vec::new()),
+            "either `defaultBackend` or `rules` must be specified",
+        ));
     }
-    optional_name(errors, &path.child("ingressClassName"), &spec["ingressClassName"], names::dns1123_subdomain);
+    optional_name(
+        errors,
+        &path.child("ingressClassName"),
+        &spec["ingressClassName"],
+        names::dns1123_subdomain,
+    );
     if !spec["defaultBackend"].is_null() {
         backend(errors, &path.child("defaultBackend"), &spec["defaultBackend"]);
     }
@@ -54,7 +63,11 @@ fn host(errors: &mut Errors, path: &FieldPath, host: &str) {
     if host.parse::<std::net::IpAddr>().is_ok() {
         errors.push(FieldError::invalid(path, host, "must be a DNS name, not an IP address"));
     }
-    let bad = if host.contains('*') { names::wildcard_dns1123_subdomain(host) } else { names::dns1123_subdomain(host) };
+    let bad = if host.contains('*') {
+        names::wildcard_dns1123_subdomain(host)
+    } else {
+        names::dns1123_subdomain(host)
+    };
     problems(errors, path, host, bad);
 }
 
@@ -102,15 +115,20 @@ fn backend(errors: &mut Errors, path: &FieldPath, backend: &Value) {
             let path = path.child("service");
             if required(errors, &path.child("name"), &service["name"]) {
                 let name = text(&service["name"]);
-                problems(errors, &path.child("name"), name, names::dns1035_label(name));
+                problems(errors, &path.child("name"), name, names::dns1123_label(name));
             }
-            let (named, numbered) = (!is_empty(&service["port"]["name"]), number(&service["port"]["number"]) != 0);
+            let (named, numbered) =
+                (!is_empty(&service["port"]["name"]), number(&service["port"]["number"]) != 0);
             match (named, numbered) {
                 (true, true) => {
                     errors.push(FieldError::invalid(&path, "", "cannot set both port name & port number"));
                 }
-                (true, false) => port_reference(errors, &path.child("port").child("name"), &service["port"]["name"]),
-                (false, true) => port_number(errors, &path.child("port").child("number"), &service["port"]["number"]),
+                (true, false) => {
+                    port_reference(errors, &path.child("port").child("name"), &service["port"]["name"])
+                }
+                (false, true) => {
+                    port_number(errors, &path.child("port").child("number"), &service["port"]["number"])
+                }
                 (false, false) => errors.push(FieldError::required(&path, "port name or number is required")),
             }
         }
@@ -187,9 +205,17 @@ fn policy_port(errors: &mut Errors, path: &FieldPath, port: &Value) {
         }
         Some(_) => port_number(errors, &at, end),
         None if port["port"].is_string() => {
-            errors.push(FieldError::invalid(&at, end.clone(), "may not be specified when `port` is non-numeric"));
+            errors.push(FieldError::invalid(
+                &at,
+                end.clone(),
+                "may not be specified when `port` is non-numeric",
+            ));
         }
-        None => errors.push(FieldError::invalid(&at, end.clone(), "may not be specified when `port` is not specified")),
+        None => errors.push(FieldError::invalid(
+            &at,
+            end.clone(),
+            "may not be specified when `port` is not specified",
+        )),
     }
 }
 
@@ -218,7 +244,9 @@ fn policy_peer(errors: &mut Errors, path: &FieldPath, peer: &Value) {
     for (index, except) in items(&block["except"]).iter().enumerate() {
         let (path, except) = (path.child("except").index(index), text(except));
         problems(errors, &path, except, names::cidr(except));
-        let (Ok(outer), Ok(inner)) = (cidr.parse::<ipnetwork::IpNetwork>(), except.parse::<ipnetwork::IpNetwork>()) else {
+        let (Ok(outer), Ok(inner)) =
+            (cidr.parse::<ipnetwork::IpNetwork>(), except.parse::<ipnetwork::IpNetwork>())
+        else {
             continue;
         };
         if !outer.contains(inner.network()) || outer.prefix() >= inner.prefix() {

@@ -63,7 +63,10 @@ fn by_type(errors: &mut Errors, path: &FieldPath, spec: &Value, headless: bool) 
     let balancer = spec["type"] == "LoadBalancer";
     for field in ["loadBalancerClass", "allocateLoadBalancerNodePorts"] {
         if !balancer && !spec[field].is_null() {
-            errors.push(FieldError::forbidden(&path.child(field), "may only be used when `type` is 'LoadBalancer'"));
+            errors.push(FieldError::forbidden(
+                &path.child(field),
+                "may only be used when `type` is 'LoadBalancer'",
+            ));
         }
     }
     if !balancer && !items(&spec["loadBalancerSourceRanges"]).is_empty() {
@@ -93,7 +96,8 @@ fn ports(errors: &mut Errors, path: &FieldPath, spec: &Value) {
         port_number(errors, &path.child("port"), &port["port"]);
         one_of(errors, &path.child("protocol"), &port["protocol"], &PROTOCOLS);
         port_reference(errors, &path.child("targetPort"), &port["targetPort"]);
-        let (number, node_port, protocol) = (number(&port["port"]), number(&port["nodePort"]), text(&port["protocol"]));
+        let (number, node_port, protocol) =
+            (number(&port["port"]), number(&port["nodePort"]), text(&port["protocol"]));
         if node_port != 0 && matches!(text(&spec["type"]), "ClusterIP" | "ExternalName") {
             let detail = format!("may not be used when `type` is '{}'", text(&spec["type"]));
             errors.push(FieldError::forbidden(&path.child("nodePort"), detail));
@@ -193,7 +197,11 @@ fn external_ip(errors: &mut Errors, path: &FieldPath, value: &str) {
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
     if address.is_loopback() {
-        errors.push(FieldError::invalid(path, value, "may not be in the loopback range (127.0.0.0/8, ::1/128)"));
+        errors.push(FieldError::invalid(
+            path,
+            value,
+            "may not be in the loopback range (127.0.0.0/8, ::1/128)",
+        ));
     }
     if link_local {
         let detail = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
@@ -239,11 +247,21 @@ pub(super) fn service_update(change: &Change<'_>, errors: &mut Errors) {
         let at = path.child("clusterIPs").index(0);
         errors.push(FieldError::invalid(&at, value, "may not change once set"));
     }
-    if !is_empty(&old["ipFamilies"]) && !is_empty(&new["ipFamilies"]) && old["ipFamilies"][0] != new["ipFamilies"][0] {
+    if !is_empty(&old["ipFamilies"])
+        && !is_empty(&new["ipFamilies"])
+        && old["ipFamilies"][0] != new["ipFamilies"][0]
+    {
         let value = new["ipFamilies"].clone();
-        errors.push(FieldError::invalid(&path.child("ipFamilies").index(0), value, "may not change once set"));
+        errors.push(FieldError::invalid(
+            &path.child("ipFamilies").index(0),
+            value,
+            "may not change once set",
+        ));
     }
-    if old["type"] == "LoadBalancer" && new["type"] == "LoadBalancer" && old["loadBalancerClass"] != new["loadBalancerClass"] {
+    if old["type"] == "LoadBalancer"
+        && new["type"] == "LoadBalancer"
+        && old["loadBalancerClass"] != new["loadBalancerClass"]
+    {
         let value = new["loadBalancerClass"].clone();
         let detail = "may not change once set";
         errors.push(FieldError::invalid(&path.child("loadBalancerClass"), value, detail));

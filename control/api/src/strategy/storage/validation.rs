@@ -49,16 +49,28 @@ pub(in super::super) fn update(group: &str, kind: &str, change: &Change<'_>, err
     create(group, kind, new, errors);
     match (group, kind) {
         ("", "PersistentVolume") => {
-            let source = |object: &Value| object["spec"].as_object().and_then(|spec| source_of(spec).next().map(|(key, value)| (key.clone(), value.clone())));
+            let source = |object: &Value| {
+                object["spec"]
+                    .as_object()
+                    .and_then(|spec| source_of(spec).next().map(|(key, value)| (key.clone(), value.clone())))
+            };
             let differs = match (source(new), source(old)) {
                 (Some((a, x)), Some((b, y))) => a != b || !same(&x, &y),
                 (one, other) => one.is_some() != other.is_some(),
             };
             if differs {
                 let detail = "spec.persistentvolumesource is immutable after creation";
-                errors.push(FieldError::forbidden(&FieldPath::new("spec").child("persistentvolumesource"), detail));
+                errors.push(FieldError::forbidden(
+                    &FieldPath::new("spec").child("persistentvolumesource"),
+                    detail,
+                ));
             }
-            immutable(errors, &FieldPath::new("spec").child("volumeMode"), &new["spec"]["volumeMode"], &old["spec"]["volumeMode"]);
+            immutable(
+                errors,
+                &FieldPath::new("spec").child("volumeMode"),
+                &new["spec"]["volumeMode"],
+                &old["spec"]["volumeMode"],
+            );
         }
         ("", "PersistentVolumeClaim") => claim_update(errors, new, old),
         ("storage.k8s.io", "StorageClass") => {
@@ -97,7 +109,9 @@ fn storage_amount(errors: &mut Errors, path: &FieldPath, amounts: &Value) {
     let path = path.key("storage");
     if amounts["storage"].is_null() {
         errors.push(FieldError::required(&path, ""));
-    } else if let Some(amount) = pod::resources::quantity(&amounts["storage"]).filter(|amount| amount.signum() <= 0) {
+    } else if let Some(amount) =
+        pod::resources::quantity(&amounts["storage"]).filter(|amount| amount.signum() <= 0)
+    {
         errors.push(FieldError::invalid(&path, amount.to_string(), "must be greater than zero"));
     }
 }
@@ -110,11 +124,20 @@ fn volume(object: &Value, errors: &mut Errors) {
     if is_empty(&spec["capacity"]) {
         errors.push(FieldError::required(&path.child("capacity"), ""));
     } else if spec["capacity"]["storage"].is_null() || entries(&spec["capacity"]).count() > 1 {
-        errors.push(FieldError::not_supported(&path.child("capacity"), spec["capacity"].clone(), &["storage"]));
+        errors.push(FieldError::not_supported(
+            &path.child("capacity"),
+            spec["capacity"].clone(),
+            &["storage"],
+        ));
     } else {
         storage_amount(errors, &path.child("capacity"), &spec["capacity"]);
     }
-    optional_one_of(errors, &path.child("persistentVolumeReclaimPolicy"), &spec["persistentVolumeReclaimPolicy"], &RECLAIM);
+    optional_one_of(
+        errors,
+        &path.child("persistentVolumeReclaimPolicy"),
+        &spec["persistentVolumeReclaimPolicy"],
+        &RECLAIM,
+    );
     optional_one_of(errors, &path.child("volumeMode"), &spec["volumeMode"], &VOLUME_MODES);
     let mut sources = spec.as_object().into_iter().flat_map(source_of);
     let Some((kind, source)) = sources.next() else {
@@ -131,7 +154,10 @@ fn volume(object: &Value, errors: &mut Errors) {
         "local" => {
             required(errors, &at.child("path"), &source["path"]);
             if spec["nodeAffinity"].is_null() {
-                errors.push(FieldError::required(&path.child("nodeAffinity"), "Local volume requires node affinity"));
+                errors.push(FieldError::required(
+                    &path.child("nodeAffinity"),
+                    "Local volume requires node affinity",
+                ));
             }
         }
         "csi" => {
@@ -185,7 +211,8 @@ fn claim_update(errors: &mut Errors, new: &Value, old: &Value) {
     let amount = |spec: &Value| pod::resources::quantity(&spec["resources"]["requests"]["storage"]);
     if amount(new) < amount(old) && phase == "Bound" {
         let detail = "field can not be less than status.capacity";
-        errors.push(FieldError::forbidden(&path.child("resources").child("requests").child("storage"), detail));
+        errors
+            .push(FieldError::forbidden(&path.child("resources").child("requests").child("storage"), detail));
     }
 }
 
@@ -195,7 +222,12 @@ fn class(object: &Value, errors: &mut Errors) {
         let name = text(&object["provisioner"]).to_lowercase();
         problems(errors, &path, &name, names::qualified_name(&name));
     }
-    optional_one_of(errors, &FieldPath::new("reclaimPolicy"), &object["reclaimPolicy"], &["Delete", "Retain"]);
+    optional_one_of(
+        errors,
+        &FieldPath::new("reclaimPolicy"),
+        &object["reclaimPolicy"],
+        &["Delete", "Retain"],
+    );
     let modes = ["Immediate", "WaitForFirstConsumer"];
     one_of(errors, &FieldPath::new("volumeBindingMode"), &object["volumeBindingMode"], &modes);
     let size: usize = entries(&object["parameters"]).map(|(key, value)| key.len() + text(value).len()).sum();

@@ -34,7 +34,12 @@ pub(super) fn update(kind: &str, subresource: Option<&str>, change: &Change<'_>,
         ("Deployment" | "ReplicaSet" | "DaemonSet", None) => {
             create(kind, change.new, errors);
             let path = FieldPath::new("spec").child("selector");
-            checks::immutable(errors, &path, &change.new["spec"]["selector"], &change.old["spec"]["selector"]);
+            checks::immutable(
+                errors,
+                &path,
+                &change.new["spec"]["selector"],
+                &change.old["spec"]["selector"],
+            );
         }
         ("StatefulSet", None) => {
             create(kind, change.new, errors);
@@ -44,7 +49,10 @@ pub(super) fn update(kind: &str, subresource: Option<&str>, change: &Change<'_>,
         ("ControllerRevision", None) => {
             checks::immutable(errors, &FieldPath::new("data"), &change.new["data"], &change.old["data"]);
         }
-        ("Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet" | "ReplicationController", Some("status")) => {
+        (
+            "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet" | "ReplicationController",
+            Some("status"),
+        ) => {
             status(kind, change.new, errors);
         }
         ("Deployment" | "ReplicaSet" | "StatefulSet" | "ReplicationController", Some("scale")) => {
@@ -104,7 +112,16 @@ fn selector_and_template(errors: &mut Errors, object: &Value, what: &str) {
     }
     matches_template(errors, &at, selector, template);
     pod::template(errors, &at, template);
-    restart_always(errors, &at.child("spec"), &template["spec"]);
+    restart_always(errors, &at.child("spec"), &template["spec"], kind_of(what));
+}
+
+/// The kind that upstream's message names: a Deployment shares its rules with ReplicaSets.
+fn kind_of(what: &str) -> &'static str {
+    match what {
+        "daemonset" => "DaemonSet",
+        "statefulset" => "StatefulSet",
+        _ => "ReplicaSet",
+    }
 }
 
 fn matches_template(errors: &mut Errors, path: &FieldPath, selector: &Value, template: &Value) {
@@ -123,13 +140,13 @@ fn matches_template(errors: &mut Errors, path: &FieldPath, selector: &Value, tem
 }
 
 /// Controllers that keep pods running take no pod that ends.
-fn restart_always(errors: &mut Errors, path: &FieldPath, spec: &Value) {
+fn restart_always(errors: &mut Errors, path: &FieldPath, spec: &Value, kind: &str) {
     let policy = &spec["restartPolicy"];
     if matches!(text(policy), "OnFailure" | "Never") {
         errors.push(FieldError::not_supported(&path.child("restartPolicy"), policy.clone(), &ALWAYS_ONLY));
     }
     if !spec["activeDeadlineSeconds"].is_null() {
-        let detail = "activeDeadlineSeconds in ReplicaSet is not Supported";
+        let detail = format!("activeDeadlineSeconds in {kind} is not Supported");
         errors.push(FieldError::forbidden(&path.child("activeDeadlineSeconds"), detail));
     }
 }
@@ -161,7 +178,7 @@ fn replication_controller(object: &Value, errors: &mut Errors) {
         errors.push(FieldError::invalid(&path.child("metadata").child("labels"), labels.clone(), detail));
     }
     pod::template(errors, &path, template);
-    restart_always(errors, &path.child("spec"), &template["spec"]);
+    restart_always(errors, &path.child("spec"), &template["spec"], "ReplicationController");
 }
 
 fn deployment(object: &Value, errors: &mut Errors) {
@@ -205,14 +222,19 @@ pub(super) fn count_or_percent(errors: &mut Errors, path: &FieldPath, value: &Va
 
 /// At most 100 %.
 fn not_above_all(errors: &mut Errors, path: &FieldPath, value: &Value) {
-    let above = value.as_str().and_then(|text| text.strip_suffix('%')?.parse::<i64>().ok()).is_some_and(|percent| percent > 100);
+    let above = value
+        .as_str()
+        .and_then(|text| text.strip_suffix('%')?.parse::<i64>().ok())
+        .is_some_and(|percent| percent > 100);
     if above {
         errors.push(FieldError::invalid(path, value.clone(), "must not be greater than 100%"));
     }
 }
 
 fn is_nothing(value: &Value) -> bool {
-    value.is_null() || value.as_i64() == Some(0) || value.as_str().is_some_and(|text| text.trim_end_matches('%').parse() == Ok(0))
+    value.is_null()
+        || value.as_i64() == Some(0)
+        || value.as_str().is_some_and(|text| text.trim_end_matches('%').parse() == Ok(0))
 }
 
 fn rolling_update(errors: &mut Errors, path: &FieldPath, rolling: &Value) {
@@ -273,11 +295,22 @@ fn stateful_set(object: &Value, errors: &mut Errors) {
         "" => errors.push(FieldError::required(&at, "")),
         "OnDelete" if !strategy["rollingUpdate"].is_null() => {
             let detail = "only allowed for updateStrategy 'RollingUpdate'";
-            errors.push(FieldError::invalid(&at.child("rollingUpdate"), strategy["rollingUpdate"].clone(), detail));
+            errors.push(FieldError::invalid(
+                &at.child("rollingUpdate"),
+                strategy["rollingUpdate"].clone(),
+                detail,
+            ));
         }
         "RollingUpdate" => {
             let rolling = &strategy["rollingUpdate"];
-            not_negative(errors, &at.child("rollingUpdate").child("partition"), &rolling["partition"]);
+            let at = at.child("rollingUpdate");
+            not_negative(errors, &at.child("partition"), &rolling["partition"]);
+            count_or_percent(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
+            if !rolling["maxUnavailable"].is_null() && is_nothing(&rolling["maxUnavailable"]) {
+                let value = rolling["maxUnavailable"].clone();
+                errors.push(FieldError::invalid(&at.child("maxUnavailable"), value, "cannot be 0"));
+            }
+            not_above_all(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
         }
         "OnDelete" => {}
         _ => {

@@ -3,7 +3,9 @@
 use serde_json::Value;
 
 use super::super::Change;
-use super::super::checks::{Errors, immutable, label_selector, not_negative, one_of, optional_one_of, required};
+use super::super::checks::{
+    Errors, immutable, label_selector, not_negative, one_of, optional_one_of, required,
+};
 use super::super::pod;
 use super::super::value::{copy, entries, is_empty, same, text};
 use crate::field::{FieldError, FieldPath};
@@ -25,7 +27,11 @@ pub(super) fn job(object: &Value, errors: &mut Errors) {
     let matches = entries(&selector["matchLabels"]).all(|(key, value)| labels[key] == *value);
     if !matches {
         let path = path.child("template").child("metadata").child("labels");
-        errors.push(FieldError::invalid(&path, labels.clone(), "`selector` does not match template `labels`"));
+        errors.push(FieldError::invalid(
+            &path,
+            labels.clone(),
+            "`selector` does not match template `labels`",
+        ));
     }
 }
 
@@ -42,13 +48,22 @@ fn job_spec(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     for field in numbers {
         not_negative(errors, &path.child(field), &spec[field]);
     }
-    optional_one_of(errors, &path.child("completionMode"), &spec["completionMode"], &["Indexed", "NonIndexed"]);
+    optional_one_of(
+        errors,
+        &path.child("completionMode"),
+        &spec["completionMode"],
+        &["Indexed", "NonIndexed"],
+    );
     let indexed = spec["completionMode"] == "Indexed";
     if indexed && spec["completions"].is_null() {
         errors.push(FieldError::required(&path.child("completions"), "when completion mode is Indexed"));
     }
-    if indexed && spec["parallelism"].as_i64().is_some_and(|parallelism| parallelism > MAX_PARALLELISM_INDEXED) {
-        let detail = format!("must be less than or equal to {MAX_PARALLELISM_INDEXED} when completion mode is Indexed");
+    if indexed
+        && spec["parallelism"].as_i64().is_some_and(|parallelism| parallelism > MAX_PARALLELISM_INDEXED)
+    {
+        let detail = format!(
+            "must be less than or equal to {MAX_PARALLELISM_INDEXED} when completion mode is Indexed"
+        );
         errors.push(FieldError::invalid(&path.child("parallelism"), spec["parallelism"].clone(), detail));
     }
     if !indexed {
@@ -84,7 +99,14 @@ pub(super) fn job_update(change: &Change<'_>, errors: &mut Errors) {
     if new["completionMode"] != "Indexed" || new["completions"] != new["parallelism"] {
         immutable(errors, &path.child("completions"), &new["completions"], &old["completions"]);
     }
-    for field in ["selector", "completionMode", "podFailurePolicy", "backoffLimitPerIndex", "managedBy", "successPolicy"] {
+    for field in [
+        "selector",
+        "completionMode",
+        "podFailurePolicy",
+        "backoffLimitPerIndex",
+        "managedBy",
+        "successPolicy",
+    ] {
         immutable(errors, &path.child(field), &new[field], &old[field]);
     }
     let never_started = change.old["status"]["startTime"].is_null();
@@ -93,7 +115,11 @@ pub(super) fn job_update(change: &Change<'_>, errors: &mut Errors) {
         steering(&mut template, &old["template"]);
     }
     if !same(&template, &old["template"]) {
-        errors.push(FieldError::invalid(&path.child("template"), new["template"].clone(), "field is immutable"));
+        errors.push(FieldError::invalid(
+            &path.child("template"),
+            new["template"].clone(),
+            "field is immutable",
+        ));
     }
 }
 
@@ -121,25 +147,39 @@ pub(super) fn cron_job(object: &Value, errors: &mut Errors) {
         time_zone(errors, &path.child("timeZone"), zone);
     }
     not_negative(errors, &path.child("startingDeadlineSeconds"), &spec["startingDeadlineSeconds"]);
-    one_of(errors, &path.child("concurrencyPolicy"), &spec["concurrencyPolicy"], &["Allow", "Forbid", "Replace"]);
+    one_of(
+        errors,
+        &path.child("concurrencyPolicy"),
+        &spec["concurrencyPolicy"],
+        &["Allow", "Forbid", "Replace"],
+    );
     for field in ["successfulJobsHistoryLimit", "failedJobsHistoryLimit"] {
         not_negative(errors, &path.child(field), &spec[field]);
     }
     let (path, job) = (path.child("jobTemplate").child("spec"), &spec["jobTemplate"]["spec"]);
     job_spec(errors, &path, job);
     if !is_empty(&job["selector"]) {
-        errors.push(FieldError::invalid(&path.child("selector"), job["selector"].clone(), "`selector` will be auto-generated"));
+        errors.push(FieldError::invalid(
+            &path.child("selector"),
+            job["selector"].clone(),
+            "`selector` will be auto-generated",
+        ));
     }
     if job["manualSelector"] == true {
         errors.push(FieldError::not_supported(&path.child("manualSelector"), true, &["nil", "false"]));
     }
 }
 
-const DESCRIPTORS: [&str; 7] = ["@annually", "@daily", "@hourly", "@midnight", "@monthly", "@weekly", "@yearly"];
+const DESCRIPTORS: [&str; 7] =
+    ["@annually", "@daily", "@hourly", "@midnight", "@monthly", "@weekly", "@yearly"];
 
 fn schedule(errors: &mut Errors, path: &FieldPath, schedule: &str, has_zone: bool) {
     if schedule.contains("TZ") {
-        let detail = if has_zone { "cannot use both timeZone field and TZ or CRON_TZ in schedule" } else { "cannot use TZ or CRON_TZ in schedule, use timeZone field instead" };
+        let detail = if has_zone {
+            "cannot use both timeZone field and TZ or CRON_TZ in schedule"
+        } else {
+            "cannot use TZ or CRON_TZ in schedule, use timeZone field instead"
+        };
         errors.push(FieldError::invalid(path, schedule, detail));
         return;
     }
@@ -160,7 +200,11 @@ fn time_zone(errors: &mut Errors, path: &FieldPath, zone: &str) {
     if zone.is_empty() {
         errors.push(FieldError::invalid(path, zone, "timeZone must be nil or non-empty string"));
     } else if zone.eq_ignore_ascii_case("local") {
-        errors.push(FieldError::invalid(path, zone, "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones"));
+        errors.push(FieldError::invalid(
+            path,
+            zone,
+            "timeZone must be an explicit time zone as defined in https://www.iana.org/time-zones",
+        ));
     } else if jiff::tz::TimeZone::get(zone).is_err() {
         errors.push(FieldError::invalid(path, zone, format!("unknown time zone {zone}")));
     }

@@ -28,7 +28,9 @@ pub(in super::super) fn apply(group: &str, kind: &str, object: &mut Value) {
 }
 
 fn replication_controller(object: &mut Value) {
-    pod::default_template(object, &TEMPLATE);
+    if at(object, &TEMPLATE).is_some() {
+        pod::default_template(object, &TEMPLATE);
+    }
     labels_from_template(object);
     let labels = object["spec"]["template"]["metadata"]["labels"].clone();
     if let Some(spec) = at(object, &["spec"]) {
@@ -43,7 +45,10 @@ fn replication_controller(object: &mut Value) {
 /// Objects without labels of their own get those of their template.
 fn labels_from_template(object: &mut Value) {
     let labels = object["spec"]["template"]["metadata"]["labels"].clone();
-    if labels.is_object() && is_empty(&object["metadata"]["labels"]) && let Some(metadata) = default_object(object, "metadata") {
+    if labels.is_object()
+        && is_empty(&object["metadata"]["labels"])
+        && let Some(metadata) = default_object(object, "metadata")
+    {
         metadata["labels"] = labels;
     }
 }
@@ -64,7 +69,9 @@ fn deployment(object: &mut Value) {
     default_to(spec, "progressDeadlineSeconds", 600);
     if let Some(strategy) = default_object(spec, "strategy") {
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if strategy["type"] == "RollingUpdate"
+            && let Some(rolling) = default_object(strategy, "rollingUpdate")
+        {
             default_to(rolling, "maxUnavailable", "25%");
             default_to(rolling, "maxSurge", "25%");
         }
@@ -79,9 +86,14 @@ fn stateful_set(object: &mut Value) {
     default_to(spec, "revisionHistoryLimit", 10);
     default_zero(spec, "podManagementPolicy", "OrderedReady");
     if let Some(strategy) = default_object(spec, "updateStrategy") {
+        // Who names the strategy, but no partition, gets none.
+        if text(&strategy["type"]).is_empty() {
+            default_object(strategy, "rollingUpdate");
+        }
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if let Some(rolling) = at(strategy, &["rollingUpdate"]) {
             default_to(rolling, "partition", 0);
+            default_to(rolling, "maxUnavailable", 1);
         }
     }
     if let Some(retention) = default_object(spec, "persistentVolumeClaimRetentionPolicy") {
@@ -104,13 +116,16 @@ fn daemon_set(object: &mut Value) {
     default_to(spec, "revisionHistoryLimit", 10);
     if let Some(strategy) = default_object(spec, "updateStrategy") {
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate" && let Some(rolling) = default_object(strategy, "rollingUpdate") {
+        if strategy["type"] == "RollingUpdate"
+            && let Some(rolling) = default_object(strategy, "rollingUpdate")
+        {
             default_to(rolling, "maxUnavailable", 1);
             default_to(rolling, "maxSurge", 0);
         }
     }
     if let Some(status) = default_object(object, "status") {
-        for field in ["currentNumberScheduled", "numberMisscheduled", "desiredNumberScheduled", "numberReady"] {
+        for field in ["currentNumberScheduled", "numberMisscheduled", "desiredNumberScheduled", "numberReady"]
+        {
             default_to(status, field, 0);
         }
     }
@@ -159,7 +174,7 @@ fn cron_job(object: &mut Value) {
 
 fn autoscaler(object: &mut Value) {
     let v1 = text(&object["apiVersion"]) == "autoscaling/v1";
-    let Some(spec) = at(object, &["spec"]) else { return };
+    let Some(spec) = default_object(object, "spec") else { return };
     default_to(spec, "minReplicas", 1);
     if !v1 && is_empty(&spec["metrics"]) {
         let target = json!({"type": "Utilization", "averageUtilization": 80});

@@ -34,7 +34,12 @@ pub(super) fn autoscaler(object: &Value, errors: &mut Errors) {
     let (target, at) = (&spec["scaleTargetRef"], path.child("scaleTargetRef"));
     for field in ["kind", "name"] {
         if required(errors, &at.child(field), &target[field]) {
-            problems(errors, &at.child(field), text(&target[field]), names::path_segment(text(&target[field])));
+            problems(
+                errors,
+                &at.child(field),
+                text(&target[field]),
+                names::path_segment(text(&target[field])),
+            );
         }
     }
     for (index, metric) in items(&spec["metrics"]).iter().enumerate() {
@@ -44,7 +49,9 @@ pub(super) fn autoscaler(object: &Value, errors: &mut Errors) {
         if let Some((type_, field)) = source
             && metric[*field].is_null()
         {
-            let detail = format!("must populate information for the given metric source; metric source type {type_:?} populates only {field:?}");
+            let detail = format!(
+                "must populate information for the given metric source; metric source type {type_:?} populates only {field:?}"
+            );
             errors.push(FieldError::required(&path.child(field), detail));
         }
     }
@@ -63,6 +70,11 @@ pub(super) fn disruption_budget(object: &Value, errors: &mut Errors) {
     label_selector(errors, &path.child("selector"), &spec["selector"]);
     if !spec["unhealthyPodEvictionPolicy"].is_null() {
         let policies = ["AlwaysAllow", "IfHealthyBudget"];
-        one_of(errors, &path.child("unhealthyPodEvictionPolicy"), &spec["unhealthyPodEvictionPolicy"], &policies);
+        one_of(
+            errors,
+            &path.child("unhealthyPodEvictionPolicy"),
+            &spec["unhealthyPodEvictionPolicy"],
+            &policies,
+        );
     }
 }

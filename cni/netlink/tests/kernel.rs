@@ -1,0 +1,116 @@
+//! Against the kernel, in network namespaces of the test's own.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+
+use weft_cni_netlink::{
+    FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, Vxlan, masquerade, namespace,
+};
+use weft_tests_harness::netns::Netns;
+use weft_tests_harness::require;
+
+/// Runs `work` in the namespace.
+fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
+    namespace::within(&netns.path(), work).unwrap()
+}
+
+#[test]
+fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
+    if !require("netlink::devices", &["root", "ip"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let other = Netns::new("nl").unwrap();
+    let peer = namespace::open(&other.path()).unwrap();
+    within(&netns, || {
+        let mut netlink = Netlink::open().unwrap();
+        let before = netlink.links().unwrap();
+        let bridge = netlink.ensure_bridge("br-a", 1400).unwrap();
+        assert_eq!(netlink.ensure_bridge("br-a", 1400).unwrap().index, bridge.index);
+        netlink.add_address(bridge.index, "10.9.0.1/24".parse().unwrap()).unwrap();
+        netlink.add_address(bridge.index, "10.9.0.1/24".parse().unwrap()).unwrap();
+        let mac = Mac([2, 0, 10, 9, 0, 7]);
+        let host = VethEnd { name: "ve-a", mac: None, mtu_bytes: 1400 };
+        let inside = VethEnd { name: "eth0", mac: Some(mac), mtu_bytes: 1400 };
+        netlink.create_veth(&host, &inside, Some(peer.as_fd())).unwrap();
+        let port = netlink.link("ve-a").unwrap();
+        netlink
+            .change_link(port.index, &LinkChange { master: Some(bridge.index), ..Default::default() })
+            .unwrap();
+        netlink.set_hairpin(port.index, true).unwrap();
+        assert_eq!(netlink.link("ve-a").unwrap().master, Some(bridge.index));
+
+        let local = Ipv4Addr::new(10, 9, 0, 1);
+        let vxlan =
+            Vxlan { name: "vx-a", vni: 77, port: 8472, local, mac: Mac([2, 0, 0, 0, 0, 1]), mtu_bytes: 1350 };
+        netlink.create_vxlan(&vxlan).unwrap();
+        let vx = netlink.link("vx-a").unwrap();
+        assert_eq!((vx.kind.as_str(), vx.mtu_bytes, vx.up), ("vxlan", 1350, true));
+        let entry = FdbEntry { index: vx.index, mac, remote: Ipv4Addr::new(10, 9, 0, 2) };
+        netlink.put_fdb(&entry).unwrap();
+        assert!(netlink.fdb(vx.index).unwrap().contains(&entry));
+        let neighbour = Neighbour { index: vx.index, address: "10.8.1.0".parse().unwrap(), mac };
+        netlink.put_neighbour(&neighbour).unwrap();
+        assert_eq!(netlink.neighbours(vx.index).unwrap(), [neighbour]);
+        let mut route = Route::new("10.8.1.0/24".parse().unwrap(), vx.index);
+        route.gateway = Some("10.8.1.0".parse().unwrap());
+        route.onlink = true;
+        netlink.put_route(&route).unwrap();
+        netlink.put_route(&route).unwrap();
+        assert!(netlink.routes().unwrap().contains(&route));
+
+        netlink.delete_route(&route).unwrap();
+        netlink.delete_route(&route).unwrap();
+        netlink.delete_fdb(&entry).unwrap();
+        netlink.delete_neighbour(&neighbour).unwrap();
+        assert!(netlink.fdb(vx.index).unwrap().is_empty());
+        for name in ["vx-a", "ve-a", "br-a", "br-a"] {
+            netlink.delete_link_named(name).unwrap();
+        }
+        assert_eq!(netlink.links().unwrap(), before);
+    });
+}
+
+#[test]
+fn the_masquerade_rule_is_replaced_and_removed() {
+    if !require("netlink::masquerade", &["root", "ip", "nft"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let rules = || {
+        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    within(&netns, || {
+        masquerade::ensure("10.42.0.0/16".parse().unwrap()).unwrap();
+        masquerade::ensure("10.42.0.0/16".parse().unwrap()).unwrap();
+    });
+    let present = rules();
+    let rule = "ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 masquerade";
+    assert_eq!(present.matches(rule).count(), 1, "{present}");
+    within(&netns, || {
+        masquerade::remove().unwrap();
+        masquerade::remove().unwrap();
+    });
+    assert_eq!(rules(), "");
+}
+
+#[test]
+fn a_namespace_lasts_until_it_is_removed() {
+    if !require("netlink::namespace", &["root"]) {
+        return;
+    }
+    let path = PathBuf::from(format!("/run/wt-ns-{}", std::process::id()));
+    namespace::create(&path).unwrap();
+    let names: Vec<String> = namespace::within(&path, || Netlink::open().unwrap().links().unwrap())
+        .unwrap()
+        .into_iter()
+        .map(|l| l.name)
+        .collect();
+    assert!(names.contains(&"lo".to_owned()) && !names.contains(&"eth0".to_owned()), "{names:?}");
+    namespace::remove(&path).unwrap();
+    namespace::remove(&path).unwrap();
+    assert!(!path.exists());
+}
