@@ -1,0 +1,81 @@
+use super::*;
+use std::io::Write;
+
+fn entry(second: u32, tag: &str, text: &str) -> String {
+    format!("2026-01-01T00:00:{second:02}.000000000Z stdout {tag} {text}\n")
+}
+
+async fn read(log: &Path, options: Options) -> String {
+    let (sink, mut receiver) = mpsc::channel(4);
+    let copy = async move {
+        copy(log, &options, &sink, std::future::ready(())).await.unwrap();
+        drop(sink);
+    };
+    let collect = async {
+        let mut text = Vec::new();
+        while let Some(chunk) = receiver.recv().await {
+            text.extend_from_slice(&chunk.unwrap());
+        }
+        String::from_utf8(text).unwrap()
+    };
+    tokio::join!(copy, collect).1
+}
+
+#[test]
+fn lines_are_parsed_strictly() {
+    let line = parse(b"2026-01-01T00:00:01.5Z stderr P hello  world").unwrap();
+    assert!(line.partial && line.text == b"hello  world");
+    assert_eq!(parse(b"2026-01-01T00:00:01Z stdout F").unwrap().text, b"");
+    for bad in ["", "x stdout F a", "2026-01-01T00:00:01Z both F a", "2026-01-01T00:00:01Z stdout X a"] {
+        assert_eq!(parse(bad.as_bytes()), None, "{bad}");
+    }
+}
+
+#[tokio::test]
+async fn tail_since_limit_and_timestamps() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("0.log");
+    std::fs::write(&log, entry(1, "F", "one") + &entry(2, "P", "tw") + &entry(2, "F", "o") + &entry(3, "F", "three")).unwrap();
+    std::fs::write(dir.path().join("0.log.20260101-000000"), entry(0, "F", "zero")).unwrap();
+    let with = |change: fn(&mut Options)| {
+        let mut options = Options::default();
+        change(&mut options);
+        options
+    };
+    assert_eq!(read(&log, Options::default()).await, "zero\none\ntwo\nthree\n");
+    assert_eq!(read(&log, with(|o| o.tail = Some(1))).await, "three\n");
+    assert_eq!(read(&log, with(|o| o.tail = Some(0))).await, "");
+    assert_eq!(read(&log, with(|o| o.tail = Some(5))).await, "zero\none\ntwo\nthree\n");
+    assert_eq!(read(&log, with(|o| o.limit_bytes = Some(7))).await, "zero\non");
+    assert_eq!(read(&log, with(|o| o.since = Some("2026-01-01T00:00:03Z".parse().unwrap()))).await, "three\n");
+    assert_eq!(
+        read(&log, with(|o| (o.timestamps, o.tail) = (true, Some(1)))).await,
+        "2026-01-01T00:00:03.000000000Z three\n"
+    );
+}
+
+#[tokio::test]
+async fn following_sees_writes_and_rotation_and_ends_with_the_container() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("0.log");
+    std::fs::write(&log, entry(1, "F", "one")).unwrap();
+    let (sink, mut receiver) = mpsc::channel(4);
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let options = Options { follow: true, ..Options::default() };
+    let path = log.clone();
+    let task = tokio::spawn(async move { copy(&path, &options, &sink, async { ended.await.unwrap() }).await });
+    let mut next = async || String::from_utf8(receiver.recv().await.unwrap().unwrap().to_vec()).unwrap();
+    assert_eq!(next().await, "one\n");
+    let append = |text: &str| {
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+    };
+    append(&entry(2, "F", "two"));
+    assert_eq!(next().await, "two\n");
+    std::fs::rename(&log, dir.path().join("0.log.20260101-000002")).unwrap();
+    append(&entry(3, "F", "three"));
+    assert_eq!(next().await, "three\n");
+    end.send(()).unwrap();
+    task.await.unwrap().unwrap();
+    assert!(receiver.recv().await.is_none());
+}
