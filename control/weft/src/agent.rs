@@ -213,9 +213,6 @@ fn kubelet_config(node: &Node, paths: &NodePaths, ready: watch::Receiver<bool>) 
     config.cluster_dns = node.cluster.dns_ip().into();
     config.cluster_domain = DOMAIN.to_owned();
     config.listen = SocketAddr::new(address, KUBELET_PORT);
-    if node.cluster.nodes.first() == Some(&node.name) {
-        config.roles = vec!["control-plane".to_owned()];
-    }
     config
 }
 
