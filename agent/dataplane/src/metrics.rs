@@ -4,9 +4,9 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 /// The metrics; a clone shares them.
@@ -36,12 +36,32 @@ impl Default for Metrics {
 impl Metrics {
     /// Registers them.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("kubeproxy_sync_proxy_rules_duration_seconds", "Time of one synchronisation", self.sync.clone());
-        registry.register("kubeproxy_sync_proxy_rules_last_timestamp_seconds", "Time of the last synchronisation", self.last_sync.clone());
-        registry.register("kubeproxy_network_programming_duration_seconds", "Time from an endpoint's change to the maps", self.programming.clone());
-        registry.register("weft_dataplane_map_failures", "Map operations that failed and were retried", self.failures.clone());
+        registry.register(
+            "kubeproxy_sync_proxy_rules_duration_seconds",
+            "Time of one synchronisation",
+            self.sync.clone(),
+        );
+        registry.register(
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+            "Time of the last synchronisation",
+            self.last_sync.clone(),
+        );
+        registry.register(
+            "kubeproxy_network_programming_duration_seconds",
+            "Time from an endpoint's change to the maps",
+            self.programming.clone(),
+        );
+        registry.register(
+            "weft_dataplane_map_failures",
+            "Map operations that failed and were retried",
+            self.failures.clone(),
+        );
         registry.register("weft_dataplane_services", "Services in the maps", self.services.clone());
-        registry.register("weft_dataplane_drops", "Traffic refused since the maps were made, by reason", self.drops.clone());
+        registry.register(
+            "weft_dataplane_drops",
+            "Traffic refused since the maps were made, by reason",
+            self.drops.clone(),
+        );
     }
 
     pub(crate) fn synced(&self, took: Duration, at_seconds: f64, failed: usize, services: usize) {

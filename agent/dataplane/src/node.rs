@@ -102,3 +102,8 @@ pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
     found.edge = ethernet.filter(|l| edges.contains(&l.index)).map(|l| (l.index, l.name)).collect();
     Ok(found)
 }
+
+/// The cookie of the calling thread's network namespace, by which the programs know the node's own sockets.
+pub fn netns_cookie() -> io::Result<u64> {
+    crate::sys::netns_cookie()
+}

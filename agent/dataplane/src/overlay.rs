@@ -182,7 +182,8 @@ impl Overlay {
         let underlay = netlink.addresses()?.into_iter().find(|a| a.network.ip() == IpAddr::V4(self.node_ip));
         let links = netlink.links()?;
         let underlay = underlay.and_then(|a| links.into_iter().find(|link| link.index == a.index));
-        let mtu_bytes = underlay.map_or(DEFAULT_MTU_BYTES, |link| link.mtu_bytes).saturating_sub(OVERHEAD_BYTES);
+        let mtu_bytes =
+            underlay.map_or(DEFAULT_MTU_BYTES, |link| link.mtu_bytes).saturating_sub(OVERHEAD_BYTES);
         netlink.create_vxlan(&Vxlan {
             name: OVERLAY,
             vni: VNI,
@@ -259,6 +260,7 @@ fn peer(node: &Node) -> Option<Peer> {
     let ranges = spec.pod_cidrs.iter().flatten().map(String::as_str).chain(spec.pod_cidr.as_deref());
     let pods = ranges.filter_map(|range| range.parse::<Ipv4Network>().ok()).next()?;
     let addresses = node.status.as_ref()?.addresses.iter().flatten();
-    let internal = addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).next()?;
+    let internal =
+        addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).next()?;
     Some(Peer { pods, address: internal })
 }

@@ -122,7 +122,9 @@ impl Programs {
     pub fn maps(&self) -> Result<KernelMaps, ProgramError> {
         let mut maps = KernelMaps::default();
         for table in Table::ALL {
-            let Some(Map::HashMap(data)) = self.ebpf.map(table.name()) else { return Err(mismatch(table.name())) };
+            let Some(Map::HashMap(data)) = self.ebpf.map(table.name()) else {
+                return Err(mismatch(table.name()));
+            };
             let (key_bytes, value_bytes) = layout(table);
             check_layout(data, table.name(), key_bytes, value_bytes)?;
             let fd = duplicate(data, table.name())?;

@@ -64,9 +64,7 @@ impl<M: MapSet> Reconciler<M> {
     /// Whether the maps lag behind the tables.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
-        self.prune
-            || !self.dirty.is_empty()
-            || self.node_addresses != self.planner.ledger.node_addresses
+        self.prune || !self.dirty.is_empty() || self.node_addresses != self.planner.ledger.node_addresses
     }
 
     /// Number of Services known.
@@ -115,7 +113,8 @@ impl<M: MapSet> Reconciler<M> {
             let before = batch.len();
             let blocked = blocked_backends(&batch, &failed);
             batch.retain(|(owner, op)| {
-                let wait = failed.contains(owner) || matches!(op, Op::DeleteBackend(key) if blocked.contains(key));
+                let wait =
+                    failed.contains(owner) || matches!(op, Op::DeleteBackend(key) if blocked.contains(key));
                 if wait {
                     held.insert(*owner);
                 }
@@ -237,7 +236,8 @@ fn backend_text(key: &BackendKey) -> String {
 }
 
 fn service_text(key: &ServiceKey) -> String {
-    let address = if key.address == Address::ANY { "node".to_owned() } else { IpAddr::from(key.address).to_string() };
+    let address =
+        if key.address == Address::ANY { "node".to_owned() } else { IpAddr::from(key.address).to_string() };
     let scope = if key.scope == SCOPE_EXTERNAL { " from outside" } else { "" };
     if key.protocol == 0 {
         return format!("{address} otherwise refused");
@@ -298,7 +298,11 @@ pub fn dangling(ledger: &Ledger) -> Vec<String> {
             match ledger.lists.get(&slot.list).and_then(|l| l.get(&index)) {
                 None => found.push(format!("{} misses {slot:?}", service_text(key))),
                 Some(backend) if !ledger.backends.contains_key(backend) => {
-                    found.push(format!("{} leads to {} which is gone", service_text(key), backend_text(backend)));
+                    found.push(format!(
+                        "{} leads to {} which is gone",
+                        service_text(key),
+                        backend_text(backend)
+                    ));
                 }
                 Some(_) => {}
             }

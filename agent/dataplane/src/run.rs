@@ -81,6 +81,7 @@ pub enum Error {
     Devices(#[from] weft_cni_netlink::Error),
 }
 
+#[expect(clippy::large_enum_variant, reason = "an event is taken apart as soon as it comes; a box would be one allocation more")]
 enum Event {
     Service(watcher::Event<Service>),
     Slice(watcher::Event<EndpointSlice>),
@@ -175,7 +176,7 @@ fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConf
     let cgroup2 = node::cgroup2_mount()?;
     let cgroup_id = node::cgroup_id(&cgroup2.join(&config.node_cgroup))?;
     let netns = std::path::Path::new("/proc/self/ns/net");
-    let netns_cookie = crate::sys::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
+    let netns_cookie = node::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
     let mut programs = Programs::load(config.ebpf_object, &config.pin_dir)?;
     let devices = node::devices()?;
     let identity = NodeConfig {
@@ -296,7 +297,8 @@ impl Dataplane {
         if devices == self.devices {
             return Ok(());
         }
-        if devices.bridge != self.identity.bridge_ifindex || devices.overlay != self.identity.overlay_ifindex {
+        if devices.bridge != self.identity.bridge_ifindex || devices.overlay != self.identity.overlay_ifindex
+        {
             self.identity.bridge_ifindex = devices.bridge;
             self.identity.overlay_ifindex = devices.overlay;
             self.programs.configure(self.identity)?;
@@ -410,7 +412,11 @@ fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
 
 /// The three watches as one stream. A watch that fails is tried again with a growing wait, and lists anew if it must.
 fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
-    fn source<K>(api: Api<K>, wrap: fn(watcher::Event<K>) -> Event, what: &'static str) -> BoxStream<'static, Event>
+    fn source<K>(
+        api: Api<K>,
+        wrap: fn(watcher::Event<K>) -> Event,
+        what: &'static str,
+    ) -> BoxStream<'static, Event>
     where
         K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
     {

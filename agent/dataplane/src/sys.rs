@@ -80,9 +80,19 @@ fn owned(fd: i32) -> OwnedFd {
 }
 
 /// Sets `count` entries; `keys` and `values` hold them one behind the other. Returns how many were done, and why not all.
-pub(crate) fn update_batch(map: BorrowedFd<'_>, keys: &[u8], values: &[u8], count: u32) -> (u32, io::Result<()>) {
-    let mut attr =
-        BatchAttr { keys: address(keys), values: address(values), count, map_fd: number(map), ..BatchAttr::default() };
+pub(crate) fn update_batch(
+    map: BorrowedFd<'_>,
+    keys: &[u8],
+    values: &[u8],
+    count: u32,
+) -> (u32, io::Result<()>) {
+    let mut attr = BatchAttr {
+        keys: address(keys),
+        values: address(values),
+        count,
+        map_fd: number(map),
+        ..BatchAttr::default()
+    };
     let result = bpf(MAP_UPDATE_BATCH, &mut attr).map(|_| ());
     (attr.count.min(count), result)
 }
@@ -95,7 +105,11 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> (u32
 }
 
 /// Reads all entries of a hash map, as keys and values one behind the other.
-pub(crate) fn read_all(map: BorrowedFd<'_>, key_bytes: usize, value_bytes: usize) -> io::Result<(Vec<u8>, Vec<u8>)> {
+pub(crate) fn read_all(
+    map: BorrowedFd<'_>,
+    key_bytes: usize,
+    value_bytes: usize,
+) -> io::Result<(Vec<u8>, Vec<u8>)> {
     // More than the longest chain of a bucket that is ever expected; doubled when the kernel says it is not.
     let mut chunk = 4_096_usize;
     let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());

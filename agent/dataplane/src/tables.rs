@@ -191,10 +191,7 @@ impl Tables {
 /// Name of a Service object.
 #[must_use]
 pub fn service_name(object: &core::Service) -> Option<ServiceName> {
-    Some(ServiceName {
-        namespace: object.metadata.namespace.clone()?,
-        name: object.metadata.name.clone()?,
-    })
+    Some(ServiceName { namespace: object.metadata.namespace.clone()?, name: object.metadata.name.clone()? })
 }
 
 /// Namespace and name of a slice object.
@@ -223,7 +220,9 @@ fn trim_service(object: &core::Service, node_local: &[Address]) -> Option<Servic
     let spec = object.spec.as_ref()?;
     let labels = object.metadata.labels.as_ref();
     let labelled = |key| labels.is_some_and(|l| l.contains_key(key));
-    if spec.type_.as_deref() == Some("ExternalName") || labelled(OTHER_PROXY_LABEL) || labelled(HEADLESS_LABEL)
+    if spec.type_.as_deref() == Some("ExternalName")
+        || labelled(OTHER_PROXY_LABEL)
+        || labelled(HEADLESS_LABEL)
     {
         return None;
     }
@@ -256,8 +255,7 @@ fn trim_service(object: &core::Service, node_local: &[Address]) -> Option<Servic
 /// External addresses, and those of the load balancer unless it proxies itself. Source ranges are not enforced yet:
 /// a Service that sets them gets no load-balancer address rather than an open one.
 fn external_addresses(object: &core::Service, spec: &core::ServiceSpec) -> Vec<Address> {
-    let mut addresses: Vec<_> =
-        spec.external_ips.iter().flatten().filter_map(|text| ipv4(text)).collect();
+    let mut addresses: Vec<_> = spec.external_ips.iter().flatten().filter_map(|text| ipv4(text)).collect();
     if spec.load_balancer_source_ranges.as_ref().is_none_or(Vec::is_empty) {
         let balancer = object.status.as_ref().and_then(|s| s.load_balancer.as_ref());
         let ingress = balancer.into_iter().flat_map(|b| b.ingress.iter().flatten());

@@ -134,8 +134,10 @@ fn service(name: &str, ip: &str) -> Value {
 
 fn slice(service: &str, pods: std::ops::Range<u16>) -> Value {
     let endpoints: Vec<_> = pods
-        .map(|i| json!({"addresses": [format!("10.42.{}.{}", i / 250, i % 250 + 2)],
-            "conditions": {"ready": true}, "targetRef": {"uid": format!("uid-{i}")}}))
+        .map(|i| {
+            json!({"addresses": [format!("10.42.{}.{}", i / 250, i % 250 + 2)],
+            "conditions": {"ready": true}, "targetRef": {"uid": format!("uid-{i}")}})
+        })
         .collect();
     json!({"kind": "EndpointSlice", "addressType": "IPv4", "endpoints": endpoints,
         "metadata": {"namespace": "default", "name": format!("{service}-1"), "labels": {"kubernetes.io/service-name": service}},

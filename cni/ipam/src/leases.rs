@@ -40,6 +40,15 @@ pub struct Lease {
     pub owner: Owner,
 }
 
+/// An address that was acquired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Acquired {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// Whether the owner didn't hold it before: then a failure gives it back.
+    pub fresh: bool,
+}
+
 /// Why a lease could not be had, or not be given back.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -86,8 +95,11 @@ impl Leases {
         fs::create_dir_all(state).map_err(failed("create", state))?;
         let path = state.join("lock");
         let file = File::options().create(true).append(true).open(&path).map_err(failed("open", &path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| Error::Io { op: "lock", path: path.clone(), source: errno.into() })?;
+        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
+            op: "lock",
+            path: path.clone(),
+            source: errno.into(),
+        })?;
         let folder = state.join(format!("boot-{boot}"));
         if !folder.is_dir() {
             forget_earlier_boots(state)?;
@@ -116,37 +128,39 @@ impl Leases {
         let path = self.folder.join(name);
         let target = fs::read_link(&path).map_err(failed("read", &path))?;
         let owner = target.to_str().and_then(|target| target.split_once('/'));
-        Ok(owner.map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
+        Ok(owner
+            .map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
     }
 
     /// An address for an owner: `wanted` if given, the one it holds already, or the next that is free.
     ///
     /// # Errors
     /// If there is none, or the wanted one can't be had.
-    pub fn acquire(&self, pool: &Pool, owner: &Owner, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, Error> {
+    pub fn acquire(&self, pool: &Pool, owner: &Owner, wanted: Option<Ipv4Addr>) -> Result<Acquired, Error> {
         let leases = self.all()?;
         let held = leases.iter().find(|lease| lease.owner == *owner).map(|lease| lease.address);
         if let Some(wanted) = wanted {
             if !pool.holds(wanted) {
                 return Err(Error::NotInPool(wanted));
             }
-            if held != Some(wanted) {
+            let fresh = held != Some(wanted);
+            if fresh {
                 if leases.iter().any(|lease| lease.address == wanted) {
                     return Err(Error::Taken(wanted));
                 }
                 self.write(wanted, owner)?;
             }
-            return Ok(wanted);
+            return Ok(Acquired { address: wanted, fresh });
         }
         // A pool that was changed may no longer have it.
         if let Some(held) = held.filter(|held| pool.holds(*held)) {
-            return Ok(held);
+            return Ok(Acquired { address: held, fresh: false });
         }
         let used: std::collections::HashSet<Ipv4Addr> = leases.iter().map(|lease| lease.address).collect();
         let next = pool.next(self.last(), |address| used.contains(&address)).ok_or(Error::Exhausted)?;
         self.write(next, owner)?;
         self.remember(next)?;
-        Ok(next)
+        Ok(Acquired { address: next, fresh: true })
     }
 
     /// Gives back everything that an owner holds; nothing held is no error.
@@ -217,7 +231,9 @@ mod tests {
     #[test]
     fn an_owner_keeps_its_address_until_it_gives_it_back() {
         let state = tempfile::tempdir().unwrap();
-        let acquire = |name: &str| Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None);
+        let acquire = |name: &str| {
+            Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None).map(|got| got.address)
+        };
         let a = acquire("a").unwrap();
         assert_eq!(acquire("a").unwrap(), a);
         let others: Vec<Ipv4Addr> = ["b", "c", "d", "e"].map(|name| acquire(name).unwrap()).to_vec();
@@ -233,8 +249,14 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let leases = Leases::open(state.path()).unwrap();
         let wanted = Ipv4Addr::new(10, 42, 1, 5);
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), wanted);
-        assert_eq!(leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(), wanted);
+        assert_eq!(
+            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
+            Acquired { address: wanted, fresh: true }
+        );
+        assert_eq!(
+            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
+            Acquired { address: wanted, fresh: false }
+        );
         assert!(matches!(leases.acquire(&pool(), &owner("b"), Some(wanted)), Err(Error::Taken(_))));
         for reserved in [0, 1, 7, 8] {
             let wanted = Ipv4Addr::new(10, 42, 1, reserved);
@@ -267,7 +289,7 @@ mod tests {
                     scope.spawn(move || {
                         let acquire = |n| {
                             let owner = owner(&format!("{thread}-{n}"));
-                            Leases::open(state).unwrap().acquire(pool, &owner, None).unwrap()
+                            Leases::open(state).unwrap().acquire(pool, &owner, None).unwrap().address
                         };
                         (0..30).map(acquire).collect::<Vec<_>>()
                     })

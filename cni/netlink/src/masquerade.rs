@@ -13,14 +13,17 @@
 
 use ipnetwork::Ipv4Network;
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    DefaultNla, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_netfilter::nftables::{
     Bitwise, ChainAttribute, ChainMessage, Cmp, DataAttribute, Expressions, Hook, HookNumber, InetHookNumber,
     NfTablesMessage, Operator, Payload, Register, RuleAttribute, RuleMessage, TableAttribute, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
-use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
@@ -74,13 +77,16 @@ pub fn ensure(cluster: Ipv4Network) -> Result<(), Error> {
         ],
     };
     // The table is made before it is deleted, so that the deletion can't miss.
-    batch("put the masquerade rule", [
-        (NfTablesMessage::NewTable(table()), NLM_F_CREATE),
-        (NfTablesMessage::DeleteTable(table()), 0),
-        (NfTablesMessage::NewTable(table()), NLM_F_CREATE),
-        (NfTablesMessage::NewChain(chain), NLM_F_CREATE),
-        (NfTablesMessage::NewRule(rule), NLM_F_CREATE | NLM_F_APPEND),
-    ])
+    batch(
+        "put the masquerade rule",
+        [
+            (NfTablesMessage::NewTable(table()), NLM_F_CREATE),
+            (NfTablesMessage::DeleteTable(table()), 0),
+            (NfTablesMessage::NewTable(table()), NLM_F_CREATE),
+            (NfTablesMessage::NewChain(chain), NLM_F_CREATE),
+            (NfTablesMessage::NewRule(rule), NLM_F_CREATE | NLM_F_APPEND),
+        ],
+    )
 }
 
 /// Removes the table. One that is gone is no error.

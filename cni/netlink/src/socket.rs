@@ -67,7 +67,11 @@ impl Netlink {
                     NetlinkPayload::Error(error) => {
                         let code = error.code.map_or(0, |code| code.get().saturating_neg());
                         let errno = Errno::from_raw(code);
-                        return Err(Error::Refused { op: about.op, subject: about.subject.to_owned(), errno });
+                        return Err(Error::Refused {
+                            op: about.op,
+                            subject: about.subject.to_owned(),
+                            errno,
+                        });
                     }
                     _ => {}
                 }

@@ -154,13 +154,18 @@ mod tests {
 
     #[test]
     fn refuses_names_that_the_kernel_or_the_disk_would_misread() {
-        let call = |id, ifname| {
-            read(&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", id), ("CNI_IFNAME", ifname)])
-        };
+        let call =
+            |id, ifname| read(&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", id), ("CNI_IFNAME", ifname)]);
         call("a-1_2.3", "eth0").unwrap();
-        for (id, ifname) in
-            [("../x", "eth0"), (".x", "eth0"), ("a/b", "eth0"), ("a", "a/b"), ("a", ".."), ("a", "a b"), ("a", "0123456789abcdef")]
-        {
+        for (id, ifname) in [
+            ("../x", "eth0"),
+            (".x", "eth0"),
+            ("a/b", "eth0"),
+            ("a", "a/b"),
+            ("a", ".."),
+            ("a", "a b"),
+            ("a", "0123456789abcdef"),
+        ] {
             assert!(matches!(call(id, ifname), Err(CallError::Invalid { .. })), "{id} {ifname}");
         }
     }

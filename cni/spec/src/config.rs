@@ -133,7 +133,9 @@ impl Config {
         // A configuration without a version is one of 0.1.0 (CNI 1.1.0 §1), which isn't spoken.
         let version = head.version.unwrap_or_else(|| "0.1.0".to_owned());
         let supported = || crate::SUPPORTED.map(Version::as_str).to_vec();
-        version.parse().map_err(|_unknown: crate::version::UnknownVersion| ConfigError::Version(version, supported()))
+        version
+            .parse()
+            .map_err(|_unknown: crate::version::UnknownVersion| ConfigError::Version(version, supported()))
     }
 
     /// Reads and checks a configuration.

@@ -68,8 +68,11 @@ impl AddResult {
                 value
             })
             .collect();
-        let routes: Vec<Value> =
-            self.routes.iter().map(|one| json!({"dst": one.destination.to_string(), "gw": one.gateway})).collect();
+        let routes: Vec<Value> = self
+            .routes
+            .iter()
+            .map(|one| json!({"dst": one.destination.to_string(), "gw": one.gateway}))
+            .collect();
         json!({"cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {}})
     }
 }
@@ -126,7 +129,10 @@ mod tests {
             }],
         };
         let old = result.to_json(Version::V0_4_0);
-        assert_eq!(old["ips"][0], json!({"version": "4", "address": "10.42.1.7/24", "gateway": "10.42.1.1", "interface": 0}));
+        assert_eq!(
+            old["ips"][0],
+            json!({"version": "4", "address": "10.42.1.7/24", "gateway": "10.42.1.1", "interface": 0})
+        );
         assert_eq!(old["interfaces"][0]["mtu"], Value::Null);
         let new = result.to_json(Version::V1_1_0);
         assert_eq!(new["cniVersion"], "1.1.0");

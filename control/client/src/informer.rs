@@ -106,7 +106,11 @@ pub async fn follow<K>(
     }
 }
 
-async fn follow_forever<K: Resource + Clone>(source: &dyn Source<K>, sink: &dyn Sink<K>, selection: &Selection) {
+async fn follow_forever<K: Resource + Clone>(
+    source: &dyn Source<K>,
+    sink: &dyn Sink<K>,
+    selection: &Selection,
+) {
     let mut backoff = BACKOFF_FIRST;
     loop {
         // "any" lets the server answer from its cache, as upstream's reflectors ask for.

@@ -78,7 +78,8 @@ impl Candidate<'_> {
             self.observed = Observation { spec: spec.clone(), at: Instant::now() };
         }
         let age = self.observed.at.elapsed();
-        let Decision::Take(new) = decide(spec.as_ref(), age, &self.election.identity, Timestamp::now()) else {
+        let Decision::Take(new) = decide(spec.as_ref(), age, &self.election.identity, Timestamp::now())
+        else {
             return Ok(false);
         };
         let (created, mut lease) = match lease {

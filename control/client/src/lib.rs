@@ -69,10 +69,8 @@ pub enum Class {
 /// Classifies an API error.
 pub fn classify(error: &kube::Error) -> Class {
     let kube::Error::Api(status) = error else { return Class::Retry };
-    let terminating = status
-        .details
-        .as_ref()
-        .is_some_and(|d| d.causes.iter().any(|c| c.reason == "NamespaceTerminating"));
+    let terminating =
+        status.details.as_ref().is_some_and(|d| d.causes.iter().any(|c| c.reason == "NamespaceTerminating"));
     match (status.reason.as_str(), status.code) {
         _ if terminating => Class::NamespaceTerminating,
         ("AlreadyExists", _) => Class::AlreadyExists,

@@ -171,7 +171,12 @@ impl Writer {
         }
     }
 
-    async fn write(&self, client: &kube::Client, correlator: &mut Correlator, note: Note) -> kube::Result<()> {
+    async fn write(
+        &self,
+        client: &kube::Client,
+        correlator: &mut Correlator,
+        note: Note,
+    ) -> kube::Result<()> {
         let object = object_id(&note.about);
         let group = Group { object, kind: note.kind, reason: note.reason.clone() };
         let Some(message) = correlator.admit(&group, &note.message, Instant::now()) else { return Ok(()) };
@@ -194,7 +199,8 @@ impl Writer {
         let event = self.event(&namespace, &note, message, now);
         let name = event.name_any();
         api.create(&PostParams::default(), &event).await?;
-        *entry(&mut correlator.written, key, || Written { name: String::new(), count: 0 }) = Written { name, count: 1 };
+        *entry(&mut correlator.written, key, || Written { name: String::new(), count: 0 }) =
+            Written { name, count: 1 };
         Ok(())
     }
 

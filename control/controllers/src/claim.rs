@@ -132,11 +132,8 @@ mod tests {
             ("db", Some("me"), false, true, Claim::Ignore),
         ];
         for (label, owner, deleting, owner_deleting, expected) in rows {
-            let decided = decide(
-                &meta("me", "", None, owner_deleting),
-                &selector,
-                &meta("x", label, owner, deleting),
-            );
+            let decided =
+                decide(&meta("me", "", None, owner_deleting), &selector, &meta("x", label, owner, deleting));
             assert_eq!(decided, expected, "{label} {owner:?} {deleting} {owner_deleting}");
         }
     }

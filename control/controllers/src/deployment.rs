@@ -87,7 +87,9 @@ impl Controller {
 
     /// Recreate waits for the last old pod.
     fn on_pod_gone(&self, pod: &Pod) {
-        let Some(controller) = controller_of(&pod.metadata).filter(|c| c.kind == "ReplicaSet") else { return };
+        let Some(controller) = controller_of(&pod.metadata).filter(|c| c.kind == "ReplicaSet") else {
+            return;
+        };
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
         let Some(rs) = self.shared.replica_sets.get(namespace, &controller.name) else { return };
         let Some(key) = self.owner(&rs) else { return };
@@ -126,7 +128,9 @@ impl Controller {
     fn old_pods_run(&self, all: &[Arc<ReplicaSet>], new: Option<&ReplicaSet>) -> bool {
         all.iter()
             .filter(|rs| new.is_none_or(|new| new.metadata.uid != rs.metadata.uid))
-            .flat_map(|rs| self.shared.pods.by_index(BY_OWNER, rs.metadata.uid.as_deref().unwrap_or_default()))
+            .flat_map(|rs| {
+                self.shared.pods.by_index(BY_OWNER, rs.metadata.uid.as_deref().unwrap_or_default())
+            })
             .any(|pod| !pod::is_terminal(&pod))
     }
 
@@ -175,7 +179,9 @@ impl Controller {
         for patch in &plan.patches {
             match api.patch(&patch.name, &PatchParams::default(), &Patch::Merge(body(patch))).await {
                 Ok(_) => {}
-                Err(e) if matches!(classify(&e), Class::Conflict | Class::NotFound) => return Ok(Outcome::Again),
+                Err(e) if matches!(classify(&e), Class::Conflict | Class::NotFound) => {
+                    return Ok(Outcome::Again);
+                }
                 Err(error) => return Err(error).doing("scale replica set", &patch.name),
             }
         }
@@ -231,7 +237,8 @@ impl Controller {
     /// collides.
     async fn collided(&self, d: &Deployment, key: &ObjectKey, rs: &ReplicaSet) -> Result<Created, SyncError> {
         let api: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
-        let Some(taken) = found(api.get(&rs.name_any()).await).doing("get replica set", rs.name_any())? else {
+        let Some(taken) = found(api.get(&rs.name_any()).await).doing("get replica set", rs.name_any())?
+        else {
             return Ok(Created::Stale);
         };
         let template = |rs: &ReplicaSet| rs.spec.clone().and_then(|s| s.template).unwrap_or_default();

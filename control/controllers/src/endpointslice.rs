@@ -153,7 +153,8 @@ impl Controller {
             let written = written.as_ref().and_then(|v| v.parse::<u64>().ok());
             version(name) < written
         };
-        let stale = pending.written.iter().any(behind) || pending.deleted.iter().any(|n| version(n).is_some());
+        let stale =
+            pending.written.iter().any(behind) || pending.deleted.iter().any(|n| version(n).is_some());
         if too_old || !stale {
             all.remove(key);
             return false;

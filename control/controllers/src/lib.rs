@@ -3,8 +3,14 @@
 
 mod claim;
 mod deployment;
+mod discovery;
+mod endpoints;
 mod endpointslice;
 mod error;
+mod gc;
+mod namespace;
+mod namespaced;
+mod node;
 mod pod;
 mod replicaset;
 mod shared;
@@ -21,13 +27,24 @@ use tokio_util::sync::CancellationToken;
 use weft_control_client::leader::{self, Election};
 use weft_control_client::recorder;
 
-/// The identity under which the shared caches are filled and the lease is held
-/// (`system:kube-controller-manager`).
+/// The identity under which the lease is held (`system:kube-controller-manager`).
 pub const MANAGER: &str = "kube-controller-manager";
 
 /// The names for which [`run`] asks for a client besides [`MANAGER`]; each is the service account of that name in
 /// `kube-system`, with upstream's role.
-pub const CONTROLLERS: &[&str] = &["deployment-controller", "replicaset-controller", "endpointslice-controller"];
+/// The shared caches are filled by controllers that may read the kind.
+pub const CONTROLLERS: &[&str] = &[
+    "deployment-controller",
+    "replicaset-controller",
+    "endpointslice-controller",
+    "endpoint-controller",
+    "namespace-controller",
+    "generic-garbage-collector",
+    "node-controller",
+    "node-ipam-controller",
+    "service-account-controller",
+    "root-ca-cert-publisher",
+];
 
 /// How the controllers work.
 #[derive(Clone, Debug)]
@@ -76,23 +93,28 @@ pub async fn run(
     if !config.leader_election {
         return start(shutdown).await;
     }
-    let election = Election {
-        namespace: "kube-system".into(),
-        name: MANAGER.into(),
-        identity: config.identity.clone(),
-    };
+    let election =
+        Election { namespace: "kube-system".into(), name: MANAGER.into(), identity: config.identity.clone() };
     leader::run(clients(MANAGER), &election, &shutdown, start).await
 }
 
 /// Runs all controllers for one term.
-async fn lead(config: &Config, clients: &impl Fn(&str) -> Client, term: CancellationToken) -> Result<(), Error> {
+async fn lead(
+    config: &Config,
+    clients: &impl Fn(&str) -> Client,
+    term: CancellationToken,
+) -> Result<(), Error> {
     let shared = Shared::new();
     let mut tasks = Tasks { set: JoinSet::new(), term: term.clone() };
     tasks.start_workloads(clients, &shared);
-    let _ = config;
+    tasks.start_services(clients, &shared);
+    tasks.start_namespaces(clients, &shared, config);
+    tasks.start_nodes(clients, &shared, config);
+    let collector = gc::Controller::new(clients("generic-garbage-collector"));
+    tasks.spawn(|term| async move { collector.run(&term).await });
     // Last: every controller has its handlers in place before the first object arrives.
-    let manager = clients(MANAGER);
-    tasks.spawn(|term| async move { shared.run(&manager, &term).await });
+    let readers = shared::Readers::new(clients);
+    tasks.spawn(|term| async move { shared.run(readers, &term).await });
     tasks.join().await;
     Ok(())
 }
@@ -129,9 +151,42 @@ impl Tasks {
         let recorder = self.recorder(&client, "replicaset-controller");
         let replica_sets = replicaset::Controller::new(client, shared.clone(), recorder);
         self.spawn(|term| async move { replica_sets.run(&term).await });
+    }
 
+    fn start_services(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>) {
         let slices = endpointslice::Controller::new(clients("endpointslice-controller"), shared.clone());
         self.spawn(|term| async move { slices.run(&term).await });
+        let endpoints = endpoints::Controller::new(clients("endpoint-controller"), shared.clone());
+        self.spawn(|term| async move { endpoints.run(&term).await });
+    }
+
+    fn start_namespaces(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {
+        let namespaces = namespace::Controller::new(clients("namespace-controller"), shared.clone());
+        self.spawn(|term| async move { namespaces.run(&term).await });
+        let accounts =
+            namespaced::ServiceAccounts::new(clients("service-account-controller"), shared.clone());
+        self.spawn(|term| async move { accounts.run(&term).await });
+        let pem = config.root_ca_pem.clone();
+        let roots = namespaced::RootCas::new(clients("root-ca-cert-publisher"), shared.clone(), pem);
+        self.spawn(|term| async move { roots.run(&term).await });
+    }
+
+    fn start_nodes(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {
+        let client = clients("node-ipam-controller");
+        let recorder = self.recorder(&client, "node-ipam-controller");
+        let ranges = (config.cluster_cidr, config.service_cidr);
+        let ipam = node::ipam::Controller::new(client, shared.clone(), recorder, ranges);
+        self.spawn(|term| async move { ipam.run(&term).await });
+
+        let client = clients("node-controller");
+        let recorder = self.recorder(&client, "node-controller");
+        let (to, grace) = (recorder.clone(), config.node_monitor_grace);
+        let lifecycle = node::lifecycle::Controller::new(client.clone(), shared.clone(), to, grace);
+        self.spawn(|term| async move { lifecycle.run(&term).await });
+        let eviction = node::eviction::Controller::new(client.clone(), shared.clone(), recorder);
+        self.spawn(|term| async move { eviction.run(&term).await });
+        let orphans = node::orphans::Controller::new(client, shared.clone());
+        self.spawn(|term| async move { orphans.run(&term).await });
     }
 
     /// Waits for all tasks. One that ends before the term does has failed: the term ends with it.

@@ -94,9 +94,7 @@ pub(crate) mod tests {
     #[test]
     fn availability_waits_for_min_ready_seconds() {
         let now = Timestamp::from_second(100).unwrap();
-        let left = |since, min| {
-            available_in(&pod("p", "Running", since, "n"), min, now).map(|d| d.as_secs())
-        };
+        let left = |since, min| available_in(&pod("p", "Running", since, "n"), min, now).map(|d| d.as_secs());
         assert_eq!(left(None, 0), None);
         assert_eq!(left(Some(100), 0), Some(0));
         assert_eq!(left(Some(95), 10), Some(5));

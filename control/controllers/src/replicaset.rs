@@ -114,7 +114,8 @@ impl Controller {
     }
 
     fn offer_orphan(&self, pod: &Pod) {
-        for rs in self.shared.replica_sets.in_namespace(pod.metadata.namespace.as_deref().unwrap_or_default()) {
+        for rs in self.shared.replica_sets.in_namespace(pod.metadata.namespace.as_deref().unwrap_or_default())
+        {
             let selector = rs.spec.as_ref().and_then(|s| claim::compile(&s.selector));
             if selector.is_some_and(|s| claim::matches(&s, &pod.metadata)) {
                 self.queue.add(ObjectKey::of(&rs.metadata));
@@ -196,7 +197,8 @@ impl Controller {
     async fn still_there(&self, rs: &ReplicaSet, key: &ObjectKey) -> Result<bool, SyncError> {
         let api: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
         let fresh = found(api.get(&key.name).await).doing("get replica set", key)?;
-        Ok(fresh.is_some_and(|f| f.metadata.uid == rs.metadata.uid && f.metadata.deletion_timestamp.is_none()))
+        Ok(fresh
+            .is_some_and(|f| f.metadata.uid == rs.metadata.uid && f.metadata.deletion_timestamp.is_none()))
     }
 
     /// The pods of all ReplicaSets under the same Deployment.
@@ -213,7 +215,12 @@ impl Controller {
         }
     }
 
-    async fn scale(&self, rs: &ReplicaSet, key: &ObjectKey, scaling: Scaling) -> Option<(Failure, SyncError)> {
+    async fn scale(
+        &self,
+        rs: &ReplicaSet,
+        key: &ObjectKey,
+        scaling: Scaling,
+    ) -> Option<(Failure, SyncError)> {
         match scaling {
             Scaling::Keep => None,
             Scaling::Create(count) => {

@@ -57,24 +57,52 @@ impl Shared {
     }
 
     /// Fills the caches until `shutdown`.
-    pub(crate) async fn run(&self, client: &Client, shutdown: &CancellationToken) {
+    pub(crate) async fn run(&self, readers: Readers, shutdown: &CancellationToken) {
         let all = Selection::default;
         let named = |name: &str| Selection { fields: Some(format!("metadata.name={name}")), labels: None };
         let stop = || shutdown.clone();
-        let api = || client.clone();
+        let Readers { deployments, replica_sets, slices, endpoints, namespaces, nodes, accounts, roots } =
+            readers;
         tokio::join!(
-            self.pods.run(Api::all(api()), all(), stop()),
-            self.replica_sets.run(Api::all(api()), all(), stop()),
-            self.deployments.run(Api::all(api()), all(), stop()),
-            self.services.run(Api::all(api()), all(), stop()),
-            self.nodes.run(Api::all(api()), all(), stop()),
-            self.namespaces.run(Api::all(api()), all(), stop()),
-            self.endpoint_slices.run(Api::all(api()), all(), stop()),
-            self.endpoints.run(Api::all(api()), all(), stop()),
-            self.service_accounts.run(Api::all(api()), named("default"), stop()),
-            self.root_cas.run(Api::all(api()), named(ROOT_CA), stop()),
-            self.node_leases.run(Api::namespaced(api(), NODE_LEASES), all(), stop()),
+            self.pods.run(Api::all(replica_sets), all(), stop()),
+            self.replica_sets.run(Api::all(deployments.clone()), all(), stop()),
+            self.deployments.run(Api::all(deployments), all(), stop()),
+            self.services.run(Api::all(slices.clone()), all(), stop()),
+            self.nodes.run(Api::all(nodes.clone()), all(), stop()),
+            self.namespaces.run(Api::all(namespaces), all(), stop()),
+            self.endpoint_slices.run(Api::all(slices), all(), stop()),
+            self.endpoints.run(Api::all(endpoints), all(), stop()),
+            self.service_accounts.run(Api::all(accounts), named("default"), stop()),
+            self.root_cas.run(Api::all(roots), named(ROOT_CA), stop()),
+            self.node_leases.run(Api::namespaced(nodes, NODE_LEASES), all(), stop()),
         );
+    }
+}
+
+/// Who fills the caches: for each kind a controller that may read it, so that no identity may read everything.
+pub(crate) struct Readers {
+    deployments: Client,
+    replica_sets: Client,
+    slices: Client,
+    endpoints: Client,
+    namespaces: Client,
+    nodes: Client,
+    accounts: Client,
+    roots: Client,
+}
+
+impl Readers {
+    pub(crate) fn new(clients: &impl Fn(&str) -> Client) -> Self {
+        Self {
+            deployments: clients("deployment-controller"),
+            replica_sets: clients("replicaset-controller"),
+            slices: clients("endpointslice-controller"),
+            endpoints: clients("endpoint-controller"),
+            namespaces: clients("namespace-controller"),
+            nodes: clients("node-controller"),
+            accounts: clients("service-account-controller"),
+            roots: clients("root-ca-cert-publisher"),
+        }
     }
 }
 

@@ -103,9 +103,10 @@ fn affine(pod: &PodInfo, name: &str, labels: &BTreeMap<String, String>) -> bool 
     if !pod.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value)) {
         return false;
     }
-    let required = pod.node_affinity.as_ref().and_then(|a| {
-        a.required_during_scheduling_ignored_during_execution.as_ref()
-    });
+    let required = pod
+        .node_affinity
+        .as_ref()
+        .and_then(|a| a.required_during_scheduling_ignored_during_execution.as_ref());
     required.is_none_or(|r| r.node_selector_terms.iter().any(|term| term_matches(term, name, labels)))
 }
 
@@ -113,9 +114,7 @@ fn affine(pod: &PodInfo, name: &str, labels: &BTreeMap<String, String>) -> bool 
 pub(crate) fn term_matches(term: &NodeSelectorTerm, name: &str, labels: &BTreeMap<String, String>) -> bool {
     let expressions = term.match_expressions.as_deref().unwrap_or_default();
     let fields = term.match_fields.as_deref().unwrap_or_default();
-    let field = |r: &NodeSelectorRequirement| {
-        holds(r, (r.key == "metadata.name").then_some(name))
-    };
+    let field = |r: &NodeSelectorRequirement| holds(r, (r.key == "metadata.name").then_some(name));
     !(expressions.is_empty() && fields.is_empty())
         && expressions.iter().all(|r| holds(r, labels.get(&r.key).map(String::as_str)))
         && fields.iter().all(field)
@@ -219,7 +218,8 @@ mod tests {
 
     #[test]
     fn tolerations_cover_taints() {
-        let taint = Taint { key: "k".into(), value: Some("5".into()), effect: "NoSchedule".into(), time_added: None };
+        let taint =
+            Taint { key: "k".into(), value: Some("5".into()), effect: "NoSchedule".into(), time_added: None };
         let rows = [
             (Some("k"), Some("Equal"), Some("5"), None, true),
             (Some("k"), None, Some("5"), Some("NoSchedule"), true),

@@ -67,8 +67,11 @@ pub async fn run(config: Config, client: Client, shutdown: CancellationToken) ->
         }
     };
     let ended = if config.leader_election {
-        let election =
-            Election { namespace: "kube-system".into(), name: LEASE.into(), identity: config.identity.clone() };
+        let election = Election {
+            namespace: "kube-system".into(),
+            name: LEASE.into(),
+            identity: config.identity.clone(),
+        };
         leader::run(client.clone(), &election, &shutdown, term).await
     } else {
         term(shutdown).await

@@ -56,7 +56,11 @@ impl Metrics {
             "Number of attempts to schedule pods, by the result",
             self.attempts.clone(),
         );
-        registry.register("scheduler_pending_pods", "Number of pending pods, by the queue", self.pending.clone());
+        registry.register(
+            "scheduler_pending_pods",
+            "Number of pending pods, by the queue",
+            self.pending.clone(),
+        );
         registry.register(
             "scheduler_scheduling_attempt_duration_seconds",
             "Scheduling attempt latency in seconds (decision and binding)",

@@ -49,8 +49,13 @@ struct Waiting {
 enum Place {
     Active,
     /// `urgent`: an error, not a full cluster, so the back-off is waited out.
-    Backoff { until: Instant, error: bool },
-    Unschedulable { plugins: BTreeSet<Plugin> },
+    Backoff {
+        until: Instant,
+        error: bool,
+    },
+    Unschedulable {
+        plugins: BTreeSet<Plugin>,
+    },
     /// Being bound.
     InFlight,
 }

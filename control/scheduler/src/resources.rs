@@ -68,7 +68,9 @@ pub(crate) fn requests(pod: &Pod) -> (Resources, Resources) {
     let exact = total(spec, |c| Resources::read(c.resources.as_ref().and_then(|r| r.requests.as_ref())));
     let scored = total(spec, |c| {
         let mut amounts = Resources::read(c.resources.as_ref().and_then(|r| r.requests.as_ref()));
-        let asks = |name| c.resources.as_ref().and_then(|r| r.requests.as_ref()).is_some_and(|r| r.contains_key(name));
+        let asks = |name| {
+            c.resources.as_ref().and_then(|r| r.requests.as_ref()).is_some_and(|r| r.contains_key(name))
+        };
         if !asks("cpu") {
             amounts.cpu_millis = DEFAULT_CPU_MILLIS;
         }

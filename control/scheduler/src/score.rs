@@ -97,7 +97,10 @@ fn affinity(pod: &PodInfo, candidates: &[Candidate<'_>]) -> Vec<f64> {
     let preferred = pod.node_affinity.as_ref();
     let preferred = preferred.and_then(|a| a.preferred_during_scheduling_ignored_during_execution.as_deref());
     relative(each(candidates, |(node, facts)| {
-        let hits = preferred.into_iter().flatten().filter(|t| term_matches(&t.preference, &node.name, &facts.labels));
+        let hits = preferred
+            .into_iter()
+            .flatten()
+            .filter(|t| term_matches(&t.preference, &node.name, &facts.labels));
         hits.map(|t| f64::from(t.weight)).sum()
     }))
 }

@@ -110,7 +110,13 @@ impl Sink<Pod> for PodSink {
         let keep: BTreeSet<_> = pods.iter().filter_map(|p| p.metadata.uid.clone()).collect();
         let gone: Vec<_> = {
             let state = self.0.state.lock();
-            state.cache.placed().chain(state.queue.uids()).filter(|uid| !keep.contains(*uid)).cloned().collect()
+            state
+                .cache
+                .placed()
+                .chain(state.queue.uids())
+                .filter(|uid| !keep.contains(*uid))
+                .cloned()
+                .collect()
         };
         gone.iter().for_each(|uid| self.gone(uid));
         pods.into_iter().for_each(|pod| self.applied(pod));
@@ -279,7 +285,8 @@ impl Scheduler {
         self.count(Outcome::Unschedulable, started);
         self.recorder.event(reference(pod), Kind::Warning, "FailedScheduling", why.message.clone());
         let Some(condition) = condition(pod, why, Timestamp::now()) else { return };
-        let patch = Patch::Strategic(json!({"metadata": {"uid": pod.uid}, "status": {"conditions": [condition]}}));
+        let patch =
+            Patch::Strategic(json!({"metadata": {"uid": pod.uid}, "status": {"conditions": [condition]}}));
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         if let Err(error) = found(api.patch_status(&pod.name, &PatchParams::default(), &patch).await) {
             tracing::warn!(pod = %pod.key(), error = %Chain(&error), "cannot write the pod's condition");

@@ -183,7 +183,7 @@ pub(crate) async fn until_done(
 async fn nodes_ready(client: kube::Client, names: &[String]) -> anyhow::Result<()> {
     let api = kube::Api::<core::Node>::all(client);
     let mut events =
-        watcher::watcher(api, watcher::Config::default()).default_backoff().applied_objects().boxed();
+        watcher::watcher(api.clone(), watcher::Config::default()).default_backoff().applied_objects().boxed();
     let mut waiting: Vec<&String> = names.iter().collect();
     while !waiting.is_empty() {
         let Some(node) = events.try_next().await.context("cannot watch the nodes")? else {
@@ -195,7 +195,15 @@ async fn nodes_ready(client: kube::Client, names: &[String]) -> anyhow::Result<(
             waiting.retain(|name| **name != node.name_any());
         }
     }
-    Ok(())
+    label_control_plane(&api, names).await
+}
+
+/// The node that the control plane runs beside, as kubeadm labels it. A kubelet may not give itself a role.
+async fn label_control_plane(api: &kube::Api<core::Node>, names: &[String]) -> anyhow::Result<()> {
+    let Some(first) = names.first() else { return Ok(()) };
+    let label = serde_json::json!({"metadata": {"labels": {"node-role.kubernetes.io/control-plane": ""}}});
+    let patched = api.patch(first, &kube::api::PatchParams::default(), &kube::api::Patch::Merge(label)).await;
+    patched.map(|_| ()).with_context(|| format!("cannot label the node {first}"))
 }
 
 #[expect(clippy::print_stdout, reason = "this is the command's output")]

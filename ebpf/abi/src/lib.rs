@@ -77,7 +77,9 @@ pub const SCOPE_EXTERNAL: u8 = 1;
 ///
 /// NodePorts have the unspecified address: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
 /// Port 0 and protocol 0 mark a cluster address as a Service's: what it does not serve is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct ServiceKey {
     /// Cluster, external or load-balancer address.
@@ -95,7 +97,9 @@ const _: () = assert!(size_of::<ServiceKey>() == 20 && offset_of!(ServiceKey, po
 pub const SERVICE_KEEP_SOURCE: u32 = 1;
 
 /// Where a Service's traffic goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct ServiceValue {
     /// Its list of backends; several addresses of a Service share one.
@@ -110,7 +114,9 @@ pub struct ServiceValue {
 const _: () = assert!(size_of::<ServiceValue>() == 16);
 
 /// A place in a list of backends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct SlotKey {
     /// The list.
@@ -121,7 +127,9 @@ pub struct SlotKey {
 const _: () = assert!(size_of::<SlotKey>() == 8);
 
 /// An endpoint's address and port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct BackendKey {
     /// Pod's or node's address.
@@ -139,7 +147,9 @@ const _: () = assert!(size_of::<BackendKey>() == 20);
 pub const BACKEND_ACTIVE: u32 = 1;
 
 /// What is known of a backend. A flow holds the generation it began with; if it differs, the flow's endpoint is gone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct BackendValue {
     /// Never used twice on a node.

@@ -107,7 +107,6 @@ fn pick<T: Tables>(tables: &T, service: &ServiceValue) -> Option<BackendKey> {
 /// Maps a random number evenly onto 0 to `count - 1` (a multiplication; the remainder would cost a division).
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "the product of two u32 shifted by 32 is below `count`")]
 pub const fn scale(random: u32, count: u32) -> u32 {
     ((random as u64 * count as u64) >> 32) as u32
 }

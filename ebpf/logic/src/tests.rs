@@ -92,7 +92,11 @@ fn destinations() {
     let rows = [
         ("cluster address", to(VIP, 80), Found::Service(value)),
         ("a port it does not serve", to(VIP, 81), Found::UnknownPort),
-        ("its port over the other protocol", Destination { protocol: UDP, ..to(VIP, 80) }, Found::UnknownPort),
+        (
+            "its port over the other protocol",
+            Destination { protocol: UDP, ..to(VIP, 80) },
+            Found::UnknownPort,
+        ),
         ("NodePort at the node", to(NODE, 30080), Found::Service(value)),
         ("NodePort at loopback", to(loopback, 30080), Found::Service(value)),
         ("loopback of a pod", Destination { loopback_is_node: false, ..to(loopback, 30080) }, Found::Nothing),
@@ -184,10 +188,8 @@ fn generations() {
 
 /// The checksum as RFC 1071 words it, for comparison.
 fn reference_checksum(bytes: &[u8]) -> u16 {
-    let mut total: u64 = bytes
-        .chunks(2)
-        .map(|c| u64::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)])))
-        .sum();
+    let mut total: u64 =
+        bytes.chunks(2).map(|c| u64::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))).sum();
     while total >> 16 != 0 {
         total = (total & 0xffff) + (total >> 16);
     }

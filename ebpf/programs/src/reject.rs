@@ -28,9 +28,8 @@ pub fn reject(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
 #[inline(always)]
 fn turn_ethernet(ctx: &TcContext) -> Option<()> {
     let old: [u8; 12] = ctx.load(0).ok()?;
-    let new = [
-        old[6], old[7], old[8], old[9], old[10], old[11], old[0], old[1], old[2], old[3], old[4], old[5],
-    ];
+    let new =
+        [old[6], old[7], old[8], old[9], old[10], old[11], old[0], old[1], old[2], old[3], old[4], old[5]];
     ctx.store(0, &new, 0).ok()
 }
 

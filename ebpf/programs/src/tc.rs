@@ -8,10 +8,10 @@ use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
+use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
 use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, ETHERTYPE_IPV4, FIN, IPV4_BYTES, Ipv4, RST, SYN};
 use weft_ebpf_logic::service::{Client, Destination, Found, find, flow_is_current, select};
-use weft_ebpf_logic::Tables;
 
 use crate::maps::{FLOWS, Kernel, config, count};
 use crate::reject::reject;
@@ -275,10 +275,7 @@ fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
     let checksum = transport + if udp { 6 } else { 16 };
     // A UDP checksum of 0 means "none", and stays none.
     let mangled = if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-    let pairs = [
-        (key.source.low(), entry.source.low()),
-        (key.destination.low(), entry.destination.low()),
-    ];
+    let pairs = [(key.source.low(), entry.source.low()), (key.destination.low(), entry.destination.low())];
     for (old, new) in pairs {
         if old != new {
             let (from, to) = (u64::from(u32::from_ne_bytes(old)), u64::from(u32::from_ne_bytes(new)));
@@ -286,7 +283,8 @@ fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
             ctx.l3_csum_replace(ETHERNET_BYTES + 10, from, to, 4).ok()?;
         }
     }
-    let old = [key.source_port.0[0], key.source_port.0[1], key.destination_port.0[0], key.destination_port.0[1]];
+    let old =
+        [key.source_port.0[0], key.source_port.0[1], key.destination_port.0[0], key.destination_port.0[1]];
     let new = [
         entry.source_port.0[0],
         entry.source_port.0[1],

@@ -93,7 +93,10 @@ fn linker(root: &Path) -> anyhow::Result<PathBuf> {
 /// Debian's rustc-web with the sources of `core`, or rustup's nightly with rust-src.
 fn toolchain() -> anyhow::Result<Toolchain> {
     let (rustc, cargo) = (PathBuf::from("/usr/bin/rustc"), PathBuf::from("/usr/bin/cargo"));
-    if rustc.is_file() && cargo.is_file() && has_core(&rustc, &[]) && llvm_version(&rustc, &[]).as_deref() == Some(LLVM_MAJOR)
+    if rustc.is_file()
+        && cargo.is_file()
+        && has_core(&rustc, &[])
+        && llvm_version(&rustc, &[]).as_deref() == Some(LLVM_MAJOR)
     {
         return Ok(Toolchain { cargo, rustc: Some(rustc), toolchain: None });
     }
@@ -111,7 +114,8 @@ fn toolchain() -> anyhow::Result<Toolchain> {
 }
 
 fn ask(program: &Path, before: &[&str], question: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(before).args(question).env_remove("RUSTUP_TOOLCHAIN").output().ok()?;
+    let output =
+        Command::new(program).args(before).args(question).env_remove("RUSTUP_TOOLCHAIN").output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -136,13 +140,17 @@ fn llvm_folder() -> Option<PathBuf> {
             folders.extend(sysroot.map(|s| PathBuf::from(s.trim()).join("lib")));
         }
     }
-    folders.extend([format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH), "/usr/lib64".to_owned()].map(PathBuf::from));
+    folders.extend(
+        [format!("/usr/lib/{}-linux-gnu", std::env::consts::ARCH), "/usr/lib64".to_owned()]
+            .map(PathBuf::from),
+    );
     folders.into_iter().find(|folder| has_llvm(folder))
 }
 
 fn has_llvm(folder: &Path) -> bool {
     let names = fs::read_dir(folder).into_iter().flatten().flatten();
     names.map(|entry| entry.file_name().to_string_lossy().into_owned()).any(|name| {
-        name.starts_with(&format!("libLLVM.so.{LLVM_MAJOR}")) || name.starts_with(&format!("libLLVM-{LLVM_MAJOR}"))
+        name.starts_with(&format!("libLLVM.so.{LLVM_MAJOR}"))
+            || name.starts_with(&format!("libLLVM-{LLVM_MAJOR}"))
     })
 }

@@ -22,8 +22,9 @@ const TABLE: &[(&str, &[&str])] = &[
     ("weft-control-api", &[]),
     ("weft-control-store", &[]),
     ("weft-control-apiserver", &["weft-control-api", "weft-control-store"]),
-    ("weft-control-scheduler", &["weft-control-api"]),
-    ("weft-control-controllers", &["weft-control-api"]),
+    ("weft-control-client", &[]),
+    ("weft-control-scheduler", &["weft-control-api", "weft-control-client"]),
+    ("weft-control-controllers", &["weft-control-api", "weft-control-client"]),
     ("weft-control-weft", &["weft-*"]),
     ("weft-tests-*", &["weft-*"]),
 ];

@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -184,8 +184,7 @@ pub(crate) fn received<S>(message: &nix::sys::socket::RecvMsg<'_, '_, S>) -> Vec
     let mut found = Vec::new();
     for control in message.cmsgs().into_iter().flatten() {
         if let ControlMessageOwned::ScmRights(descriptors) = control {
-            // SAFETY: the kernel has just installed them for us, and nobody else knows them.
-            found.extend(descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            found.extend(descriptors.into_iter().map(sys::own_received));
         }
     }
     found

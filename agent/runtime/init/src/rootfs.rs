@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use rustix::fs::CWD;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
 use weft_agent_runtime_init::wire::{Mount, Propagation, Root, Start};
 
 use crate::sys;
@@ -33,6 +36,9 @@ const NONE: Option<&str> = None;
 const DEV_OPTIONS: &str = "mode=755,size=65536k";
 /// Group 5 is `tty` wherever the group exists.
 const DEVPTS_OPTIONS: &str = "newinstance,ptmxmode=0666,mode=0620,gid=5";
+
+/// So many names of 64 digits, and two long paths, fit the page of options that the kernel takes.
+const MAX_LAYERS_IN_OPTIONS: usize = 40;
 
 /// Name, major and minor number.
 const NODES: [(&str, u64, u64); 6] =
@@ -151,24 +157,46 @@ fn cgroup_views(spec: &Start) -> Result<Vec<(String, OwnedFd)>, String> {
     Ok(views)
 }
 
-/// Mounts the overlay and makes it the root. Layers are named relative to their folder, because the kernel takes at
-/// most a page of options.
+/// Mounts the overlay and makes it the root.
 fn pivot(root: &Root, devices: bool) -> Result<(), String> {
     let target = root.folder.join("root");
     std::env::set_current_dir(&root.layers).context(|| format!("enter {}", root.layers.display()))?;
-    let part = |name: &str| escape(&root.folder.join(name).to_string_lossy());
-    let options =
-        format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
-    let flags = if devices { MsFlags::empty() } else { MsFlags::MS_NODEV };
-    let overlay = |options: &str| mount(Some("overlay"), &target, Some("overlay"), flags, Some(options));
-    // A container's root outlives no crash of the machine, so it need never be synced.
-    overlay(&format!("{options},volatile"))
-        .or_else(|_older_kernel| overlay(&options))
-        .context(|| format!("mount the image of {} layers", root.lower.len()))?;
+    let mounted = if root.lower.len() > MAX_LAYERS_IN_OPTIONS {
+        overlay_by_parts(root, &target, devices)
+    } else {
+        overlay(root, &target, devices)
+    };
+    mounted.context(|| format!("mount the image of {} layers", root.lower.len()))?;
     std::env::set_current_dir(&target).context(|| "enter the root".to_owned())?;
     nix::unistd::pivot_root(".", ".").context(|| "change the root".to_owned())?;
     umount2(".", MntFlags::MNT_DETACH).context(|| "leave the node's root".to_owned())?;
     std::env::set_current_dir("/").context(|| "enter the new root".to_owned())
+}
+
+/// Layers are named relative to their folder, because the kernel takes at most a page of options.
+fn overlay(root: &Root, target: &Path, devices: bool) -> io::Result<()> {
+    let part = |name: &str| escape(&root.folder.join(name).to_string_lossy());
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", root.lower.join(":"), part("upper"), part("work"));
+    let flags = if devices { MsFlags::empty() } else { MsFlags::MS_NODEV };
+    let mount = |options: &str| mount(Some("overlay"), target, Some("overlay"), flags, Some(options));
+    // A container's root outlives no crash of the machine, so it need never be synced. Linux before 5.10 can't do without.
+    mount(&format!("{options},volatile")).or_else(|_refused| mount(&options))?;
+    Ok(())
+}
+
+/// One call per layer: Linux 6.7 and later.
+fn overlay_by_parts(root: &Root, target: &Path, devices: bool) -> io::Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    root.lower.iter().try_for_each(|layer| fsconfig_set_string(&context, "lowerdir+", layer.as_str()))?;
+    fsconfig_set_string(&context, "upperdir", root.folder.join("upper"))?;
+    fsconfig_set_string(&context, "workdir", root.folder.join("work"))?;
+    fsconfig_set_flag(&context, "volatile")?;
+    fsconfig_create(&context)?;
+    let flags = if devices { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_NODEV };
+    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(())
 }
 
 /// Overlay's options end at a comma and its layers at a colon.

@@ -245,3 +245,9 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
     check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0) })?;
     Ok(())
 }
+
+/// Takes a descriptor that has just come with a message.
+pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has installed it for us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}

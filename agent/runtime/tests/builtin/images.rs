@@ -272,3 +272,21 @@ async fn layers_stack_and_a_used_image_stays() {
     node.runtime().images().remove("stack:1").unwrap();
     node.finish().await;
 }
+
+#[tokio::test]
+async fn an_image_may_have_many_layers() {
+    if !require("an_image_may_have_many_layers", &["root"]) {
+        return;
+    }
+    let node = Node::new().await;
+    let mut image = image::busybox("deep:1", json!({}));
+    for number in 0..100 {
+        let layer = Layer::new().file("same", 0o644, format!("{number}\n").as_bytes());
+        image.layers.push(layer.file(&format!("own{number}"), 0o644, b"").build());
+    }
+    node.runtime().images().import(&image.write(node.folder.path())).unwrap();
+    let mut spec = script("c", "ls / | grep -c own; cat /same");
+    spec.image = "deep:1".to_owned();
+    assert_eq!(node.run(spec).await.1, "100\n99\n");
+    node.finish().await;
+}

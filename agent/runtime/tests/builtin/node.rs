@@ -174,6 +174,11 @@ impl Node {
             let group = hierarchy.path().join(&self.config.cgroup_parent);
             assert!(!group.exists(), "a cgroup is left: {}", group.display());
         }
+        for process in fs::read_dir("/proc").unwrap().flatten() {
+            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).into_owned();
+            assert!(!(command.starts_with("weft-init") && command.contains(&ours)), "{command:?} is left");
+        }
         assert!(!self.config.run_dir.join(&self.config.node_name).exists(), "run-time files are left");
     }
 }

@@ -133,7 +133,11 @@ mod tests {
         ];
         for (wanted, surge, unavailable, max_s, max_u) in rows {
             let d = deployment(wanted, surge, unavailable);
-            assert_eq!((max_surge(&d), max_unavailable(&d)), (max_s, max_u), "{wanted} {surge} {unavailable}");
+            assert_eq!(
+                (max_surge(&d), max_unavailable(&d)),
+                (max_s, max_u),
+                "{wanted} {surge} {unavailable}"
+            );
         }
     }
 }

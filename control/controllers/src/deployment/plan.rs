@@ -162,7 +162,9 @@ impl Step<'_> {
             spec.min_ready_seconds = Some(min_ready);
         }
         let name = self.sets[at].rs.metadata.name.clone().unwrap_or_default();
-        self.set_revision(self.sets[at].rs.metadata.annotations.as_ref().and_then(|a| a.get(REVISION)).cloned());
+        self.set_revision(
+            self.sets[at].rs.metadata.annotations.as_ref().and_then(|a| a.get(REVISION)).cloned(),
+        );
         progress::note_found(&mut self.d, &name, self.input.now);
     }
 
@@ -201,7 +203,8 @@ impl Step<'_> {
 
     fn roll(&mut self) {
         self.adopt_or_create_new();
-        if !self.reconcile_new() && !self.reconcile_old() && status::complete(&self.d, self.d.status.as_ref()) {
+        if !self.reconcile_new() && !self.reconcile_old() && status::complete(&self.d, self.d.status.as_ref())
+        {
             self.clean_up();
         }
         self.sync_rollout_status();
@@ -336,7 +339,9 @@ impl Step<'_> {
     /// Old, empty ReplicaSets beyond the history limit go, the oldest revision first.
     fn clean_up(&mut self) {
         let limit = self.d.spec.as_ref().and_then(|s| s.revision_history_limit);
-        let Some(limit) = limit.filter(|l| *l != i32::MAX).and_then(|l| usize::try_from(l).ok()) else { return };
+        let Some(limit) = limit.filter(|l| *l != i32::MAX).and_then(|l| usize::try_from(l).ok()) else {
+            return;
+        };
         let mut old: Vec<_> = self
             .old()
             .into_iter()
@@ -370,9 +375,7 @@ impl Step<'_> {
         }
         let direction = if target > have { "up" } else { "down" };
         let name = rs.metadata.name.as_deref().unwrap_or_default();
-        self.plan
-            .events
-            .push(format!("Scaled {direction} replica set {name} from {have} to {target}"));
+        self.plan.events.push(format!("Scaled {direction} replica set {name} from {have} to {target}"));
     }
 
     fn finish(mut self) -> Plan {
@@ -384,7 +387,8 @@ impl Step<'_> {
         }
         let old_status = self.input.deployment.status.clone().unwrap_or_default();
         let new_status = self.d.status.clone().unwrap_or_default();
-        let annotated = self.d.metadata.annotations.as_ref() != self.input.deployment.metadata.annotations.as_ref();
+        let annotated =
+            self.d.metadata.annotations.as_ref() != self.input.deployment.metadata.annotations.as_ref();
         if annotated || !same_status(&old_status, &new_status) {
             self.plan.status = Some(self.d);
         }

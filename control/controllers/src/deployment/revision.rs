@@ -31,7 +31,8 @@ pub(super) fn annotation_number(rs: &ReplicaSet, name: &str) -> Option<i64> {
 
 /// Whether a ReplicaSet was made for the Deployment's current template.
 pub(super) fn has_template(rs: &ReplicaSet, d: &Deployment) -> bool {
-    let (Some(template), Some(spec)) = (rs.spec.as_ref().and_then(|s| s.template.as_ref()), d.spec.as_ref()) else {
+    let (Some(template), Some(spec)) = (rs.spec.as_ref().and_then(|s| s.template.as_ref()), d.spec.as_ref())
+    else {
         return false;
     };
     same_template(template, &spec.template)

@@ -266,6 +266,9 @@ mod tests {
         let (wanted, _) = wanted(&service, &pods(0..3), "IPv4", |_| Some(node("z")));
         let plan = plan(&service, "IPv4", &slices, wanted, Some("2026-11-21T04:00:00Z"));
         assert_eq!(plan.update[0].metadata.labels.as_ref().unwrap()["tier"], "front");
-        assert_eq!(plan.update[0].metadata.annotations.as_ref().unwrap()[TRIGGER_TIME], "2026-11-21T04:00:00Z");
+        assert_eq!(
+            plan.update[0].metadata.annotations.as_ref().unwrap()[TRIGGER_TIME],
+            "2026-11-21T04:00:00Z"
+        );
     }
 }

@@ -18,7 +18,12 @@ struct Ranked {
 
 /// The `count` pods to delete, chosen from `pods`. `related` are all pods of the same owner (a Deployment's other
 /// ReplicaSets included): crowded nodes are thinned first.
-pub(crate) fn surplus(pods: Vec<Arc<Pod>>, related: &[Arc<Pod>], count: usize, now: Timestamp) -> Vec<Arc<Pod>> {
+pub(crate) fn surplus(
+    pods: Vec<Arc<Pod>>,
+    related: &[Arc<Pod>],
+    count: usize,
+    now: Timestamp,
+) -> Vec<Arc<Pod>> {
     if count >= pods.len() {
         return pods;
     }
@@ -135,8 +140,9 @@ mod tests {
 
     #[test]
     fn crowded_nodes_are_thinned_first() {
-        let all: Vec<_> =
-            [("a", "n1"), ("b", "n2"), ("c", "n2")].map(|(p, n)| Arc::new(pod(p, "Running", Some(1), n))).into();
+        let all: Vec<_> = [("a", "n1"), ("b", "n2"), ("c", "n2")]
+            .map(|(p, n)| Arc::new(pod(p, "Running", Some(1), n)))
+            .into();
         let gone = surplus(all.clone(), &all, 1, Timestamp::from_second(10).unwrap());
         assert_eq!(pod::node_name(&gone[0]), "n2");
     }

@@ -261,8 +261,7 @@ fn history_beyond_the_limit_is_deleted_oldest_first() {
 fn availability_shows_in_the_status() {
     let d = deployment(4, "1", "1");
     let rows = [(4, "True", "MinimumReplicasAvailable"), (3, "True", "MinimumReplicasAvailable")];
-    for (available, expected, reason) in
-        rows.into_iter().chain([(2, "False", "MinimumReplicasUnavailable")])
+    for (available, expected, reason) in rows.into_iter().chain([(2, "False", "MinimumReplicasUnavailable")])
     {
         let plan = step(&d, &[set("new", 1, 4, available, &d)]);
         let status = plan.status.unwrap().status.unwrap();

@@ -1,0 +1,68 @@
+//! CHECK: whether everything is still as ADD left it.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd as _;
+
+use ipnetwork::IpNetwork;
+use serde_json::Value;
+use weft_cni_ipam::Owner;
+use weft_cni_netlink::{Class, Link, Netlink, namespace};
+use weft_cni_spec::{Call, Config};
+
+use crate::error::PluginError;
+use crate::{leases, names};
+
+pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), PluginError> {
+    let prev = config.prev_result.as_ref().ok_or(PluginError::Missing("prevResult"))?;
+    let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
+    let netns =
+        namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
+
+    let lease = leases(config)?.all()?.into_iter().find(|lease| lease.owner == *owner);
+    let address = lease.ok_or_else(|| wrong("the container holds no address"))?.address;
+    if !answered(prev, address) {
+        return Err(wrong(format!("the container holds {address}, which prevResult doesn't name")));
+    }
+
+    let mut host = Netlink::open()?;
+    let bridge = find(&mut host, &config.bridge)?;
+    let port = find(&mut host, &names::host_interface(&config.name, owner))?;
+    if port.master != Some(bridge.index) {
+        return Err(wrong(format!("{} is no port of {}", port.name, bridge.name)));
+    }
+    let gateway = IpAddr::V4(config.ipam.gateway);
+    if !host.addresses()?.iter().any(|one| one.index == bridge.index && one.network.ip() == gateway) {
+        return Err(wrong(format!("{} doesn't have the address {gateway}", bridge.name)));
+    }
+
+    let mut pod = Netlink::open_within(netns.as_fd())?;
+    let interface = find(&mut pod, &owner.ifname)?;
+    let wanted = IpNetwork::new(address.into(), config.ipam.subnet.prefix()).ok();
+    if !pod.addresses()?.iter().any(|one| one.index == interface.index && Some(one.network) == wanted) {
+        return Err(wrong(format!("{} doesn't have the address {address}", interface.name)));
+    }
+    if !pod.routes()?.iter().any(|route| route.destination.prefix() == 0 && route.gateway == Some(gateway)) {
+        return Err(wrong(format!("the container has no default route through {gateway}")));
+    }
+    Ok(())
+}
+
+fn wrong(what: impl Into<String>) -> PluginError {
+    PluginError::Check(what.into())
+}
+
+/// Whether a result names an address.
+fn answered(result: &Value, address: Ipv4Addr) -> bool {
+    let ips = result.get("ips").and_then(Value::as_array).into_iter().flatten();
+    let networks = ips.filter_map(|ip| ip.get("address")?.as_str()?.parse::<IpNetwork>().ok());
+    networks.into_iter().any(|network| network.ip() == IpAddr::V4(address))
+}
+
+/// A device that must be there and up.
+fn find(netlink: &mut Netlink, name: &str) -> Result<Link, PluginError> {
+    let link = match netlink.link(name) {
+        Err(error) if error.class() == Class::NotFound => return Err(wrong(format!("{name} is gone"))),
+        other => other?,
+    };
+    if link.up { Ok(link) } else { Err(wrong(format!("{name} is down"))) }
+}

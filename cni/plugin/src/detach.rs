@@ -1,0 +1,57 @@
+//! DEL and GC: what belongs to an owner goes, the lease last; what is gone already is no error.
+
+use std::collections::HashSet;
+use std::net::Ipv4Addr;
+
+use weft_cni_ipam::{Lease, Owner};
+use weft_cni_netlink::{Class, Neighbour, Netlink};
+use weft_cni_spec::Config;
+
+use crate::error::PluginError;
+use crate::{leases, names};
+
+pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
+    let leases = leases(config)?;
+    let held: Vec<Ipv4Addr> =
+        leases.all()?.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
+    unlink(config, owner, &held)?;
+    leases.release(owner)?;
+    Ok(())
+}
+
+/// Removes every attachment that isn't among the valid ones.
+pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
+    // Taking "none given" for "none valid" would cut off every pod of the node.
+    let valid = config.valid_attachments.as_ref().ok_or(PluginError::Missing("cni.dev/valid-attachments"))?;
+    let valid: HashSet<(&str, &str)> =
+        valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
+    let is_valid =
+        |lease: &Lease| valid.contains(&(lease.owner.container.as_str(), lease.owner.ifname.as_str()));
+    let stale: Vec<Owner> = leases(config)?
+        .all()?
+        .into_iter()
+        .filter(|lease| !is_valid(lease))
+        .map(|lease| lease.owner)
+        .collect();
+    // Every one is tried; the first failure is what is said (CNI 1.1.0 §4 GC).
+    let outcomes: Vec<_> = stale.iter().map(|owner| del(config, owner)).collect();
+    outcomes.into_iter().collect()
+}
+
+/// Removes an owner's pair, and the neighbours that the host has for its addresses.
+pub(crate) fn unlink(config: &Config, owner: &Owner, addresses: &[Ipv4Addr]) -> Result<(), PluginError> {
+    let mut host = Netlink::open()?;
+    host.delete_link_named(&names::host_interface(&config.name, owner))?;
+    match host.link(&config.bridge) {
+        Ok(bridge) => {
+            for address in addresses {
+                let (index, mac) = (bridge.index, names::mac(*address));
+                host.delete_neighbour(&Neighbour { index, address: (*address).into(), mac })?;
+            }
+            Ok(())
+        }
+        // The neighbours went with it.
+        Err(error) if error.class() == Class::NotFound => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,103 @@
+//! Why a call failed, and the number that CNI has for it.
+
+use std::io;
+use std::path::PathBuf;
+
+use weft_cni_netlink::Class;
+use weft_cni_spec::{CallError, Code, ConfigError, Version};
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PluginError {
+    /// The environment can't be used.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The configuration can't be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Standard input can't be read.
+    #[error("cannot read the network configuration")]
+    Input {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The command isn't one of the configuration's version.
+    #[error("config version {version} does not allow {command}")]
+    NotInVersion {
+        /// The command.
+        command: &'static str,
+        /// The configuration's version.
+        version: Version,
+    },
+    /// The command needs a field that is optional otherwise.
+    #[error("invalid network config: {0} is missing")]
+    Missing(&'static str),
+    /// The pod's namespace can't be opened.
+    #[error("failed to open netns {path:?}")]
+    Netns {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: weft_cni_netlink::Error,
+    },
+    /// No address can be had, or none given back.
+    #[error("failed to manage the pod's address")]
+    Address(#[from] weft_cni_ipam::Error),
+    /// The kernel refused.
+    #[error("failed to set up the pod's network")]
+    Kernel(#[from] weft_cni_netlink::Error),
+    /// Forwarding can't be turned on.
+    #[error("cannot turn on IPv4 forwarding")]
+    Forwarding {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// CHECK found something else.
+    #[error("the network is not as ADD left it: {0}")]
+    Check(String),
+    /// STATUS: no ADD can be served.
+    #[error("no pod can be attached")]
+    Unavailable {
+        /// Why.
+        #[source]
+        source: Box<PluginError>,
+    },
+    /// ADD failed, and what it had done could not all be undone.
+    #[error("{failed}; and undoing it failed")]
+    Undo {
+        /// Why ADD failed.
+        failed: Box<PluginError>,
+        /// Why it couldn't be undone.
+        #[source]
+        source: Box<PluginError>,
+    },
+}
+
+impl PluginError {
+    /// CNI's number for it.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Call(_) => Code::InvalidEnvironment,
+            Self::Config(error) => error.code(),
+            Self::Input { .. } | Self::Forwarding { .. } => Code::Io,
+            Self::NotInVersion { .. } => Code::IncompatibleVersion,
+            Self::Missing(_) => Code::InvalidConfig,
+            Self::Netns { .. } => Code::UnknownContainer,
+            Self::Address(weft_cni_ipam::Error::Exhausted) => Code::TryAgain,
+            Self::Address(weft_cni_ipam::Error::NotInPool(_) | weft_cni_ipam::Error::Taken(_)) => {
+                Code::InvalidConfig
+            }
+            Self::Address(weft_cni_ipam::Error::Io { .. }) => Code::Io,
+            Self::Kernel(error) => match error.class() {
+                Class::Retry => Code::TryAgain,
+                Class::NotFound | Class::Exists | Class::Denied | Class::Fatal => Code::Kernel,
+            },
+            Self::Check(_) => Code::CheckFailed,
+            Self::Unavailable { .. } => Code::NotAvailable,
+            Self::Undo { failed, .. } => failed.code(),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! A node in a namespace of its own, and calls of a plugin in it.
+
+use std::io::Write as _;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use weft_cni_netlink::namespace;
+use weft_tests_harness::netns::Netns;
+
+/// A node: its namespace, its folder, and the program that is called.
+pub(crate) struct Node {
+    pub(crate) netns: Netns,
+    pub(crate) program: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+/// The configuration as the agent writes it, for one plugin.
+pub(crate) fn conf(node: &Node) -> Value {
+    json!({
+        "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "bridge": "weft0", "mtu": 1450,
+        "ipam": {"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"}, "stateDir": node.folder.path(),
+    })
+}
+
+/// What asks the same of the reference plugins.
+pub(crate) fn reference(node: &Node) -> Value {
+    json!({
+        "cniVersion": "1.0.0", "name": "weft", "type": "bridge", "bridge": "weft0", "mtu": 1450,
+        "isGateway": true, "isDefaultGateway": true, "hairpinMode": true,
+        "ipam": {"type": "host-local", "subnet": "10.42.1.0/24", "gateway": "10.42.1.1", "dataDir": node.folder.path()},
+    })
+}
+
+impl Node {
+    pub(crate) fn new() -> Self {
+        Self {
+            netns: Netns::new("node").unwrap(),
+            program: env!("CARGO_BIN_EXE_weft-cni").into(),
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// Makes what the first ADD of a node makes and later ones find.
+    pub(crate) fn warm_up(&self) {
+        let pod = bare_pod();
+        self.ok("ADD", "warm", Some(&pod), &conf(self));
+        self.ok("DEL", "warm", Some(&pod), &conf(self));
+    }
+
+    fn start(&self, verb: &str, id: &str, netns: &str, input: &str) -> Child {
+        let mut command: Command = self.netns.command(&self.program).unwrap();
+        command
+            .env_clear()
+            .env("CNI_COMMAND", verb)
+            .env("CNI_PATH", "/usr/lib/cni")
+            .env("PATH", "/usr/sbin:/usr/bin");
+        if !id.is_empty() {
+            command.env("CNI_CONTAINERID", id).env("CNI_IFNAME", "eth0").env("CNI_NETNS", netns);
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // One that is killed, or fails before it reads, closes the pipe; what it says then is what counts.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child
+    }
+
+    fn call(&self, verb: &str, id: &str, netns: &str, input: &str) -> Output {
+        self.start(verb, id, netns, input).wait_with_output().unwrap()
+    }
+
+    /// Calls, and takes the answer of a success.
+    pub(crate) fn ok(&self, verb: &str, id: &str, pod: Option<&Netns>, config: &Value) -> Value {
+        let output = self.call(verb, id, &path(pod), &config.to_string());
+        let said = String::from_utf8(output.stdout).unwrap();
+        let more = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{verb} {id}: {said} {more}");
+        if said.is_empty() { Value::Null } else { serde_json::from_str(&said).unwrap() }
+    }
+
+    /// Calls, and takes the code of a failure.
+    pub(crate) fn error(&self, verb: &str, id: &str, pod: Option<&Netns>, config: &Value) -> u64 {
+        self.error_of_text(verb, id, pod, &config.to_string())
+    }
+
+    pub(crate) fn error_of_text(&self, verb: &str, id: &str, pod: Option<&Netns>, input: &str) -> u64 {
+        failure(verb, &self.call(verb, id, &path(pod), input))
+    }
+
+    pub(crate) fn error_in(&self, verb: &str, id: &str, netns: &str, config: &Value) -> u64 {
+        failure(verb, &self.call(verb, id, netns, &config.to_string()))
+    }
+
+    /// How long a call takes.
+    pub(crate) fn time(&self, verb: &str, id: &str, pod: &Netns, config: &Value) -> Duration {
+        let before = Instant::now();
+        self.ok(verb, id, Some(pod), config);
+        before.elapsed()
+    }
+
+    /// Calls, and kills the call after a while; whether it was still running.
+    pub(crate) fn killed_after(
+        &self,
+        verb: &str,
+        id: &str,
+        pod: &Netns,
+        config: &Value,
+        delay: Duration,
+    ) -> bool {
+        let before = Instant::now();
+        let mut child = self.start(verb, id, &path(Some(pod)), &config.to_string());
+        while before.elapsed() < delay {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap().code().is_none()
+    }
+
+    /// The node's devices, addresses, routes and neighbours.
+    pub(crate) fn state(&self) -> String {
+        let show = |args: &[&str]| {
+            let output = self.netns.command("ip").unwrap().args(args).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        let links: Vec<String> = show(&["-o", "link"])
+            .lines()
+            .filter_map(|line| Some(line.split_whitespace().nth(1)?.to_owned()))
+            .collect();
+        let rest = [&["-4", "-o", "addr"][..], &["-4", "neigh", "show", "nud", "permanent"]].map(show);
+        format!("{links:?}\n{}", rest.concat())
+    }
+
+    /// How many addresses are held.
+    pub(crate) fn leases(&self) -> usize {
+        let network = self.folder.path().join("weft");
+        let Ok(boots) = std::fs::read_dir(network) else { return 0 };
+        let folders = boots.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+        let names =
+            folders.flat_map(|boot| std::fs::read_dir(boot).unwrap()).map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_str().unwrap().parse::<std::net::Ipv4Addr>().is_ok()).count()
+    }
+}
+
+pub(crate) fn bare_pod() -> Netns {
+    Netns::new("pod").unwrap()
+}
+
+fn path(pod: Option<&Netns>) -> String {
+    pod.map(|pod| pod.path().display().to_string()).unwrap_or_default()
+}
+
+fn failure(verb: &str, output: &Output) -> u64 {
+    assert_eq!(output.status.code(), Some(1), "{verb}: {output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["cniVersion"].is_string() && !report["msg"].as_str().unwrap().is_empty(), "{report}");
+    report["code"].as_u64().unwrap()
+}
+
+/// Below the second after which TCP sends a lost SYN again: the very first packet must get through.
+pub(crate) const AT_ONCE: Duration = Duration::from_millis(500);
+
+/// A connection from one namespace to an address of another, made at once.
+pub(crate) fn connect(from: &Netns, to: &Netns, address: &str) {
+    connect_within(from, to, address, AT_ONCE);
+}
+
+pub(crate) fn connect_within(from: &Netns, to: &Netns, address: &str, patience: Duration) {
+    let address: IpAddr = address.parse().unwrap();
+    let listener = namespace::within(&to.path(), || TcpListener::bind((address, 0)).unwrap()).unwrap();
+    let target = listener.local_addr().unwrap();
+    let connected =
+        namespace::within(&from.path(), || TcpStream::connect_timeout(&target, patience)).unwrap();
+    assert!(connected.is_ok(), "{} to {target}: {connected:?}", from.name());
+}
+
+pub(crate) fn ip_in(netns: &Netns, args: &[&str]) {
+    let output = netns.command("ip").unwrap().args(args).output().unwrap();
+    assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+pub(crate) fn links(netns: &Netns) -> String {
+    let output = netns.command("ip").unwrap().args(["-o", "link"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The addresses of a result, without their prefix lengths.
+pub(crate) fn addresses_of(result: &Value) -> Vec<String> {
+    let ips = result["ips"].as_array().unwrap();
+    let address = |ip: &Value| ip["address"].as_str().unwrap().split('/').next().unwrap().to_owned();
+    ips.iter().map(address).collect()
+}

@@ -1,0 +1,81 @@
+//! Restarts: Services go on without an agent, a new one takes over, and a removed node leaves nothing.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+
+use weft_agent_dataplane::programs;
+use weft_tests_harness::require;
+
+use crate::NEEDS;
+use crate::place::{NODE, POD, Place, ask_tcp, serve, vip, within};
+
+fn pins(folder: &std::path::Path) -> Vec<String> {
+    let mut names: Vec<_> = ["maps", "links"]
+        .iter()
+        .flat_map(|sub| std::fs::read_dir(folder.join(sub)).into_iter().flatten().flatten())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn services_outlive_the_agent_and_a_new_one_adopts_them() {
+    if !require("dataplane::adoption", &NEEDS) {
+        return;
+    }
+    let place = Place::new("ad").unwrap();
+    let pod = serve(&place.pod, POD, "pod");
+    let mut first = place.start().unwrap();
+    first.service(10, 30080, &[pod]).unwrap();
+    let (ledger, before) = (first.reconciler.ledger().clone(), pins(&place.pins));
+    assert_eq!(before.len(), 9 + 8 + 4, "{before:?}");
+    drop(first);
+
+    let outside = SocketAddr::from((NODE, 30080));
+    let answers = || {
+        within(&place.node, || ask_tcp(vip(10))).unwrap();
+        within(&place.client, || ask_tcp(outside)).unwrap();
+    };
+    answers();
+    let mut second = place.start().unwrap();
+    assert_eq!(*second.reconciler.ledger(), ledger);
+    assert_eq!(pins(&place.pins), before, "programs were replaced in place");
+    answers();
+    second.service(11, 30081, &[pod]).unwrap();
+    within(&place.node, || ask_tcp(vip(11))).unwrap();
+    second.reconciler.sources_are_known();
+    second.sync().unwrap();
+    assert_eq!(within(&place.node, || ask_tcp(vip(10))).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+    drop(second);
+
+    programs::remove(&place.pins).unwrap();
+    assert_eq!(pins(&place.pins), Vec::<String>::new());
+    let error = within(&place.node, || ask_tcp(vip(11))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "nothing translates any more");
+}
+
+#[test]
+fn devices_that_come_and_go_are_followed() {
+    if !require("dataplane::devices", &NEEDS) {
+        return;
+    }
+    let place = Place::new("dv").unwrap();
+    let running = place.start().unwrap();
+    let node = place.node.name();
+    let ip = |command: &str| weft_tests_harness::netns::ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
+    let attach = || {
+        within(&place.node, || {
+            let devices = weft_agent_dataplane::node::devices().unwrap();
+            running.programs.attach_edges(&devices.edge).unwrap();
+            devices.edge.len()
+        })
+    };
+    let edges = || pins(&place.pins).iter().filter(|name| name.starts_with("edge_")).count();
+    ip(&format!("-n {node} link add extra0 type veth peer name extra1"));
+    assert_eq!((attach(), edges()), (2, 4), "without an address it is no edge");
+    ip(&format!("-n {node} addr add 192.168.78.1/24 dev extra0"));
+    assert_eq!((attach(), edges()), (3, 6));
+    ip(&format!("-n {node} link del extra0"));
+    assert_eq!((attach(), edges()), (2, 4));
+}

@@ -1,0 +1,155 @@
+//! The whole dataplane as the agent runs it, fed by lists and watches of an API in memory.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::{Config, cleanup, run};
+use weft_tests_harness::{artifact, require};
+
+use crate::NEEDS;
+use crate::place::{NODE, POD, Place, ask_tcp, serve, vip, within};
+
+type Reply = http::Response<BoxBody<Bytes, Infallible>>;
+
+/// Three lists, and the watches that are open on them.
+#[derive(Clone, Default)]
+struct Api {
+    lists: Arc<Mutex<BTreeMap<String, Vec<Value>>>>,
+    watches: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<Bytes>>>>,
+}
+
+impl Api {
+    fn list(&self, plural: &str, objects: Vec<Value>) {
+        self.lists.lock().unwrap().insert(plural.to_owned(), objects);
+    }
+
+    /// Sends an event to the watch, once it is open.
+    async fn event(&self, plural: &str, kind: &str, object: &Value) {
+        let line = Bytes::from(format!("{}\n", json!({"type": kind, "object": object})));
+        for _ in 0..500 {
+            let sent = self.watches.lock().unwrap().get(plural).is_some_and(|w| w.send(line.clone()).is_ok());
+            if sent {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("nobody watches {plural}");
+    }
+
+    fn answer(&self, request: &http::Request<kube::client::Body>) -> Reply {
+        let plural = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        if request.uri().query().unwrap_or_default().contains("watch=true") {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            self.watches.lock().unwrap().insert(plural, sender);
+            let lines = futures::stream::unfold(receiver, |mut r| async { r.recv().await.map(|line| (line, r)) });
+            let body = StreamBody::new(lines.map(|line| Ok(http_body::Frame::data(line))));
+            return http::Response::new(BoxBody::new(body));
+        }
+        let items = self.lists.lock().unwrap().get(&plural).cloned().unwrap_or_default();
+        let list = json!({"metadata": {"resourceVersion": "7"}, "items": items});
+        http::Response::new(Full::new(Bytes::from(list.to_string())).boxed())
+    }
+
+    fn client(&self) -> kube::Client {
+        let api = self.clone();
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let reply = api.answer(&request);
+            async move { Ok::<_, Infallible>(reply) }
+        });
+        kube::Client::new(service, "default")
+    }
+}
+
+fn service() -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web", "resourceVersion": "5"},
+        "spec": {"type": "NodePort", "clusterIP": "10.43.0.10", "ports": [{"port": 80, "nodePort": 30080, "protocol": "TCP"}]}})
+}
+
+fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
+    let port = endpoints.first().map_or(1, SocketAddr::port);
+    let endpoints: Vec<_> = endpoints.iter().map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}})).collect();
+    json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4", "endpoints": endpoints,
+        "metadata": {"namespace": "default", "name": "web-1", "resourceVersion": version,
+            "labels": {"kubernetes.io/service-name": "web"}},
+        "ports": [{"name": "", "port": port, "protocol": "TCP"}]})
+}
+
+fn config(place: &Place) -> Config {
+    let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
+    Config {
+        node_name: "node-a".to_owned(),
+        node_ip: NODE,
+        cluster_cidr: "10.42.0.0/16".parse().unwrap(),
+        service_cidr: "10.43.0.0/16".parse().unwrap(),
+        node_local: vec![],
+        pin_dir: place.pins.clone(),
+        node_cgroup: PathBuf::from("weft").join(place.node.name()),
+        ebpf_object: object.leak(),
+    }
+}
+
+/// Asks until the answer is as wanted: an event takes its time to the maps.
+async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
+    for _ in 0..500 {
+        if wanted() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{what} does not happen");
+}
+
+#[test]
+fn objects_become_services_and_survive_the_agent() {
+    if !require("dataplane::agent", &NEEDS) {
+        return;
+    }
+    let place = Place::new("ag").unwrap();
+    let pod = serve(&place.pod, POD, "pod");
+    let api = Api::default();
+    api.list("services", vec![service()]);
+    api.list("endpointslices", vec![slice(&[pod], "6")]);
+    let config = config(&place);
+    within(&place.node, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(life(&api, &config, pod));
+        // Nobody runs any more, and the maps still do.
+        assert!(ask_tcp(vip(10)).is_ok());
+        runtime.block_on(cleanup(&config)).unwrap();
+        runtime.block_on(cleanup(&config)).unwrap();
+        assert_eq!(ask_tcp(vip(10)).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
+        assert_eq!(std::fs::read_dir(&config.pin_dir).unwrap().count(), 0);
+    });
+}
+
+async fn life(api: &Api, config: &Config, pod: SocketAddr) {
+    let shutdown = CancellationToken::new();
+    let (programmed, mut is_programmed) = watch::channel(false);
+    let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
+    tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is)).await.unwrap().unwrap();
+    assert!(ask_tcp(vip(10)).is_ok(), "it said that Services are live");
+    assert!(ask_tcp(SocketAddr::from(([127, 0, 0, 1], 30080))).is_ok());
+
+    api.event("endpointslices", "MODIFIED", &slice(&[], "8")).await;
+    eventually("refusal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused)).await;
+    api.event("endpointslices", "MODIFIED", &slice(&[pod], "9")).await;
+    eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
+    api.event("services", "DELETED", &service()).await;
+    eventually("removal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::NetworkUnreachable)).await;
+    api.event("services", "ADDED", &service()).await;
+    eventually("the Service's return", || ask_tcp(vip(10)).is_ok()).await;
+
+    shutdown.cancel();
+    tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap().unwrap();
+}

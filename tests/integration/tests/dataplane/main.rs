@@ -1,0 +1,13 @@
+//! The dataplane in a real kernel: sockets, packets and restarts, in network namespaces of their own.
+#![expect(clippy::unwrap_used, reason = "also what tests share may fail the test")]
+
+mod adoption;
+mod agent;
+mod edge;
+mod overlay;
+mod packets;
+mod place;
+mod sockets;
+
+/// What every test here needs.
+pub(crate) const NEEDS: [&str; 4] = ["root", "bpf", "ip", "artifacts"];
