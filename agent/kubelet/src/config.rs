@@ -31,10 +31,9 @@ pub struct Config {
     pub tls: ServerTls,
     /// Where the HTTPS server listens.
     pub listen: SocketAddr,
-    /// Labels of the Node besides the well-known ones.
+    /// Labels of the Node besides the well-known ones. A node may not give itself a role (`node-role.kubernetes.io/…`): the API
+    /// server refuses that, an administrator sets it.
     pub labels: BTreeMap<String, String>,
-    /// Roles: each gives a label `node-role.kubernetes.io/<role>`.
-    pub roles: Vec<String>,
     /// Replaces what the machine says about itself.
     pub capacity: CapacityOverrides,
     /// True once the node's network (data plane) carries pods.
@@ -96,7 +95,6 @@ impl Config {
             tls,
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)),
             labels: BTreeMap::new(),
-            roles: Vec::new(),
             capacity: CapacityOverrides::default(),
             network_ready,
         }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::pod::{self, PodId};
+use crate::start::api_error;
 
 /// Events waiting to be sent; more are dropped and counted: they explain, they never decide.
 const QUEUE: usize = 2048;
@@ -140,7 +141,7 @@ pub(crate) async fn run(mut queue: mpsc::Receiver<Posting>, client: kube::Client
         };
         let Some(posting) = posting else { return };
         if let Err(error) = send(&client, &mut sent, &posting).await {
-            tracing::debug!(reason = posting.reason, %error, "cannot send event");
+            tracing::debug!(reason = posting.reason, error = api_error(&error), "cannot send event");
         }
     }
 }

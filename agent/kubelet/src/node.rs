@@ -17,7 +17,7 @@ use crate::clock;
 use crate::config::PORT;
 use crate::events::Kind;
 use crate::shared::Shared;
-use crate::start::chain;
+use crate::start::{api_error, chain};
 
 pub(crate) mod lease;
 mod machine;
@@ -50,7 +50,7 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
                 REPORT
             }
             Err(error) => {
-                tracing::warn!(node = shared.config.node_name, error = %chain(&error), "cannot write the node's status");
+                tracing::warn!(node = shared.config.node_name, error = api_error(&error), "cannot write the node's status");
                 let delay = retry;
                 retry = (retry * 2).min(RETRY_MAX);
                 delay

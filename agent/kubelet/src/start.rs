@@ -148,6 +148,11 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What the API server answered, or why it could not be asked.
+pub(crate) fn api_error(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error { status.message.clone() } else { chain(error) }
+}
+
 struct Files {
     hosts: PathBuf,
     message: PathBuf,

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use crate::pod::PodId;
 use crate::shared::Shared;
+use crate::start::api_error;
 use crate::status;
 
 /// First delay after a failed write; doubles up to [`RETRY_MAX`].
@@ -41,7 +42,7 @@ pub(crate) async fn run(shared: Arc<Shared>, id: PodId, known: Option<PodStatus>
                 }
             }
             Err(error) => {
-                tracing::warn!(pod = %id, %error, "cannot write pod status");
+                tracing::warn!(pod = %id, error = api_error(&error), "cannot write pod status");
                 tokio::time::sleep(retry).await;
                 retry = (retry * 2).min(RETRY_MAX);
                 // A worker that is gone wants nothing any more.

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 use crate::shared::Shared;
-use crate::start::chain;
+use crate::start::api_error;
 
 const NAMESPACE: &str = "kube-node-lease";
 const DURATION_SECONDS: i32 = 40;
@@ -39,7 +39,7 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             }
             Err(error) => {
                 known = false;
-                tracing::debug!(node = shared.config.node_name, error = %chain(&error), "cannot renew the node's lease");
+                tracing::debug!(node = shared.config.node_name, error = api_error(&error), "cannot renew the node's lease");
                 let wait = delay;
                 delay = (delay * 2).min(RETRY_MAX);
                 wait

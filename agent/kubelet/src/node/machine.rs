@@ -104,7 +104,7 @@ impl Machine {
         ])
     }
 
-    /// The well-known labels, the roles' and the configured ones.
+    /// The well-known labels and the configured ones.
     pub(crate) fn labels(&self, config: &Config) -> BTreeMap<String, String> {
         let mut labels = BTreeMap::from([
             ("kubernetes.io/hostname".to_owned(), config.node_name.clone()),
@@ -113,9 +113,6 @@ impl Machine {
             ("beta.kubernetes.io/os".to_owned(), "linux".to_owned()),
             ("beta.kubernetes.io/arch".to_owned(), self.info.architecture.clone()),
         ]);
-        for role in &config.roles {
-            labels.insert(format!("node-role.kubernetes.io/{role}"), String::new());
-        }
         labels.extend(config.labels.clone());
         labels
     }

@@ -21,7 +21,7 @@ pub(super) enum Error {
     #[error("{0}")]
     Field(#[from] env::Error),
     #[error("failed to fetch token: {0}")]
-    Token(#[source] Box<kube::Error>),
+    Token(String),
 }
 
 fn key_kind(kind: Kind) -> &'static str {
@@ -182,7 +182,7 @@ async fn token(
     projection: &ServiceAccountTokenProjection,
     (default_mode, payload): (Option<i32>, &mut Payload),
 ) -> Result<(), Error> {
-    let token = shared.tokens.get(&shared.client, pod, projection).await.map_err(|e| Error::Token(Box::new(e)))?;
+    let token = shared.tokens.get(&shared.client, pod, projection).await.map_err(|e| Error::Token(crate::start::api_error(&e)))?;
     let owner = only_user(pod);
     // A token is for its user (and the fsGroup) alone where there is a single one.
     let mode = if owner.is_some() || super::ownership::fs_group(pod).is_some() { 0o600 } else { mode(None, default_mode) };
