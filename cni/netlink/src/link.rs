@@ -8,7 +8,7 @@ use netlink_packet_route::link::{
     InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute,
     LinkFlags, LinkInfo, LinkMessage,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_packet_route::RouteNetlinkMessage;
 
 use crate::error::ok_if_gone;
 use crate::socket::About;
@@ -100,12 +100,13 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none.
     pub fn link(&mut self, name: &str) -> Result<Link, Error> {
-        let found = self.links()?.into_iter().find(|link| link.name == name);
-        found.ok_or_else(|| Error::Refused {
-            op: "find the device",
-            subject: name.to_owned(),
-            errno: nix::errno::Errno::ENODEV,
-        })
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let about = About { op: "find the device", subject: name };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
     }
 
     /// The bridge of a name, made and set up if it is missing.
@@ -136,12 +137,27 @@ impl Netlink {
         peer: &VethEnd<'_>,
         peer_netns: Option<BorrowedFd<'_>>,
     ) -> Result<(), Error> {
+        self.create_veth_port(host, peer, peer_netns, None)
+    }
+
+    /// The same, with the host's end a port of a bridge from the start.
+    ///
+    /// # Errors
+    /// [`Class::Exists`] if either name is taken.
+    pub fn create_veth_port(
+        &mut self,
+        host: &VethEnd<'_>,
+        peer: &VethEnd<'_>,
+        peer_netns: Option<BorrowedFd<'_>>,
+        bridge: Option<u32>,
+    ) -> Result<(), Error> {
         let mut other = LinkMessage::default();
         other.attributes = end(peer);
         if let Some(netns) = peer_netns {
             other.attributes.push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
         }
         let mut attributes = end(host);
+        attributes.extend(bridge.map(LinkAttribute::Controller));
         attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
@@ -215,19 +231,15 @@ impl Netlink {
     /// If the device is no bridge's port.
     pub fn set_hairpin(&mut self, index: u32, on: bool) -> Result<(), Error> {
         let mut message = LinkMessage::default();
-        message.header.interface_family = AddressFamily::Bridge;
         message.header.index = index;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::PortKind(InfoPortKind::Bridge),
             LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
         ]));
-        message.header.interface_family = AddressFamily::Unspec;
         let subject = index.to_string();
-        self.request(
-            About { op: "set hairpin of", subject: &subject },
-            RouteNetlinkMessage::SetLink(message),
-            0,
-        )
+        let about = About { op: "set hairpin of", subject: &subject };
+        // RTM_SETLINK takes the port's data without a word and does nothing with it; RTM_NEWLINK sets it.
+        self.request(about, RouteNetlinkMessage::NewLink(message), 0)
     }
 
     /// Deletes a device, and the other end of a pair with it. One that is gone is no error.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -39,6 +39,19 @@ pub fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T
         Ok(outcome) => outcome,
         Err(panic) => std::panic::resume_unwind(panic),
     })
+}
+
+/// Runs `work` on the calling thread within the namespace, and comes back.
+///
+/// For a process of one thread that can't afford another; others use [`within`].
+pub(crate) fn during<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> Result<T, Error> {
+    let current = Path::new(CURRENT);
+    let own = open(current)?;
+    let step = |op| move |errno: nix::errno::Errno| failed(op, current, errno.into());
+    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(step("leave"))?;
+    let outcome = work();
+    setns(own.as_fd(), CloneFlags::CLONE_NEWNET).map_err(step("return to"))?;
+    Ok(outcome)
 }
 
 /// Makes a namespace that lasts until its file is unmounted.

@@ -1,5 +1,7 @@
 //! One route socket: requests with an acknowledgement, and dumps that are repeated when they were interrupted.
 
+use std::os::fd::BorrowedFd;
+
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
 };
@@ -8,7 +10,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 
-use crate::Error;
+use crate::{Error, namespace};
 
 /// A dump that was interrupted this many times in a row is given up.
 const DUMP_TRIES: u32 = 16;
@@ -38,6 +40,39 @@ impl Netlink {
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
         Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Opens a socket in another namespace, which the calling thread enters for that moment.
+    ///
+    /// # Errors
+    /// If the namespace can't be entered, or the thread can't come back; then it must not go on.
+    pub fn open_within(namespace: BorrowedFd<'_>) -> Result<Self, Error> {
+        namespace::during(namespace, Self::open)?
+    }
+
+    /// Asks for one thing and waits for it, or for the reason why not.
+    pub(crate) fn get(
+        &mut self,
+        about: About<'_>,
+        message: RouteNetlinkMessage,
+    ) -> Result<RouteNetlinkMessage, Error> {
+        self.send(about.op, message, NLM_F_REQUEST)?;
+        loop {
+            for message in self.receive(about.op)? {
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => return Ok(inner),
+                    NetlinkPayload::Error(error) => {
+                        let code = error.code.map_or(0, |code| code.get().saturating_neg());
+                        let errno = Errno::from_raw(code);
+                        return Err(Error::Refused { op: about.op, subject: about.subject.to_owned(), errno });
+                    }
+                    _ => {}
+                }
+            }
+        }
     }
 
     /// Sends a request and waits for its acknowledgement.

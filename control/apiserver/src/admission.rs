@@ -91,8 +91,13 @@ pub(crate) fn mutate(review: &Review<'_>, object: &mut Value, old: Option<&Value
 }
 
 /// Refuses what may not be, after validation. `object` is none for a deletion.
-pub(crate) fn validate(review: &Review<'_>, object: Option<&Value>, old: Option<&Value>) -> Result<(), Status> {
-    if review.operation == Operation::Delete && review.is("", "Namespace") && IMMORTAL.contains(&review.name) {
+pub(crate) fn validate(
+    review: &Review<'_>,
+    object: Option<&Value>,
+    old: Option<&Value>,
+) -> Result<(), Status> {
+    if review.operation == Operation::Delete && review.is("", "Namespace") && IMMORTAL.contains(&review.name)
+    {
         return Err(review.forbidden("this namespace may not be deleted"));
     }
     node::restrict(review, object, old)?;
@@ -116,9 +121,8 @@ pub(crate) async fn namespace_open(
     };
     let item = item.ok_or_else(|| Status::not_found(namespaces.storage.group_resource(), namespace))?;
     if item.field("status.phase") == Some("Terminating") {
-        let reason = format!(
-            "unable to create new content in namespace {namespace} because it is being terminated"
-        );
+        let reason =
+            format!("unable to create new content in namespace {namespace} because it is being terminated");
         let mut status = Status::forbidden(kind.group_resource(), name, &reason);
         if let Some(details) = status.details.as_mut() {
             details.causes.push(Cause {

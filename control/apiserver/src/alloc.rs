@@ -72,7 +72,12 @@ fn ports(spec: &Value) -> BTreeSet<u16> {
 }
 
 /// Gives a new Service what it needs.
-pub(crate) async fn on_create(api: &Api, kind: &Kind, object: &mut Value, extra: &mut Extra) -> Result<(), Status> {
+pub(crate) async fn on_create(
+    api: &Api,
+    kind: &Kind,
+    object: &mut Value,
+    extra: &mut Extra,
+) -> Result<(), Status> {
     if !is_service(kind) {
         return Ok(());
     }
@@ -145,7 +150,9 @@ fn drop_what_the_type_forbids(new: &mut Value, old: &Value) {
             }
         }
     }
-    if needs_health_port(old) && !needs_health_port(&now) && now["healthCheckNodePort"] == old["healthCheckNodePort"]
+    if needs_health_port(old)
+        && !needs_health_port(&now)
+        && now["healthCheckNodePort"] == old["healthCheckNodePort"]
     {
         spec.remove("healthCheckNodePort");
     }
@@ -164,7 +171,9 @@ fn set_families(api: &Api, object: &mut Value) -> Result<(), Status> {
     }
     let family = if api.config.service_cidr.is_ipv6() { "IPv6" } else { "IPv4" };
     let path = FieldPath::new("spec");
-    if text(&object["spec"], "ipFamilyPolicy") == "RequireDualStack" && text(&object["spec"], "clusterIP") != "None" {
+    if text(&object["spec"], "ipFamilyPolicy") == "RequireDualStack"
+        && text(&object["spec"], "clusterIP") != "None"
+    {
         let detail = "this cluster is not configured for dual-stack services";
         let error = FieldError::invalid(&path.child("ipFamilyPolicy"), "RequireDualStack", detail);
         return Err(invalid(object, error));
@@ -177,7 +186,10 @@ fn set_families(api: &Api, object: &mut Value) -> Result<(), Status> {
         .collect();
     if let Some(at) = families.iter().position(|f| f != family) {
         let path = path.child("ipFamilies").index(at);
-        return Err(invalid(object, FieldError::invalid(&path, families[at].as_str(), "not configured on this cluster")));
+        return Err(invalid(
+            object,
+            FieldError::invalid(&path, families[at].as_str(), "not configured on this cluster"),
+        ));
     }
     if families.is_empty() {
         object["spec"]["ipFamilies"] = json!([family]);
@@ -201,9 +213,8 @@ fn take_address(
     let asked = text(&object["spec"], "clusterIP").to_owned();
     let address = if asked.is_empty() {
         let network = api.config.service_cidr;
-        let free = free_address(network, taken).ok_or_else(|| {
-            Status::internal("failed to allocate a serviceIP: range is full")
-        })?;
+        let free = free_address(network, taken)
+            .ok_or_else(|| Status::internal("failed to allocate a serviceIP: range is full"))?;
         let address = free.to_string();
         object["spec"]["clusterIP"] = json!(address);
         object["spec"]["clusterIPs"] = json!([address]);

@@ -41,14 +41,16 @@ pub(crate) struct Api {
 /// The answer to a failure of the store.
 pub(crate) fn store_failure(error: StoreError) -> Status {
     match error {
-        StoreError::Compacted { .. } => Status::expired("The resourceVersion for the provided list is too old."),
+        StoreError::Compacted { .. } => {
+            Status::expired("The resourceVersion for the provided list is too old.")
+        }
         StoreError::Future { requested, current } => too_large(requested.0, current.0),
         StoreError::Unavailable { .. } => {
             tracing::warn!(error = %crate::cache::Chain(&error), "the store is unavailable");
             Status::service_unavailable("the store is unavailable")
         }
         // The enum may grow; what isn't told apart is the server's own failure.
-        _ => failed(&error),
+        StoreError::Invalid(_) | StoreError::Lagged | StoreError::Damaged(_) | _ => failed(&error),
     }
 }
 

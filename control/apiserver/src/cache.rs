@@ -6,8 +6,8 @@
 mod feed;
 mod item;
 
-pub(crate) use feed::{Chain, PREFIX};
 pub use feed::FeedError;
+pub(crate) use feed::{Chain, PREFIX};
 pub(crate) use item::{Item, json_with_revision, object_value_bytes};
 
 use crate::resources::Resources;

@@ -90,7 +90,9 @@ pub enum ConfigError {
         reason: String,
     },
     /// The service network is too small or too large.
-    #[error("the service network must be an IPv4 network of 8 to 65536 addresses, or an IPv6 one of /108 or smaller")]
+    #[error(
+        "the service network must be an IPv4 network of 8 to 65536 addresses, or an IPv6 one of /108 or smaller"
+    )]
     ServiceNetwork,
     /// Pods can't reach that address.
     #[error("{0} can't be advertised: pods must be able to reach the API server there")]

@@ -107,7 +107,9 @@ impl Api {
             ..Attributes::default()
         };
         match wanted.user.as_service_account() {
-            Some((namespace, name)) => self.require(&user, &ask("serviceaccounts", namespace, name, "", ""))?,
+            Some((namespace, name)) => {
+                self.require(&user, &ask("serviceaccounts", namespace, name, "", ""))?
+            }
             None => self.require(&user, &ask("users", "", &wanted.user.name, "", ""))?,
         }
         for group in &wanted.groups {

@@ -71,12 +71,20 @@ pub(crate) enum ProxyError {
 
 impl KubeletProxy {
     /// A way to kubelets whose certificates the configured authorities have signed.
-    pub(crate) fn new(client: &KubeletClient, tasks: TaskTracker, shutdown: CancellationToken) -> Result<Self, ConfigError> {
+    pub(crate) fn new(
+        client: &KubeletClient,
+        tasks: TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Result<Self, ConfigError> {
         let config = tls::client_config(client)?;
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), tasks, shutdown })
     }
 
-    async fn send(&self, to: &Endpoint, request: Request) -> Result<http::Response<hyper::body::Incoming>, ProxyError> {
+    async fn send(
+        &self,
+        to: &Endpoint,
+        request: Request,
+    ) -> Result<http::Response<hyper::body::Incoming>, ProxyError> {
         let Endpoint { host, port } = to.clone();
         let name = ServerName::try_from(host.clone()).map_err(|_invalid| ProxyError::Host(host.clone()))?;
         let connect = async {

@@ -30,7 +30,8 @@ pub use authn::KeyError;
 pub use bootstrap::BootstrapError;
 pub use cache::FeedError;
 pub use config::{
-    CertifiedKeyPem, Config, ConfigError, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Network, ServiceAccountKeys,
+    CertifiedKeyPem, Config, ConfigError, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Network,
+    ServiceAccountKeys,
 };
 pub use identity::User;
 pub use server::{ServeError, Server, StartError};

@@ -74,9 +74,8 @@ fn document(found: Option<Value>) -> Result<Response, Status> {
 }
 
 fn discovery_root(api: &Api, head: &Parts, root: &str) -> Result<Response, Status> {
-    let shape = accept::negotiate(&head.headers, |shape| {
-        matches!(shape, Shape::Object | Shape::Discovery(_))
-    })?;
+    let shape =
+        accept::negotiate(&head.headers, |shape| matches!(shape, Shape::Object | Shape::Discovery(_)))?;
     let core = root == "api";
     let Shape::Discovery(version) = shape else {
         let address = format!("{}:{}", api.config.advertise_address, api.config.advertise_port);
@@ -104,14 +103,26 @@ fn openapi_document(rest: &[&str], head: &Parts, query: &Query) -> Result<Respon
         && let Ok(tag) = HeaderValue::from_str(&format!("\"{}\"", openapi::hash()))
     {
         response.headers_mut().insert(http::header::ETAG, tag);
-        response.headers_mut().insert(http::header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
+        response
+            .headers_mut()
+            .insert(http::header::CACHE_CONTROL, HeaderValue::from_static("public, immutable"));
     }
     Ok(response)
 }
 
 fn paths() -> Vec<String> {
-    let mut paths: Vec<String> = ["/.well-known/openid-configuration", "/api", "/apis", "/healthz", "/livez",
-        "/metrics", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"]
+    let mut paths: Vec<String> = [
+        "/.well-known/openid-configuration",
+        "/api",
+        "/apis",
+        "/healthz",
+        "/livez",
+        "/metrics",
+        "/openapi/v3",
+        "/openid/v1/jwks",
+        "/readyz",
+        "/version",
+    ]
     .map(str::to_owned)
     .to_vec();
     for kind in served() {

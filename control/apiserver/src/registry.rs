@@ -26,9 +26,10 @@ use http::{Method, StatusCode};
 use options::WriteOptions;
 use serde_json::Value;
 use std::sync::Arc;
-use weft_control_api::codec::{self, Decoded};
-use weft_control_api::kinds::Kind;
+use weft_control_api::codec::{self, Decoded, FieldValidation};
+use weft_control_api::kinds::{Kind, Typed};
 use weft_control_api::patch::PatchType;
+use weft_control_api::protobuf;
 use weft_control_api::status::Status;
 
 /// A request for a resource, authenticated and authorized.
@@ -94,9 +95,23 @@ impl Call {
 
     /// Decodes a body as the kind of the path, and checks that it is for this path.
     pub(crate) fn decode(&self, body: &[u8], options: &WriteOptions) -> Result<Decoded, Status> {
-        let decoded = codec::decode(self.kind, self.content_type(), body, options.field_validation)?;
+        let decoded = self.decode_as(self.kind, body, options.field_validation)?;
         self.check_path(&decoded.object)?;
         Ok(decoded)
+    }
+
+    /// Decodes a body of any type, whatever its media type.
+    pub(crate) fn decode_as(
+        &self,
+        kind: &impl Typed,
+        body: &[u8],
+        validation: FieldValidation,
+    ) -> Result<Decoded, Status> {
+        let media_type = self.content_type();
+        if media_type == protobuf::MEDIA_TYPE {
+            return codec::decode_value(kind, protobuf::read(body)?, validation);
+        }
+        codec::decode(kind, media_type, body, validation)
     }
 
     fn check_path(&self, object: &Value) -> Result<(), Status> {

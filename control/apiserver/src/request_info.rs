@@ -34,7 +34,8 @@ const NAMESPACE_SUBRESOURCES: [&str; 2] = ["status", "finalize"];
 impl RequestInfo {
     /// Reads a request. `query` decides between list and watch.
     pub(crate) fn parse(method: &Method, path: &str, query: &Query) -> Self {
-        let mut info = Self { path: path.to_owned(), verb: method.as_str().to_lowercase(), ..Self::default() };
+        let mut info =
+            Self { path: path.to_owned(), verb: method.as_str().to_lowercase(), ..Self::default() };
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         let rest = match parts.as_slice() {
             ["api", version, rest @ ..] if !rest.is_empty() => {

@@ -134,7 +134,9 @@ fn access(call: &Call, review: &mut Value) -> Result<(), Status> {
         extra,
     };
     if user.name.is_empty() && user.groups.is_empty() {
-        return Err(Status::bad_request("spec: Invalid value: at least one of user or group must be specified"));
+        return Err(Status::bad_request(
+            "spec: Invalid value: at least one of user or group must be specified",
+        ));
     }
     review["status"] = decision(call, &user, &what);
     Ok(())
@@ -156,7 +158,8 @@ fn rules(call: &Call, review: &mut Value) {
     let (mut resources, mut paths) = (Vec::new(), Vec::new());
     for rule in rules {
         if !rule.resources.is_empty() {
-            let mut one = json!({"verbs": rule.verbs, "apiGroups": rule.api_groups, "resources": rule.resources});
+            let mut one =
+                json!({"verbs": rule.verbs, "apiGroups": rule.api_groups, "resources": rule.resources});
             if !rule.resource_names.is_empty() {
                 one["resourceNames"] = json!(rule.resource_names);
             }

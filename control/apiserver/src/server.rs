@@ -3,6 +3,7 @@
 use crate::api::Api;
 use crate::authn::{KeyError, TokenKeys, Tokens};
 use crate::authz::Authorizer;
+use crate::background;
 use crate::bootstrap::{self, BootstrapError};
 use crate::cache::{Cache, FeedError};
 use crate::config::{Config, ConfigError};
@@ -11,7 +12,6 @@ use crate::kubelet::KubeletProxy;
 use crate::metrics::Metrics;
 use crate::resources::Resources;
 use crate::transport::{self, InProcess, tls};
-use crate::background;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::net::TcpListener;
@@ -88,7 +88,9 @@ impl Server {
     /// Serves HTTPS on a listener until `shutdown`, then ends all watches and lets requests in progress end.
     /// Clients within the process can still read and write until the server is stopped or dropped.
     pub async fn serve(&self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServeError> {
-        transport::serve(self.api.clone(), self.acceptor.clone(), listener, shutdown).await.map_err(ServeError)
+        transport::serve(self.api.clone(), self.acceptor.clone(), listener, shutdown)
+            .await
+            .map_err(ServeError)
     }
 
     /// A client within the process. It is authenticated as `user`, and authorized like everybody.

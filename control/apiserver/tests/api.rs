@@ -2,15 +2,17 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
+#[path = "api/access.rs"]
+mod access;
 #[path = "api/kubectl.rs"]
 mod kubectl;
 #[path = "api/kubelet.rs"]
 mod kubelet;
+#[path = "api/lifetime.rs"]
+mod lifetime;
+#[path = "api/objects.rs"]
+mod objects;
 #[path = "api/refusals.rs"]
 mod refusals;
 #[path = "api/support.rs"]
 mod support;
-#[path = "api/access.rs"]
-mod access;
-#[path = "api/objects.rs"]
-mod objects;

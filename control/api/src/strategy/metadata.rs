@@ -16,8 +16,8 @@ const CRON_JOB_NAME_MAX_BYTES: usize = 52;
 /// What is wrong with the name of an object of this kind, in upstream's words. With `prefix` it is a `generateName`.
 pub fn name_problems(kind: &Kind, name: &str, prefix: bool) -> Vec<String> {
     let rule: fn(&str) -> Vec<String> = match (kind.group, kind.kind) {
-        ("", "Namespace") | ("apps", "StatefulSet") => names::dns1123_label,
-        ("", "Service") => names::dns1035_label,
+        // Service names may begin with a digit since 1.36 (KEP-5311).
+        ("", "Namespace" | "Service") | ("apps", "StatefulSet") => names::dns1123_label,
         ("rbac.authorization.k8s.io", _) | ("certificates.k8s.io" | "apiregistration.k8s.io", _) => {
             names::path_segment
         }

@@ -4,9 +4,8 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::pod;
-use super::value::{
-    at, copy, default_object, default_to, each, entries, is_empty, items, remove, same, text,
-};
+use super::service;
+use super::value::{at, copy, default_object, default_to, entries, is_empty, items, remove, same, text};
 use crate::kinds::Kind;
 
 /// Who creates the object, and when. Some kinds record it.
@@ -71,11 +70,11 @@ pub fn prepare_create(kind: &Kind, object: &mut Value, context: &Context<'_>) {
         ("", "Pod") => pod::prepare_create(object),
         ("", "Namespace") => namespace_finalizer(object),
         ("", "Secret") => merge_string_data(object),
-        ("", "Service") => mirror_cluster_ips(object),
+        ("", "Service") => service::prepare_create(object),
         ("", "PersistentVolumeClaim") => claim_data_source(object),
         ("batch", "Job") => job_selector(object),
         ("certificates.k8s.io", "CertificateSigningRequest") => requestor(object, context),
-        ("apiextensions.k8s.io", "CustomResourceDefinition") => stored_version(object),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => new_definition_status(object),
         _ => {}
     }
 }
@@ -96,7 +95,7 @@ fn reset_status(group: &str, kind: &str, object: &mut Value, context: &Context<'
         ("policy", "PodDisruptionBudget") => {
             json!({"disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 0, "expectedPods": 0})
         }
-        ("autoscaling", "HorizontalPodAutoscaler") => json!({"desiredReplicas": 0, "currentMetrics": null}),
+        ("autoscaling", "HorizontalPodAutoscaler") => json!({"desiredReplicas": 0}),
         _ => json!({}),
     };
     if (group, kind) == ("autoscaling", "HorizontalPodAutoscaler")
@@ -133,18 +132,6 @@ fn merge_string_data(secret: &mut Value) {
         for (key, value) in plain {
             data[key] = base64::engine::general_purpose::STANDARD.encode(text(&value)).into();
         }
-    }
-}
-
-/// Clients of before dual stack say `clusterIP` only.
-fn mirror_cluster_ips(service: &mut Value) {
-    let Some(spec) = at(service, &["spec"]) else { return };
-    if text(&spec["type"]) == "ExternalName" {
-        return;
-    }
-    let address = spec["clusterIP"].clone();
-    if !text(&address).is_empty() && is_empty(&spec["clusterIPs"]) {
-        spec["clusterIPs"] = json!([address]);
     }
 }
 
@@ -186,13 +173,24 @@ fn requestor(request: &mut Value, context: &Context<'_>) {
     }
 }
 
-fn stored_version(definition: &mut Value) {
-    let stored = items(&definition["spec"]["versions"]).iter().find(|version| version["storage"] == true);
-    let stored = stored.map(|version| version["name"].clone());
-    let versions: Vec<Value> = stored.into_iter().collect();
+fn new_definition_status(definition: &mut Value) {
     definition["status"] = json!({
-        "conditions": [], "storedVersions": versions, "acceptedNames": {"plural": "", "kind": ""},
+        "conditions": [], "storedVersions": [], "acceptedNames": {"plural": "", "kind": ""},
     });
+    add_stored_version(definition);
+}
+
+/// Objects may have been stored in every version that was ever the storage version.
+fn add_stored_version(definition: &mut Value) {
+    let stored = items(&definition["spec"]["versions"]).iter().find(|version| version["storage"] == true);
+    let Some(stored) = stored.map(|version| version["name"].clone()) else { return };
+    let Some(status) = default_object(definition, "status") else { return };
+    default_to(status, "storedVersions", json!([]));
+    if let Some(versions) = status["storedVersions"].as_array_mut()
+        && !versions.contains(&stored)
+    {
+        versions.push(stored);
+    }
 }
 
 /// `dataSource` and `dataSourceRef` say the same when the source is in the claim's namespace.
@@ -221,7 +219,10 @@ pub fn prepare_update(kind: &Kind, subresource: Option<&str>, new: &mut Value, o
         }
         Some(_) => {}
     }
-    bump_generation(group, name, new, old);
+    // The scheduler's binding is no change of what the author asked for.
+    if subresource != Some("binding") {
+        bump_generation(group, name, new, old);
+    }
 }
 
 /// Identity and deletion are the server's: an update that leaves them out keeps them.
@@ -260,7 +261,7 @@ fn update_main(kind: &Kind, new: &mut Value, old: &Value) {
                 copy(new, old, "type");
             }
         }
-        ("", "Service") => keep_addresses(new, old),
+        ("", "Service") => service::prepare_update(new, old),
         ("", "PersistentVolumeClaim") => claim_data_source(new),
         ("batch", "Job") => {
             // Clients that apply a manifest know neither the generated selector nor its labels.
@@ -272,6 +273,7 @@ fn update_main(kind: &Kind, new: &mut Value, old: &Value) {
             }
         }
         ("certificates.k8s.io", "CertificateSigningRequest") => copy(new, old, "spec"),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => add_stored_version(new),
         ("discovery.k8s.io", "EndpointSlice") if is_empty(&new["addressType"]) => {
             copy(new, old, "addressType")
         }
@@ -337,58 +339,6 @@ fn keep_all_but(new: &mut Value, old: &Value, fields: &[&str], spec_fields: &[&s
     fields.iter().for_each(|field| copy(new, &wanted, field));
     if let Some(spec) = default_object(new, "spec") {
         spec_fields.iter().for_each(|field| copy(spec, &wanted["spec"], field));
-    }
-}
-
-/// A Service keeps its addresses and ports where an update, from a manifest that never knew them, leaves them out.
-fn keep_addresses(new: &mut Value, old: &Value) {
-    let needs_address = |service: &Value| text(&service["spec"]["type"]) != "ExternalName";
-    if !needs_address(new) || !needs_address(old) {
-        return mirror_cluster_ips(new);
-    }
-    let old = &old["spec"];
-    let Some(spec) = at(new, &["spec"]) else { return };
-    let unset = |spec: &Value, field: &str| is_empty(&spec[field]);
-    if unset(spec, "clusterIP") && unset(spec, "clusterIPs") {
-        copy(spec, old, "clusterIP");
-        copy(spec, old, "clusterIPs");
-    } else if spec["clusterIP"] == old["clusterIP"] && unset(spec, "clusterIPs") {
-        copy(spec, old, "clusterIPs");
-    } else if unset(spec, "clusterIPs") {
-        let address = spec["clusterIP"].clone();
-        spec["clusterIPs"] = json!([address]);
-    } else if unset(spec, "clusterIP") {
-        spec["clusterIP"] = spec["clusterIPs"][0].clone();
-    }
-    for field in ["ipFamilies", "ipFamilyPolicy"] {
-        if unset(spec, field) {
-            copy(spec, old, field);
-        }
-    }
-    keep_node_ports(spec, old);
-}
-
-fn keep_node_ports(spec: &mut Value, old: &Value) {
-    let has_node_ports = |spec: &Value| {
-        text(&spec["type"]) == "NodePort"
-            || (text(&spec["type"]) == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false)
-    };
-    if !has_node_ports(spec) || !has_node_ports(old) {
-        return;
-    }
-    if spec["healthCheckNodePort"].is_null() && spec["externalTrafficPolicy"] == "Local" {
-        copy(spec, old, "healthCheckNodePort");
-    }
-    let taken: Vec<Value> = items(&spec["ports"]).iter().map(|port| port["nodePort"].clone()).collect();
-    for port in each(spec, "ports").filter(|port| port["nodePort"].as_i64().unwrap_or_default() == 0) {
-        let same_port = |one: &&Value| {
-            one["port"] == port["port"]
-                && one["protocol"] == port["protocol"]
-                && !taken.contains(&one["nodePort"])
-        };
-        if let Some(found) = items(&old["ports"]).iter().find(same_port) {
-            copy(port, found, "nodePort");
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 mod defaults;
 mod endpoints;
 mod ingress;
+mod prepare;
 mod validation;
 
 use serde_json::Value;
@@ -11,6 +12,7 @@ use super::Change;
 use super::checks::Errors;
 
 pub(super) use defaults::apply as default;
+pub(super) use prepare::{create as prepare_create, update as prepare_update};
 
 pub(super) fn create(group: &str, kind: &str, object: &Value, errors: &mut Errors) {
     match (group, kind) {

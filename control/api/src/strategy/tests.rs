@@ -298,6 +298,31 @@ fn updates_keep_identity_and_addresses() {
 }
 
 #[test]
+fn a_service_that_changes_its_type_loses_what_it_no_longer_has() {
+    let mut old = created(service(json!({"type": "NodePort", "ports": [{"port": 80}]})));
+    old["spec"]["clusterIP"] = "10.43.0.9".into();
+    old["spec"]["clusterIPs"] = json!(["10.43.0.9"]);
+    old["spec"]["ports"][0]["nodePort"] = 30080.into();
+    // As a patch of the type alone leaves it.
+    let mut new = old.clone();
+    new["spec"]["type"] = "ClusterIP".into();
+    let new = updated(None, new, &old);
+    assert!(
+        new["spec"]["ports"][0].get("nodePort").is_none()
+            && new["spec"].get("externalTrafficPolicy").is_none()
+    );
+    assert_eq!(new["spec"]["clusterIP"], "10.43.0.9");
+    assert_eq!(validate_update(of(&new), None, &new, &old), []);
+
+    let mut new = old.clone();
+    new["spec"]["type"] = "ExternalName".into();
+    new["spec"]["externalName"] = "example.com".into();
+    let new = updated(None, new, &old);
+    assert!(new["spec"].get("clusterIP").is_none() && new["spec"].get("clusterIPs").is_none());
+    assert_eq!(validate_update(of(&new), None, &new, &old), []);
+}
+
+#[test]
 fn scale_is_read_and_written() {
     let kind = kind("apps/v1", "Deployment");
     let mut object = created(deployment());

@@ -51,19 +51,23 @@ pub(super) fn at<'a>(object: &'a mut Value, path: &[&str]) -> Option<&'a mut Val
 
 /// Sets a field that upstream holds by pointer: only when it is absent or null.
 pub(super) fn default_to(object: &mut Value, key: &str, value: impl Into<Value>) {
+    let value = value.into();
     if let Some(map) = object.as_object_mut()
+        && !value.is_null()
         && map.get(key).is_none_or(Value::is_null)
     {
-        map.insert(key.to_owned(), value.into());
+        map.insert(key.to_owned(), value);
     }
 }
 
 /// Sets a field that upstream holds by value: also when it is its type's zero.
 pub(super) fn default_zero(object: &mut Value, key: &str, value: impl Into<Value>) {
+    let value = value.into();
     if let Some(map) = object.as_object_mut()
+        && !value.is_null()
         && map.get(key).is_none_or(is_zero)
     {
-        map.insert(key.to_owned(), value.into());
+        map.insert(key.to_owned(), value);
     }
 }
 

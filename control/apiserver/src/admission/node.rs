@@ -45,8 +45,9 @@ pub(super) fn restrict(
         ("coordination.k8s.io", "Lease") if review.namespace != "kube-node-lease" => {
             Err(review.forbidden("can only access leases in the \"kube-node-lease\" system namespace"))
         }
-        ("coordination.k8s.io", "Lease") if review.name != node => Err(review
-            .forbidden("can only access node lease with the same name as the requesting node")),
+        ("coordination.k8s.io", "Lease") if review.name != node => {
+            Err(review.forbidden("can only access node lease with the same name as the requesting node"))
+        }
         _ => Ok(()),
     }
 }
@@ -55,17 +56,17 @@ fn pod(review: &Review<'_>, node: &str, object: Option<&Value>, old: Option<&Val
     let on_node = |pod: Option<&Value>| pod.is_some_and(|pod| pod["spec"]["nodeName"] == node);
     match review.operation {
         Operation::Create if review.subresource.is_empty() => {
-            let mirror = object.is_some_and(|pod| {
-                pod["metadata"]["annotations"]["kubernetes.io/config.mirror"].is_string()
-            });
+            let mirror = object
+                .is_some_and(|pod| pod["metadata"]["annotations"]["kubernetes.io/config.mirror"].is_string());
             if !mirror {
                 return Err(review.forbidden(&format!(
                     "pod does not have \"kubernetes.io/config.mirror\" annotation, node \"{node}\" can only create mirror pods"
                 )));
             }
             if !on_node(object) {
-                return Err(review
-                    .forbidden(&format!("node \"{node}\" can only create pods with spec.nodeName set to itself")));
+                return Err(review.forbidden(&format!(
+                    "node \"{node}\" can only create pods with spec.nodeName set to itself"
+                )));
             }
             Ok(())
         }
@@ -89,7 +90,9 @@ fn own_node(
     old: Option<&Value>,
 ) -> Result<(), Status> {
     if review.name != node {
-        return Err(review.forbidden(&format!("node \"{node}\" is not allowed to modify node \"{}\"", review.name)));
+        return Err(
+            review.forbidden(&format!("node \"{node}\" is not allowed to modify node \"{}\"", review.name))
+        );
     }
     if review.operation == Operation::Delete {
         return Err(review.forbidden(&format!("node \"{node}\" is not allowed to delete itself")));
@@ -114,8 +117,7 @@ fn own_node(
         return Ok(());
     }
     let verb = if old.is_some() { "modify" } else { "set" };
-    Err(review
-        .forbidden(&format!("is not allowed to {verb} the following labels: {}", changed.join(", "))))
+    Err(review.forbidden(&format!("is not allowed to {verb} the following labels: {}", changed.join(", "))))
 }
 
 fn may_label(key: &str) -> bool {
@@ -137,7 +139,10 @@ mod tests {
     fn labels() {
         assert!(may_label("kubernetes.io/hostname") && may_label("example.com/a") && may_label("a"));
         assert!(may_label("node.kubernetes.io/x"));
-        assert!(!may_label("node-restriction.kubernetes.io/a") && !may_label("node-role.kubernetes.io/control-plane"));
+        assert!(
+            !may_label("node-restriction.kubernetes.io/a")
+                && !may_label("node-role.kubernetes.io/control-plane")
+        );
     }
 
     #[test]

@@ -114,12 +114,16 @@ fn mount_token(spec: &mut Value) {
         }
     }
     if used {
-        push(spec, "volumes", json!({"name": volume, "projected": {"defaultMode": 420, "sources": [
-            {"serviceAccountToken": {"expirationSeconds": TOKEN_SECONDS, "path": "token"}},
-            {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
-            {"downwardAPI": {"items": [{"path": "namespace",
-                "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
-        ]}}));
+        push(
+            spec,
+            "volumes",
+            json!({"name": volume, "projected": {"defaultMode": 420, "sources": [
+                {"serviceAccountToken": {"expirationSeconds": TOKEN_SECONDS, "path": "token"}},
+                {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+                {"downwardAPI": {"items": [{"path": "namespace",
+                    "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}},
+            ]}}),
+        );
     }
 }
 
@@ -138,8 +142,12 @@ fn default_tolerations(pod: &mut Value) {
                 && (text("effect") == "NoExecute" || text("effect").is_empty())
         });
         if !tolerated {
-            push(&mut pod["spec"], "tolerations", json!({"key": key, "operator": "Exists",
-                "effect": "NoExecute", "tolerationSeconds": TOLERATION_SECONDS}));
+            push(
+                &mut pod["spec"],
+                "tolerations",
+                json!({"key": key, "operator": "Exists",
+                "effect": "NoExecute", "tolerationSeconds": TOLERATION_SECONDS}),
+            );
         }
     }
 }
@@ -150,7 +158,8 @@ fn priority(review: &Review<'_>, pod: &mut Value) -> Result<(), Status> {
     let class = if named.is_empty() {
         let default = api.resources.by_plural("scheduling.k8s.io", "priorityclasses").and_then(|classes| {
             let objects = api.cache.snapshot(classes.id).objects;
-            let defaults = objects.values().map(|item| item.parse()).filter(|class| class["globalDefault"] == true);
+            let defaults =
+                objects.values().map(|item| item.parse()).filter(|class| class["globalDefault"] == true);
             defaults.min_by_key(|class| class["value"].as_i64())
         });
         if let Some(class) = &default {
@@ -159,9 +168,8 @@ fn priority(review: &Review<'_>, pod: &mut Value) -> Result<(), Status> {
         default
     } else {
         let item = api.cached("scheduling.k8s.io", "priorityclasses", "", &named);
-        let item = item.ok_or_else(|| {
-            review.forbidden(&format!("no PriorityClass with name {named} was found"))
-        })?;
+        let item =
+            item.ok_or_else(|| review.forbidden(&format!("no PriorityClass with name {named} was found")))?;
         Some(item.parse())
     };
     let value = class.as_ref().and_then(|class| class["value"].as_i64()).unwrap_or(0);
@@ -191,7 +199,8 @@ mod tests {
 
     #[test]
     fn tolerations_are_added_once() {
-        let mut pod = json!({"spec": {"tolerations": [{"key": "node.kubernetes.io/not-ready", "operator": "Exists"}]}});
+        let mut pod =
+            json!({"spec": {"tolerations": [{"key": "node.kubernetes.io/not-ready", "operator": "Exists"}]}});
         default_tolerations(&mut pod);
         default_tolerations(&mut pod);
         assert_eq!(pod["spec"]["tolerations"].as_array().unwrap().len(), 2);

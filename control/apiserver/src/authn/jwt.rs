@@ -3,7 +3,9 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
 use ring::rand::SystemRandom;
-use ring::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey};
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey,
+};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{PrivatePkcs8KeyDer, SubjectPublicKeyInfoDer};
 use serde_json::{Value, json};
@@ -33,8 +35,8 @@ pub(crate) struct TokenKeys {
 
 /// `SubjectPublicKeyInfo` of a P-256 key up to its point (RFC 5480 §2).
 const SPKI_P256: [u8; 26] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48,
-    0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
+    0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
 ];
 /// An uncompressed point of P-256.
 const POINT_BYTES: usize = 65;
@@ -68,8 +70,7 @@ impl TokenKeys {
         let mut token = BASE64.encode(header.to_string());
         token.push('.');
         token.push_str(&BASE64.encode(claims.to_string()));
-        let signature =
-            self.pair.sign(&self.random, token.as_bytes()).map_err(|_ignored| KeyError::Sign)?;
+        let signature = self.pair.sign(&self.random, token.as_bytes()).map_err(|_ignored| KeyError::Sign)?;
         token.push('.');
         token.push_str(&BASE64.encode(signature.as_ref()));
         Ok(token)

@@ -144,7 +144,8 @@ impl Tokens {
     fn user_of(&self, claims: &Value) -> Result<User, TokenError> {
         let kubernetes = &claims["kubernetes.io"];
         let namespace = kubernetes["namespace"].as_str().ok_or(TokenError::Claim("kubernetes.io"))?;
-        let account = bound_object(&kubernetes["serviceaccount"]).ok_or(TokenError::Claim("kubernetes.io"))?;
+        let account =
+            bound_object(&kubernetes["serviceaccount"]).ok_or(TokenError::Claim("kubernetes.io"))?;
         if claims["sub"] != format!("system:serviceaccount:{namespace}:{}", account.name) {
             return Err(TokenError::Claim("sub"));
         }
@@ -175,7 +176,8 @@ impl Tokens {
 
     fn check(&self, namespace: &str, plural: &str, object: &BoundObject) -> Option<()> {
         let resource = self.cache.resources().by_plural("", plural)?;
-        let key = if namespace.is_empty() { object.name.clone() } else { format!("{namespace}/{}", object.name) };
+        let key =
+            if namespace.is_empty() { object.name.clone() } else { format!("{namespace}/{}", object.name) };
         let item = self.cache.get(resource.id, &key)?;
         (*item.uid == *object.uid).then_some(())
     }

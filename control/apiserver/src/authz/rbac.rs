@@ -67,7 +67,11 @@ impl Rbac {
             (Some(a), Some(b), Some(c), Some(d)) => Some([a, b, c, d]),
             _ => None,
         };
-        Self { cache, ids, index: ArcSwap::from_pointee(Index { made_of: [u64::MAX; 4], ..Index::default() }) }
+        Self {
+            cache,
+            ids,
+            index: ArcSwap::from_pointee(Index { made_of: [u64::MAX; 4], ..Index::default() }),
+        }
     }
 
     fn index(&self) -> Arc<Index> {
@@ -134,7 +138,9 @@ impl Index {
         let mut index = Self { made_of, aggregated, ..Self::default() };
         for item in cluster_bindings.values() {
             let binding = item.parse();
-            let Some(rules) = binding["roleRef"]["name"].as_str().and_then(|n| by_name.get(n)) else { continue };
+            let Some(rules) = binding["roleRef"]["name"].as_str().and_then(|n| by_name.get(n)) else {
+                continue;
+            };
             index.cluster.add(&binding, rules, &format!("ClusterRoleBinding \"{}\"", item.name()));
         }
         for item in bindings.values() {
@@ -158,8 +164,7 @@ impl Index {
         let namespaced = (!namespace.is_empty()).then(|| self.namespaces.get(namespace)).flatten();
         std::iter::once(&self.cluster).chain(namespaced).flat_map(|grants| {
             let of_user = grants.by_user.get(&user.name).into_iter().flatten();
-            let of_groups =
-                user.groups.iter().filter_map(|group| grants.by_group.get(group)).flatten();
+            let of_groups = user.groups.iter().filter_map(|group| grants.by_group.get(group)).flatten();
             of_user.chain(of_groups)
         })
     }
@@ -218,10 +223,7 @@ fn aggregate(roles: &[(Arc<Item>, Value)]) -> BTreeMap<String, Vec<Rule>> {
             rules.insert(item.name().to_owned(), sum);
         }
     }
-    selectors
-        .iter()
-        .filter_map(|(item, _)| rules.remove_entry(item.name()))
-        .collect()
+    selectors.iter().filter_map(|(item, _)| rules.remove_entry(item.name())).collect()
 }
 
 /// The rules of a role object.
@@ -345,7 +347,9 @@ mod tests {
 
     #[test]
     fn cover() {
-        let some = rules_of(&json!({"rules": [{"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]}]}));
+        let some = rules_of(
+            &json!({"rules": [{"verbs": ["get", "list"], "apiGroups": [""], "resources": ["pods"]}]}),
+        );
         let all = rules_of(&json!({"rules": [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}]}));
         assert!(some[0].covered_by(&all));
         assert!(!all[0].covered_by(&some));

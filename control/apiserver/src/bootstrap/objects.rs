@@ -54,7 +54,8 @@ pub(crate) async fn bootstrap(api: &Arc<Api>) -> Result<(), BootstrapError> {
         writer.write(namespace, Keep::AsIs).await?;
     }
     // All at once: the store makes a few commits of them.
-    futures::future::try_join_all(objects(api).into_iter().map(|(object, keep)| writer.write(object, keep))).await?;
+    futures::future::try_join_all(objects(api).into_iter().map(|(object, keep)| writer.write(object, keep)))
+        .await?;
     Ok(())
 }
 
@@ -76,9 +77,14 @@ fn objects(api: &Api) -> Vec<(Value, Keep)> {
 
 impl Writer<'_> {
     async fn write(&self, object: Value, keep: Keep) -> Result<(), BootstrapError> {
-        let (kind, name) = (kind_of(&object)?, object["metadata"]["name"].as_str().unwrap_or_default().to_owned());
+        let (kind, name) =
+            (kind_of(&object)?, object["metadata"]["name"].as_str().unwrap_or_default().to_owned());
         let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default().to_owned();
-        let refused = |status: Status| BootstrapError::Refused { kind: kind.kind, name: name.clone(), status: Box::new(status) };
+        let refused = |status: Status| BootstrapError::Refused {
+            kind: kind.kind,
+            name: name.clone(),
+            status: Box::new(status),
+        };
         let present = self.api.cached(kind.group, kind.plural, &namespace, &name).is_some();
         if !present {
             let new = NewObject { kind, namespace: &namespace, object: object.clone(), dry_run: false };
@@ -135,11 +141,13 @@ fn merge(old: &Value, wanted: &Value, keep: Keep) -> Value {
 }
 
 fn priority_classes() -> [Value; 2] {
-    [("system-cluster-critical", 2_000_000_000), ("system-node-critical", 2_000_001_000)].map(|(name, value)| {
-        json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name},
+    [("system-cluster-critical", 2_000_000_000), ("system-node-critical", 2_000_001_000)].map(
+        |(name, value)| {
+            json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name},
             "value": value, "globalDefault": false, "preemptionPolicy": "PreemptLowerPriority",
             "description": "Used for system critical pods."})
-    })
+        },
+    )
 }
 
 fn service_cidr(api: &Api) -> Value {

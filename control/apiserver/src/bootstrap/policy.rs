@@ -164,11 +164,22 @@ fn view_rows() -> Vec<Row> {
 }
 
 fn public_roles() -> Vec<Value> {
-    let discovery = ["/api", "/api/*", "/apis", "/apis/*", "/healthz", "/livez", "/openapi", "/openapi/*",
-        "/readyz", "/version", "/version/"];
+    let discovery = [
+        "/api",
+        "/api/*",
+        "/apis",
+        "/apis/*",
+        "/healthz",
+        "/livez",
+        "/openapi",
+        "/openapi/*",
+        "/readyz",
+        "/version",
+        "/version/",
+    ];
     let public = ["/healthz", "/livez", "/readyz", "/version", "/version/"];
-    let monitoring = ["/healthz", "/healthz/*", "/livez", "/livez/*", "/metrics", "/metrics/slis", "/readyz",
-        "/readyz/*"];
+    let monitoring =
+        ["/healthz", "/healthz/*", "/livez", "/livez/*", "/metrics", "/metrics/slis", "/readyz", "/readyz/*"];
     let get = |urls: &[&str]| vec![json!({"verbs": ["get"], "nonResourceURLs": urls})];
     vec![
         cluster_role("system:discovery", &[], get(&discovery)),
@@ -177,8 +188,12 @@ fn public_roles() -> Vec<Value> {
         cluster_role(
             "system:service-account-issuer-discovery",
             &[],
-            get(&["/.well-known/openid-configuration", "/.well-known/openid-configuration/", "/openid/v1/jwks",
-                "/openid/v1/jwks/"]),
+            get(&[
+                "/.well-known/openid-configuration",
+                "/.well-known/openid-configuration/",
+                "/openid/v1/jwks",
+                "/openid/v1/jwks/",
+            ]),
         ),
         cluster_role(
             "system:basic-user",
@@ -223,8 +238,15 @@ fn component_roles() -> Vec<Value> {
         cluster_role(
             "system:kubelet-api-admin",
             &[],
-            rules(&[(READ, "core", "nodes"), ("proxy", "core", "nodes"), ("*", "core",
-                "nodes/log nodes/metrics nodes/proxy nodes/stats nodes/configz nodes/healthz nodes/pods")]),
+            rules(&[
+                (READ, "core", "nodes"),
+                ("proxy", "core", "nodes"),
+                (
+                    "*",
+                    "core",
+                    "nodes/log nodes/metrics nodes/proxy nodes/stats nodes/configz nodes/healthz nodes/pods",
+                ),
+            ]),
         ),
         cluster_role(
             "system:auth-delegator",
@@ -274,65 +296,95 @@ fn scheduler_rows() -> Vec<Row> {
 /// The controllers: the name of the role after `system:controller:`, which is the service account's too.
 fn controllers() -> Vec<(&'static str, Vec<Row>)> {
     vec![
-        ("deployment-controller", vec![
-            ("get list update watch patch", "apps", "deployments"),
-            ("update patch", "apps", "deployments/status deployments/finalizers"),
-            ("create delete get list patch update watch", "apps", "replicasets"),
-            ("get list update watch", "core", "pods"),
-            EVENTS,
-        ]),
-        ("replicaset-controller", vec![
-            ("get list update watch patch", "apps", "replicasets"),
-            ("update patch", "apps", "replicasets/status replicasets/finalizers"),
-            ("create delete get list patch watch", "core", "pods"),
-            EVENTS,
-        ]),
-        ("endpointslice-controller", vec![
-            (READ, "core", "nodes pods services"),
-            ("update", "core", "services/finalizers"),
-            ("create delete get list update watch patch", "discovery.k8s.io", "endpointslices"),
-            EVENTS,
-        ]),
-        ("endpoint-controller", vec![
-            (READ, "core", "pods services"),
-            ("create delete get list update watch patch", "core", "endpoints"),
-            ("create", "core", "endpoints/restricted"),
-            EVENTS,
-        ]),
-        ("namespace-controller", vec![
-            ("delete get list watch", "core", "namespaces"),
-            ("update patch", "core", "namespaces/finalize namespaces/status"),
-            ("delete deletecollection get list", "*", "*"),
-        ]),
-        ("generic-garbage-collector", vec![
-            ("delete get list patch update watch", "*", "*"),
-            EVENTS,
-        ]),
-        ("node-controller", vec![
-            ("delete get list patch update watch", "core", "nodes"),
-            ("patch update", "core", "nodes/status pods/status"),
-            ("delete get list watch", "core", "pods"),
-            (READ, "coordination.k8s.io", "leases"),
-            EVENTS,
-        ]),
-        ("node-ipam-controller", vec![
-            ("get list patch update watch", "core", "nodes"),
-            ("patch update", "core", "nodes/status"),
-            EVENTS,
-        ]),
-        ("service-account-controller", vec![
-            (READ, "core", "namespaces"),
-            ("create get list watch", "core", "serviceaccounts"),
-            EVENTS,
-        ]),
-        ("root-ca-cert-publisher", vec![
-            (READ, "core", "namespaces"),
-            ("create get list update watch patch", "core", "configmaps"),
-            EVENTS,
-        ]),
-        ("clusterrole-aggregation-controller", vec![
-            ("escalate get list patch update watch", "rbac.authorization.k8s.io", "clusterroles"),
-        ]),
+        (
+            "deployment-controller",
+            vec![
+                ("get list update watch patch", "apps", "deployments"),
+                ("update patch", "apps", "deployments/status deployments/finalizers"),
+                ("create delete get list patch update watch", "apps", "replicasets"),
+                ("get list update watch", "core", "pods"),
+                EVENTS,
+            ],
+        ),
+        (
+            "replicaset-controller",
+            vec![
+                ("get list update watch patch", "apps", "replicasets"),
+                ("update patch", "apps", "replicasets/status replicasets/finalizers"),
+                ("create delete get list patch watch", "core", "pods"),
+                EVENTS,
+            ],
+        ),
+        (
+            "endpointslice-controller",
+            vec![
+                (READ, "core", "nodes pods services"),
+                ("update", "core", "services/finalizers"),
+                ("create delete get list update watch patch", "discovery.k8s.io", "endpointslices"),
+                EVENTS,
+            ],
+        ),
+        (
+            "endpoint-controller",
+            vec![
+                (READ, "core", "pods services"),
+                ("create delete get list update watch patch", "core", "endpoints"),
+                ("create", "core", "endpoints/restricted"),
+                EVENTS,
+            ],
+        ),
+    ]
+    .into_iter()
+    .chain(housekeepers())
+    .collect()
+}
+
+/// The controllers that look after nodes, namespaces, accounts and what is left behind.
+fn housekeepers() -> Vec<(&'static str, Vec<Row>)> {
+    vec![
+        (
+            "namespace-controller",
+            vec![
+                ("delete get list watch", "core", "namespaces"),
+                ("update patch", "core", "namespaces/finalize namespaces/status"),
+                ("delete deletecollection get list", "*", "*"),
+            ],
+        ),
+        ("generic-garbage-collector", vec![("delete get list patch update watch", "*", "*"), EVENTS]),
+        (
+            "node-controller",
+            vec![
+                ("delete get list patch update watch", "core", "nodes"),
+                ("patch update", "core", "nodes/status pods/status"),
+                ("delete get list watch", "core", "pods"),
+                (READ, "coordination.k8s.io", "leases"),
+                EVENTS,
+            ],
+        ),
+        (
+            "node-ipam-controller",
+            vec![
+                ("get list patch update watch", "core", "nodes"),
+                ("patch update", "core", "nodes/status"),
+                EVENTS,
+            ],
+        ),
+        (
+            "service-account-controller",
+            vec![(READ, "core", "namespaces"), ("create get list watch", "core", "serviceaccounts"), EVENTS],
+        ),
+        (
+            "root-ca-cert-publisher",
+            vec![
+                (READ, "core", "namespaces"),
+                ("create get list update watch patch", "core", "configmaps"),
+                EVENTS,
+            ],
+        ),
+        (
+            "clusterrole-aggregation-controller",
+            vec![("escalate get list patch update watch", "rbac.authorization.k8s.io", "clusterroles")],
+        ),
     ]
 }
 
@@ -359,20 +411,36 @@ pub(crate) fn cluster_role_bindings() -> Vec<Value> {
         cluster_binding("cluster-admin", "cluster-admin", &[group("system:masters")]),
         cluster_binding("system:discovery", "system:discovery", std::slice::from_ref(&authenticated)),
         cluster_binding("system:basic-user", "system:basic-user", std::slice::from_ref(&authenticated)),
-        cluster_binding("system:public-info-viewer", "system:public-info-viewer", &[authenticated, unauthenticated]),
+        cluster_binding(
+            "system:public-info-viewer",
+            "system:public-info-viewer",
+            &[authenticated, unauthenticated],
+        ),
         cluster_binding("system:monitoring", "system:monitoring", &[group("system:monitoring")]),
-        cluster_binding("system:service-account-issuer-discovery", "system:service-account-issuer-discovery",
-            &[group("system:serviceaccounts")]),
+        cluster_binding(
+            "system:service-account-issuer-discovery",
+            "system:service-account-issuer-discovery",
+            &[group("system:serviceaccounts")],
+        ),
         // The node authorizer decides; upstream's binding has no subjects either.
         cluster_binding("system:node", "system:node", &[]),
         cluster_binding("system:node-proxier", "system:node-proxier", &[user("system:kube-proxy")]),
         cluster_binding("system:kube-scheduler", "system:kube-scheduler", &[user("system:kube-scheduler")]),
-        cluster_binding("system:kube-controller-manager", "system:kube-controller-manager",
-            &[user("system:kube-controller-manager")]),
-        cluster_binding("system:kube-dns", "system:kube-dns",
-            &[account("kube-dns"), account("coredns"), user("system:kube-dns")]),
-        cluster_binding("system:kube-apiserver-to-kubelet", "system:kubelet-api-admin",
-            &[user("system:kube-apiserver")]),
+        cluster_binding(
+            "system:kube-controller-manager",
+            "system:kube-controller-manager",
+            &[user("system:kube-controller-manager")],
+        ),
+        cluster_binding(
+            "system:kube-dns",
+            "system:kube-dns",
+            &[account("kube-dns"), account("coredns"), user("system:kube-dns")],
+        ),
+        cluster_binding(
+            "system:kube-apiserver-to-kubelet",
+            "system:kubelet-api-admin",
+            &[user("system:kube-apiserver")],
+        ),
     ];
     all.extend(controllers().iter().map(|(name, _)| {
         let role = format!("system:controller:{name}");
@@ -396,7 +464,8 @@ pub(crate) fn namespaced_roles() -> Vec<Value> {
     const NAMESPACE: &str = "kube-system";
     const LEADERS: &str = "system::leader-locking-controllers";
     const READER: &str = "extension-apiserver-authentication-reader";
-    let reference = |name: &str| json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name});
+    let reference =
+        |name: &str| json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name});
     let mut leaders: Vec<Value> = controllers()
         .iter()
         .map(|(name, _)| subject("ServiceAccount", &format!("{NAMESPACE}/{name}")))
@@ -404,14 +473,34 @@ pub(crate) fn namespaced_roles() -> Vec<Value> {
     leaders.push(subject("User", "system:kube-controller-manager"));
     leaders.push(subject("User", "system:kube-scheduler"));
     vec![
-        namespaced("Role", NAMESPACE, LEADERS, json!({"rules": rules(&[
-            ("create get list patch update watch", "coordination.k8s.io", "leases"),
-        ])})),
-        namespaced("RoleBinding", NAMESPACE, LEADERS, json!({"subjects": leaders, "roleRef": reference(LEADERS)})),
-        namespaced("Role", NAMESPACE, READER, json!({"rules": [{"verbs": ["get", "list", "watch"],
+        namespaced(
+            "Role",
+            NAMESPACE,
+            LEADERS,
+            json!({"rules": rules(&[
+                ("create get list patch update watch", "coordination.k8s.io", "leases"),
+            ])}),
+        ),
+        namespaced(
+            "RoleBinding",
+            NAMESPACE,
+            LEADERS,
+            json!({"subjects": leaders, "roleRef": reference(LEADERS)}),
+        ),
+        namespaced(
+            "Role",
+            NAMESPACE,
+            READER,
+            json!({"rules": [{"verbs": ["get", "list", "watch"],
             "apiGroups": [""], "resources": ["configmaps"],
-            "resourceNames": ["extension-apiserver-authentication"]}]})),
-        namespaced("RoleBinding", NAMESPACE, READER, json!({"roleRef": reference(READER), "subjects": [
-            subject("User", "system:kube-controller-manager"), subject("User", "system:kube-scheduler")]})),
+            "resourceNames": ["extension-apiserver-authentication"]}]}),
+        ),
+        namespaced(
+            "RoleBinding",
+            NAMESPACE,
+            READER,
+            json!({"roleRef": reference(READER), "subjects": [
+            subject("User", "system:kube-controller-manager"), subject("User", "system:kube-scheduler")]}),
+        ),
     ]
 }

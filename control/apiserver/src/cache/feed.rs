@@ -89,8 +89,7 @@ impl Cache {
     async fn follow_once(&self, store: &dyn Store) -> Result<(), FeedError> {
         use futures::StreamExt;
         let after = Revision(self.revision());
-        let mut watch: Watch =
-            store.watch(Range::prefix(PREFIX), after).await.map_err(FeedError::Watch)?;
+        let mut watch: Watch = store.watch(Range::prefix(PREFIX), after).await.map_err(FeedError::Watch)?;
         while let Some(batch) = watch.next().await {
             let batch = batch.map_err(FeedError::Watch)?;
             self.apply(batch.revision.0, &batch.events);

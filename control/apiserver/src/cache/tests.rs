@@ -38,7 +38,10 @@ fn items_are_final_json() {
     let value: serde_json::Value = serde_json::from_slice(&item.json()).unwrap();
     assert_eq!(value["metadata"]["resourceVersion"], "7");
     assert_eq!(value["data"]["a"], "b");
-    assert_eq!((item.namespace(), item.name(), &*item.uid, item.labels.first().map(|(_, v)| &**v)), ("default", "a", "u", Some("1")));
+    assert_eq!(
+        (item.namespace(), item.name(), &*item.uid, item.labels.first().map(|(_, v)| &**v)),
+        ("default", "a", "u", Some("1"))
+    );
     assert_eq!(item.json_after_comma()[0], b',');
     assert!(item.event_tail().ends_with(b"}}\n"));
     assert_eq!(item.at_revision(1234).parse()["metadata"]["resourceVersion"], "1234");

@@ -171,9 +171,14 @@ fn fill_metadata(kind: &Kind, namespace: &str, object: &mut Value) -> Result<(),
         return Err(Status::failure(500, "", "resourceVersion should not be set on objects to be created"));
     }
     if let Some(fields) = metadata.as_object_mut() {
-        for key in ["resourceVersion", "selfLink", "deletionTimestamp", "deletionGracePeriodSeconds",
-            "managedFields", "generation"]
-        {
+        for key in [
+            "resourceVersion",
+            "selfLink",
+            "deletionTimestamp",
+            "deletionGracePeriodSeconds",
+            "managedFields",
+            "generation",
+        ] {
             fields.remove(key);
         }
     }

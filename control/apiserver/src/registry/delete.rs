@@ -17,9 +17,9 @@ use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use weft_control_api::codec::FieldValidation;
+use weft_control_api::field::{FieldError, FieldPath};
 use weft_control_api::kinds::{Gvk, Kind};
 use weft_control_api::status::Status;
-use weft_control_api::{codec, field::{FieldError, FieldPath}};
 use weft_control_store::Op;
 
 const ORPHAN: &str = "orphan";
@@ -80,8 +80,10 @@ impl DeleteOptions {
             Some("Foreground") => Some(Propagation::Foreground),
             Some(other) => {
                 let supported = ["Foreground", "Background", "Orphan"];
-                let error = FieldError::not_supported(&FieldPath::new("propagationPolicy"), other, &supported);
-                let kind = weft_control_api::status::GroupKind { group: "meta.k8s.io", kind: "DeleteOptions" };
+                let error =
+                    FieldError::not_supported(&FieldPath::new("propagationPolicy"), other, &supported);
+                let kind =
+                    weft_control_api::status::GroupKind { group: "meta.k8s.io", kind: "DeleteOptions" };
                 return Err(Status::invalid(kind, "", vec![error]));
             }
         };
@@ -101,11 +103,11 @@ impl DeleteOptions {
 fn decode(call: &Call, body: &[u8]) -> Result<Value, Status> {
     let core = Gvk { group: "", version: "v1", kind: "DeleteOptions" };
     let validation = FieldValidation::Ignore;
-    let kind = match codec::decode(&core, call.content_type(), body, validation) {
+    let kind = match call.decode_as(&core, body, validation) {
         Ok(decoded) => return Ok(decoded.object),
         Err(_other) => Gvk { group: call.kind.group, version: call.kind.version, kind: "DeleteOptions" },
     };
-    codec::decode(&kind, call.content_type(), body, validation).map(|decoded| decoded.object)
+    call.decode_as(&kind, body, validation).map(|decoded| decoded.object)
 }
 
 /// How a deletion ended.
@@ -136,8 +138,16 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
 /// Kinds whose deletion answers the object, as upstream.
 fn returns_object(kind: &Kind) -> bool {
     kind.group.is_empty()
-        && matches!(kind.plural, "pods" | "services" | "serviceaccounts" | "persistentvolumeclaims"
-            | "podtemplates" | "resourcequotas" | "persistentvolumes")
+        && matches!(
+            kind.plural,
+            "pods"
+                | "services"
+                | "serviceaccounts"
+                | "persistentvolumeclaims"
+                | "podtemplates"
+                | "resourcequotas"
+                | "persistentvolumes"
+        )
 }
 
 /// Answers a DELETE of many objects.
@@ -169,8 +179,15 @@ pub(crate) async fn delete_object(
     let resource =
         api.resources.by_plural(kind.group, kind.plural).ok_or_else(Status::method_not_allowed)?.clone();
     let key = object_key(namespace, name);
-    let review =
-        Review { api, user, operation: Operation::Delete, kind: resource.storage, subresource: "", namespace, name };
+    let review = Review {
+        api,
+        user,
+        operation: Operation::Delete,
+        kind: resource.storage,
+        subresource: "",
+        namespace,
+        name,
+    };
     for _try in 0..MAX_TRIES {
         let item = api
             .fresh(&resource, &key)
@@ -218,13 +235,9 @@ async fn carry_out(
     }
 }
 
-fn check_preconditions(
-    kind: &Kind,
-    name: &str,
-    options: &DeleteOptions,
-    old: &Value,
-) -> Result<(), Status> {
-    let rows = [(&options.uid, "uid", "UID"), (&options.resource_version, "resourceVersion", "ResourceVersion")];
+fn check_preconditions(kind: &Kind, name: &str, options: &DeleteOptions, old: &Value) -> Result<(), Status> {
+    let rows =
+        [(&options.uid, "uid", "UID"), (&options.resource_version, "resourceVersion", "ResourceVersion")];
     for (wanted, key, title) in rows {
         let found = old["metadata"][key].as_str().unwrap_or_default();
         if let Some(wanted) = wanted
@@ -317,7 +330,8 @@ fn set_propagation(new: &mut Value, propagation: Option<Propagation>) -> bool {
         .flatten()
         .filter_map(|f| f.as_str().map(str::to_owned))
         .collect();
-    let mut after: Vec<String> = before.iter().filter(|f| *f != ORPHAN && *f != FOREGROUND).cloned().collect();
+    let mut after: Vec<String> =
+        before.iter().filter(|f| *f != ORPHAN && *f != FOREGROUND).cloned().collect();
     match propagation {
         Propagation::Orphan => after.push(ORPHAN.to_owned()),
         Propagation::Foreground => after.push(FOREGROUND.to_owned()),
@@ -342,7 +356,8 @@ mod tests {
     use weft_control_api::kinds;
 
     fn pod(extra: Value) -> Value {
-        let mut pod = json!({"metadata": {"name": "a", "generation": 1}, "spec": {"nodeName": "n"}, "status": {}});
+        let mut pod =
+            json!({"metadata": {"name": "a", "generation": 1}, "spec": {"nodeName": "n"}, "status": {}});
         for (key, value) in extra.as_object().unwrap() {
             pod[key] = value.clone();
         }

@@ -37,7 +37,12 @@ impl Selection {
             .map_err(|error| Status::bad_request(error.to_string()))?;
         let fields = FieldSelector::parse(call.query.get("fieldSelector").unwrap_or_default())
             .map_err(|error| Status::bad_request(error.to_string()))?;
-        let this = Self { namespace: namespace(call), name: call.info.named.then(|| call.info.name.clone()), labels, fields };
+        let this = Self {
+            namespace: namespace(call),
+            name: call.info.named.then(|| call.info.name.clone()),
+            labels,
+            fields,
+        };
         this.check_fields(call)?;
         Ok(this)
     }
@@ -176,7 +181,8 @@ async fn stored_page(
     (revision, after): (u64, Option<String>),
 ) -> Result<Page, Status> {
     let resource = call.stored();
-    let prefix = if selection.namespace.is_empty() { String::new() } else { format!("{}/", selection.namespace) };
+    let prefix =
+        if selection.namespace.is_empty() { String::new() } else { format!("{}/", selection.namespace) };
     let mut range = Range::prefix(&resource.store_key(&prefix));
     if let Some(after) = after {
         range.start = format!("{}\0", resource.store_key(&after));
@@ -184,10 +190,12 @@ async fn stored_page(
     let mut items = Vec::new();
     loop {
         let read = limit.saturating_add(1).saturating_sub(items.len()).clamp(1, STORE_PAGE);
-        let page = call.api.store.range(range.clone(), Revision(revision), read).await.map_err(store_failure)?;
+        let page =
+            call.api.store.range(range.clone(), Revision(revision), read).await.map_err(store_failure)?;
         for kv in &page.items {
             let Some((_, key)) = call.api.resources.by_store_key(&kv.key) else { continue };
-            let item = Item::decode(resource.storage, key, kv.mod_revision.0, &kv.value).map_err(Status::internal)?;
+            let item = Item::decode(resource.storage, key, kv.mod_revision.0, &kv.value)
+                .map_err(Status::internal)?;
             if selection.matches(&item) {
                 items.push(Arc::new(item));
             }

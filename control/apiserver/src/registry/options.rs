@@ -53,7 +53,9 @@ pub(crate) fn dry_run<'a>(values: impl Iterator<Item = &'a str>) -> Result<bool,
 /// Reads a resourceVersion.
 pub(crate) fn revision(text: &str) -> Result<u64, Status> {
     text.parse().map_err(|_ignored| {
-        Status::bad_request(format!("invalid resource version {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"))
+        Status::bad_request(format!(
+            "invalid resource version {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
+        ))
     })
 }
 

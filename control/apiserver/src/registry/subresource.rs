@@ -16,7 +16,7 @@ use http::{Method, StatusCode};
 use serde_json::Value;
 use weft_control_api::kinds::Gvk;
 use weft_control_api::status::Status;
-use weft_control_api::{codec, patch as patching, strategy};
+use weft_control_api::{patch as patching, strategy};
 
 const SCALE: Gvk<'static> = Gvk { group: "autoscaling", version: "v1", kind: "Scale" };
 
@@ -32,12 +32,14 @@ pub(super) async fn answer(call: Call, body: Body) -> Result<Response, Status> {
     }
     match (call.kind.plural, name.as_str(), method) {
         ("pods", "log", Method::GET) => kubelet::log(&call).await,
-        ("pods", "exec" | "attach" | "portforward", Method::GET | Method::POST) => kubelet::stream(&call).await,
+        ("pods", "exec" | "attach" | "portforward", Method::GET | Method::POST) => {
+            kubelet::stream(&call).await
+        }
         ("pods", "binding", Method::POST) => {
             let options = WriteOptions::of(&call.query)?;
             let body = call.read(body).await?;
             let binding = Gvk { group: "", version: "v1", kind: "Binding" };
-            let decoded = codec::decode(&binding, call.content_type(), &body, options.field_validation)?;
+            let decoded = call.decode_as(&binding, &body, options.field_validation)?;
             pods::bind(&call, &decoded.object, &options).await
         }
         ("pods", "eviction", Method::POST) => pods::evict(&call, body).await,
@@ -81,7 +83,7 @@ async fn scale_set(call: &Call, body: Body) -> Result<Response, Status> {
                 let before = strategy::scale_get(call.kind, old);
                 patching::apply_and_decode(&SCALE, kind, &before, &body, options.field_validation)?
             }
-            None => codec::decode(&SCALE, call.content_type(), &body, options.field_validation)?,
+            None => call.decode_as(&SCALE, &body, options.field_validation)?,
         };
         warnings = decoded.warnings;
         call.check_path(&decoded.object)?;

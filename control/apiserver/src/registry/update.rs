@@ -38,8 +38,17 @@ pub(crate) struct Change<'a> {
 }
 
 /// Kinds that a PUT creates if they aren't there, as upstream.
-const CREATE_ON_UPDATE: [&str; 9] = ["endpoints", "events", "leases", "services", "limitranges", "roles",
-    "rolebindings", "clusterroles", "clusterrolebindings"];
+const CREATE_ON_UPDATE: [&str; 9] = [
+    "endpoints",
+    "events",
+    "leases",
+    "services",
+    "limitranges",
+    "roles",
+    "rolebindings",
+    "clusterroles",
+    "clusterrolebindings",
+];
 
 /// Answers a PUT.
 pub(super) async fn put(call: &Call, body: Body) -> Result<Response, Status> {
@@ -158,7 +167,8 @@ fn check_preconditions(resource: &Resource, name: &str, new: &Value, old: &Value
     let text = |object: &Value, key: &str| object["metadata"][key].as_str().unwrap_or_default().to_owned();
     let (wanted, found) = (text(new, "uid"), text(old, "uid"));
     if !wanted.is_empty() && wanted != found {
-        let reason = format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
+        let reason =
+            format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
         return Err(Status::conflict(resource.storage.group_resource(), name, &reason));
     }
     let wanted = text(new, "resourceVersion");
@@ -177,9 +187,17 @@ fn keep_system_metadata(new: &mut Value, old: &Value) {
     for key in ["managedFields", "selfLink"] {
         metadata.remove(key);
     }
-    for key in ["name", "namespace", "generateName", "uid", "creationTimestamp", "deletionTimestamp",
-        "deletionGracePeriodSeconds", "generation", "resourceVersion"]
-    {
+    for key in [
+        "name",
+        "namespace",
+        "generateName",
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "resourceVersion",
+    ] {
         match old["metadata"].get(key) {
             Some(value) => metadata.insert(key.to_owned(), value.clone()),
             None => metadata.remove(key),

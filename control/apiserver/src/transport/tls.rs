@@ -37,7 +37,10 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 /// TLS of the server: client certificates are asked for, and checked if given.
-pub(crate) fn server_config(serving: &CertifiedKeyPem, client_ca: &str) -> Result<rustls::ServerConfig, ConfigError> {
+pub(crate) fn server_config(
+    serving: &CertifiedKeyPem,
+    client_ca: &str,
+) -> Result<rustls::ServerConfig, ConfigError> {
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots(client_ca, "client CA")?), provider())
             .allow_unauthenticated()

@@ -27,8 +27,11 @@ async fn users_may_do_what_their_roles_say() {
     assert_eq!(jane.get(pods).await.failure(), (403, "Forbidden".into(),
         "pods is forbidden: User \"jane\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\"".into()));
     let (_, _, message) = jane.get("/apis/apps/v1/deployments").await.failure();
-    assert_eq!(message, "deployments.apps is forbidden: User \"jane\" cannot list resource \"deployments\" in API \
-        group \"apps\" at the cluster scope");
+    assert_eq!(
+        message,
+        "deployments.apps is forbidden: User \"jane\" cannot list resource \"deployments\" in API \
+        group \"apps\" at the cluster scope"
+    );
     let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
         "metadata": {"name": "readers"}, "subjects": [{"kind": "Group", "name": "readers",
             "apiGroup": "rbac.authorization.k8s.io"}],
@@ -79,7 +82,8 @@ async fn tokens_die_with_their_account() {
     let who = robot.post(reviews, &me).await.json();
     assert_eq!(who["status"]["userInfo"]["username"], "system:serviceaccount:default:robot");
     assert_eq!(robot.get("/api/v1/pods").await.code, 403);
-    let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+    let review =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
     let path = "/apis/authentication.k8s.io/v1/tokenreviews";
     assert_eq!(admin.create(path, &review).await["status"]["authenticated"], true);
     admin.delete(&format!("{accounts}/robot")).await;

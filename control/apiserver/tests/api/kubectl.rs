@@ -27,7 +27,10 @@ async fn first_light() {
     let ready = k("get --raw /readyz?verbose").await;
     assert!(ready.starts_with("[+]ping ok\n") && ready.ends_with("readyz check passed\n"), "{ready}");
     let namespaces = k("get namespaces").await;
-    assert!(namespaces.starts_with("NAME              STATUS   AGE\ndefault           Active   "), "{namespaces}");
+    assert!(
+        namespaces.starts_with("NAME              STATUS   AGE\ndefault           Active   "),
+        "{namespaces}"
+    );
     let made = cluster.kubectl_with(&["create", "-f", "-"], Some(DEPLOYMENT)).await;
     assert_eq!(made, "deployment.apps/web created\n");
     let same = cluster.kubectl_with(&["apply", "-f", "-"], Some(DEPLOYMENT)).await;
@@ -36,11 +39,19 @@ async fn first_light() {
     assert_eq!(same, "deployment.apps/web unchanged\n");
     let other = DEPLOYMENT.replace("nginx:1", "nginx:2");
     assert!(cluster.kubectl_with(&["diff", "-f", "-"], Some(DEPLOYMENT)).await.is_empty());
-    assert_eq!(cluster.kubectl_with(&["apply", "-f", "-"], Some(&other)).await, "deployment.apps/web configured\n");
+    assert_eq!(
+        cluster.kubectl_with(&["apply", "-f", "-"], Some(&other)).await,
+        "deployment.apps/web configured\n"
+    );
     assert_eq!(k("get deploy web -o jsonpath={.spec.template.spec.containers[0].image}").await, "nginx:2");
     assert_eq!(k("get deploy web -o jsonpath={.metadata.generation}").await, "2");
     let row = k("get deploy").await;
-    assert!(row.starts_with("NAME   READY   UP-TO-DATE   AVAILABLE   AGE\nweb    0/2     0            0           "), "{row}");
+    assert!(
+        row.starts_with(
+            "NAME   READY   UP-TO-DATE   AVAILABLE   AGE\nweb    0/2     0            0           "
+        ),
+        "{row}"
+    );
     assert_eq!(k("get deploy -o name").await, "deployment.apps/web\n");
     assert!(k("get deploy -A -o wide").await.contains("nginx:2"));
     assert!(k("get deploy web -o yaml").await.contains("progressDeadlineSeconds: 600"));
@@ -78,7 +89,10 @@ async fn documents_and_access() {
     let cluster = Cluster::start().await;
     let k = async |args: &str| cluster.kubectl(&args.split(' ').collect::<Vec<_>>()).await;
     let resources = k("api-resources").await;
-    for line in ["pods                                po           v1  ", "deployments                         deploy       apps/v1 "] {
+    for line in [
+        "pods                                po           v1  ",
+        "deployments                         deploy       apps/v1 ",
+    ] {
         assert!(resources.contains(line), "{resources}");
     }
     assert!(k("api-versions").await.contains("rbac.authorization.k8s.io/v1\n"));
@@ -91,8 +105,11 @@ async fn documents_and_access() {
     let error = cluster.kubectl_fails("jane", &["auth", "can-i", "create", "pods"], None).await;
     assert!(error.is_empty(), "{error}");
     let error = cluster.kubectl_fails("jane", &["get", "pods"], None).await;
-    assert_eq!(error, "Error from server (Forbidden): pods is forbidden: User \"jane\" cannot list resource \
-        \"pods\" in API group \"\" in the namespace \"default\"\n");
+    assert_eq!(
+        error,
+        "Error from server (Forbidden): pods is forbidden: User \"jane\" cannot list resource \
+        \"pods\" in API group \"\" in the namespace \"default\"\n"
+    );
     assert_eq!(k("create serviceaccount robot").await, "serviceaccount/robot created\n");
     assert_eq!(k("create token robot").await.trim().split('.').count(), 3);
     assert_eq!(k("create configmap c --from-literal=a=b").await, "configmap/c created\n");
@@ -128,7 +145,10 @@ async fn watching() {
     }
     let seen: Vec<String> =
         tokio::task::block_in_place(|| (0..3).map(|_| lines.next().unwrap().unwrap()).collect());
-    assert!(seen[0].starts_with("NAME") && seen[1].starts_with("one") && seen[2].starts_with("two"), "{seen:?}");
+    assert!(
+        seen[0].starts_with("NAME") && seen[1].starts_with("one") && seen[2].starts_with("two"),
+        "{seen:?}"
+    );
     child.kill().unwrap();
     child.wait().unwrap();
     cluster.stop().await;

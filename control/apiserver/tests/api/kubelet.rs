@@ -30,8 +30,9 @@ async fn head(stream: &mut (impl AsyncRead + Unpin)) -> String {
 /// Serves every connection; the port.
 async fn kubelet(cluster: &Cluster) -> u16 {
     let pem = cluster.authority.sign("system:node:n1", &["system:nodes"], true);
-    let verifier =
-        rustls::server::WebPkiClientVerifier::builder_with_provider(roots(cluster), provider()).build().unwrap();
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots(cluster), provider())
+        .build()
+        .unwrap();
     let config = rustls::ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -56,7 +57,8 @@ async fn kubelet(cluster: &Cluster) -> u16 {
                     stream.write_all(answer.as_bytes()).await.unwrap();
                 } else if request.starts_with("GET /containerLogs/") {
                     let body = "container \"b\" in pod \"p\" is waiting to start: ContainerCreating\n";
-                    let answer = format!("HTTP/1.1 400 Bad Request\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                    let answer =
+                        format!("HTTP/1.1 400 Bad Request\r\nContent-Length: {}\r\n\r\n{body}", body.len());
                     stream.write_all(answer.as_bytes()).await.unwrap();
                 } else {
                     let path = request.split(' ').nth(1).unwrap();
@@ -76,7 +78,8 @@ async fn kubelet(cluster: &Cluster) -> u16 {
 async fn set_up(cluster: &Cluster) {
     let http = cluster.admin();
     let port = kubelet(cluster).await;
-    http.create("/api/v1/nodes", &json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})).await;
+    http.create("/api/v1/nodes", &json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}))
+        .await;
     let status = json!({"status": {"addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
         "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}});
     assert_eq!(http.merge("/api/v1/nodes/n1/status", &status).await.code, 200);
@@ -93,12 +96,24 @@ async fn logs_come_from_the_kubelet() {
     set_up(&cluster).await;
     let http = cluster.admin();
     let log = "/api/v1/namespaces/default/pods/p/log";
-    assert_eq!(http.get(log).await.failure(), (400, "BadRequest".into(),
-        "a container name must be specified for pod p, choose one of: [a b]".into()));
+    assert_eq!(
+        http.get(log).await.failure(),
+        (
+            400,
+            "BadRequest".into(),
+            "a container name must be specified for pod p, choose one of: [a b]".into()
+        )
+    );
     let answer = http.get(&format!("{log}?container=a&tailLines=5&follow=true")).await;
     assert_eq!(answer.text, "GET /containerLogs/default/p/a?follow=true&tailLines=5 HTTP/1.1\n");
-    assert_eq!(http.get(&format!("{log}?container=b")).await.failure(), (400, "BadRequest".into(),
-        "container \"b\" in pod \"p\" is waiting to start: ContainerCreating".into()));
+    assert_eq!(
+        http.get(&format!("{log}?container=b")).await.failure(),
+        (
+            400,
+            "BadRequest".into(),
+            "container \"b\" in pod \"p\" is waiting to start: ContainerCreating".into()
+        )
+    );
     for climb in ["../../../etc/passwd", "..%2F..%2Fetc", "a/../b"] {
         let answer = http.get(&format!("{log}?container={climb}")).await;
         assert_eq!(answer.code, 400, "{climb}: {}", answer.text);

@@ -25,8 +25,10 @@ async fn write_read_delete() {
     assert!(metadata["uid"].is_string() && metadata["creationTimestamp"].is_string());
     let read = http.get(&format!("{CONFIG_MAPS}/a")).await;
     assert_eq!((read.code, &read.json()), (200, &made));
-    assert_eq!(http.post(CONFIG_MAPS, &config_map("a")).await.failure(), (409, "AlreadyExists".into(),
-        "configmaps \"a\" already exists".into()));
+    assert_eq!(
+        http.post(CONFIG_MAPS, &config_map("a")).await.failure(),
+        (409, "AlreadyExists".into(), "configmaps \"a\" already exists".into())
+    );
     // A stale revision is refused, the present one isn't, and a write of the same changes nothing.
     let mut stale = made.clone();
     let mut changed = made.clone();
@@ -36,16 +38,21 @@ async fn write_read_delete() {
     stale["data"]["a"] = json!("3");
     let (code, reason, message) = http.put(&format!("{CONFIG_MAPS}/a"), &stale).await.failure();
     assert_eq!((code, reason.as_str()), (409, "Conflict"));
-    assert_eq!(message, "Operation cannot be fulfilled on configmaps \"a\": the object has been modified; \
-        please apply your changes to the latest version and try again");
+    assert_eq!(
+        message,
+        "Operation cannot be fulfilled on configmaps \"a\": the object has been modified; \
+        please apply your changes to the latest version and try again"
+    );
     let same = http.put(&format!("{CONFIG_MAPS}/a"), &second.json()).await.json();
     assert_eq!(same["metadata"]["resourceVersion"], second.json()["metadata"]["resourceVersion"]);
     let patched = http.merge(&format!("{CONFIG_MAPS}/a"), &json!({"data": {"b": "x"}})).await.json();
     assert_eq!(patched["data"], json!({"a": "2", "b": "x"}));
     let gone = http.delete(&format!("{CONFIG_MAPS}/a")).await;
     assert_eq!((gone.code, &gone.json()["status"]), (200, &json!("Success")));
-    assert_eq!(http.get(&format!("{CONFIG_MAPS}/a")).await.failure(), (404, "NotFound".into(),
-        "configmaps \"a\" not found".into()));
+    assert_eq!(
+        http.get(&format!("{CONFIG_MAPS}/a")).await.failure(),
+        (404, "NotFound".into(), "configmaps \"a\" not found".into())
+    );
     cluster.stop().await;
 }
 
@@ -100,7 +107,8 @@ async fn lists_are_paged_at_one_revision_and_selected() {
     let bare = http.send("GET", CONFIG_MAPS, &[("accept", bare)], "").await.json();
     assert_eq!(bare["kind"], "PartialObjectMetadataList");
     assert!(bare["items"][0]["data"].is_null());
-    let answer = http.send("GET", CONFIG_MAPS, &[("accept", "application/vnd.kubernetes.protobuf")], "").await;
+    let answer =
+        http.send("GET", CONFIG_MAPS, &[("accept", "application/vnd.kubernetes.protobuf")], "").await;
     assert_eq!(answer.code, 406);
     cluster.stop().await;
 }
@@ -125,7 +133,8 @@ fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 async fn watches_resume_and_follow_selectors() {
     let cluster = Cluster::start().await;
     let http = cluster.admin();
-    let start = http.get(CONFIG_MAPS).await.json()["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
+    let start =
+        http.get(CONFIG_MAPS).await.json()["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
     http.create(CONFIG_MAPS, &config_map("a")).await;
     http.merge(&format!("{CONFIG_MAPS}/a"), &json!({"metadata": {"labels": {"n": "b"}}})).await;
     http.delete(&format!("{CONFIG_MAPS}/a")).await;
@@ -153,7 +162,10 @@ async fn watches_resume_and_follow_selectors() {
     // A revision from before the server's memory.
     let events = watch(&http, &format!("{CONFIG_MAPS}?watch=1&resourceVersion=1")).await;
     if events[0]["type"] == "ERROR" {
-        assert_eq!((&events[0]["object"]["code"], &events[0]["object"]["reason"]), (&json!(410), &json!("Expired")));
+        assert_eq!(
+            (&events[0]["object"]["code"], &events[0]["object"]["reason"]),
+            (&json!(410), &json!("Expired"))
+        );
     }
     cluster.stop().await;
 }
@@ -192,8 +204,11 @@ async fn pods_get_what_admission_gives_and_are_bound_once() {
     let http = cluster.admin();
     let (code, reason, message) = http.post(PODS, &pod("early")).await.failure();
     assert_eq!((code, reason.as_str()), (403, "Forbidden"));
-    assert_eq!(message, "pods \"early\" is forbidden: error looking up service account default/default: \
-        serviceaccount \"default\" not found");
+    assert_eq!(
+        message,
+        "pods \"early\" is forbidden: error looking up service account default/default: \
+        serviceaccount \"default\" not found"
+    );
     let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}});
     http.create("/api/v1/namespaces/default/serviceaccounts", &account).await;
     let made = http.create(PODS, &pod("a")).await;
@@ -233,7 +248,10 @@ async fn namespaces_end_in_order() {
     let http = cluster.admin();
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}});
     let made = http.create("/api/v1/namespaces", &namespace).await;
-    assert_eq!((&made["spec"]["finalizers"], &made["status"]["phase"]), (&json!(["kubernetes"]), &json!("Active")));
+    assert_eq!(
+        (&made["spec"]["finalizers"], &made["status"]["phase"]),
+        (&json!(["kubernetes"]), &json!("Active"))
+    );
     let ended = http.delete("/api/v1/namespaces/n").await.json();
     assert_eq!(ended["status"]["phase"], "Terminating");
     let (code, _, message) = http.post("/api/v1/namespaces/n/configmaps", &config_map("a")).await.failure();
@@ -244,10 +262,18 @@ async fn namespaces_end_in_order() {
     let answer = http.put("/api/v1/namespaces/n/finalize", &finalized).await;
     assert_eq!(answer.code, 200, "{}", answer.text);
     assert_eq!(http.get("/api/v1/namespaces/n").await.code, 404);
-    assert_eq!(http.delete("/api/v1/namespaces/default").await.failure(), (403, "Forbidden".into(),
-        "namespaces \"default\" is forbidden: this namespace may not be deleted".into()));
-    assert_eq!(http.post("/api/v1/namespaces/none/configmaps", &config_map("a")).await.failure(), (404,
-        "NotFound".into(), "namespaces \"none\" not found".into()));
+    assert_eq!(
+        http.delete("/api/v1/namespaces/default").await.failure(),
+        (
+            403,
+            "Forbidden".into(),
+            "namespaces \"default\" is forbidden: this namespace may not be deleted".into()
+        )
+    );
+    assert_eq!(
+        http.post("/api/v1/namespaces/none/configmaps", &config_map("a")).await.failure(),
+        (404, "NotFound".into(), "namespaces \"none\" not found".into())
+    );
     cluster.stop().await;
 }
 

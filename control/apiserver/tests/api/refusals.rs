@@ -30,7 +30,8 @@ async fn bad_bodies() {
     let cluster = Cluster::start().await;
     let http = cluster.admin();
     http.create(DEPLOYMENTS, &deployment("good")).await;
-    http.create(CONFIG_MAPS, &json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "good"}})).await;
+    http.create(CONFIG_MAPS, &json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "good"}}))
+        .await;
     let before = everything(&http).await;
     let json_type = [("content-type", "application/json")];
     let yaml_type = [("content-type", "application/yaml")];

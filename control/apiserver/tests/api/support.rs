@@ -1,14 +1,16 @@
 //! Owns a server on a loopback port with certificates of its own, and kubectl and HTTP against it.
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
-use weft_control_store::embedded::{EmbeddedStore, Options};
 use weft_control_apiserver::{
     CertifiedKeyPem, Config, DEFAULT_MAX_REQUEST_BYTES, KubeletClient, Server, ServiceAccountKeys,
 };
+use weft_control_store::embedded::{EmbeddedStore, Options};
 
 /// A cluster's authority.
 pub(crate) struct Authority {
@@ -61,12 +63,16 @@ pub(crate) fn base64(text: &str) -> String {
 
 impl Cluster {
     pub(crate) async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_with(tempfile::tempdir().unwrap(), |_config| {}).await
+    }
+
+    /// Starts on a folder, which may be that of a cluster before, with a configuration changed by `adapt`.
+    pub(crate) async fn start_with(dir: tempfile::TempDir, adapt: impl FnOnce(&mut Config)) -> Self {
         let store = EmbeddedStore::open(dir.path().join("store"), Options::default()).unwrap();
         let authority = Authority::new();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let config = Config {
+        let mut config = Config {
             advertise_address: "192.0.2.10".parse().unwrap(),
             advertise_port: address.port(),
             serving: authority.sign("apiserver", &[], true),
@@ -88,9 +94,10 @@ impl Cluster {
             event_ttl: std::time::Duration::from_secs(3600),
             compaction_interval: std::time::Duration::from_secs(300),
         };
+        adapt(&mut config);
         let began = std::time::Instant::now();
         let server = Arc::new(Server::start(config, Arc::new(store)).await.unwrap());
-        println!("started in {:?}", began.elapsed());
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "slow start: {:?}", began.elapsed());
         let shutdown = CancellationToken::new();
         let serving = tokio::spawn({
             let (server, shutdown) = (server.clone(), shutdown.clone());
@@ -165,10 +172,12 @@ impl Cluster {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    pub(crate) async fn stop(self) {
+    /// Stops the server; its folder.
+    pub(crate) async fn stop(self) -> tempfile::TempDir {
         self.shutdown.cancel();
         self.serving.await.unwrap();
         self.server.stop().await;
+        self.dir
     }
 }
 
@@ -209,7 +218,13 @@ pub(crate) struct Http {
 }
 
 impl Http {
-    pub(crate) async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub(crate) async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         use http_body_util::BodyExt;
         let mut request = http::Request::builder().method(method).uri(path);
         for (name, value) in headers {

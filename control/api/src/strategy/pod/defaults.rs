@@ -28,10 +28,10 @@ pub(in super::super) fn pod(pod: &mut Value) {
     default_object(pod, "status");
 }
 
-/// Defaults of the template in an object at `path`.
+/// Defaults of the template in an object at `path`. Upstream's types hold templates by value, so that there always is one.
 pub(in super::super) fn template(object: &mut Value, path: &[&str]) {
-    let spec = at(object, path).and_then(|template| default_object(template, "spec"));
-    if let Some(spec) = spec {
+    let template = path.iter().try_fold(object, |object, field| default_object(object, field));
+    if let Some(spec) = template.and_then(|template| default_object(template, "spec")) {
         pod_spec(spec);
     }
 }

@@ -77,7 +77,7 @@ fn source(errors: &mut Errors, path: &FieldPath, variable: &Value) {
         }
     }
     if given.is_empty() {
-        let detail = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef`, or `fileKeyRef`";
+        let detail = "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef`, `secretKeyRef` or `fileKeyRef`";
         errors.push(FieldError::invalid(path, "", detail));
     } else if !is_empty(&variable["value"]) {
         errors.push(FieldError::invalid(path, "", "may not be specified when `value` is not empty"));

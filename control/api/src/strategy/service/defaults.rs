@@ -40,7 +40,7 @@ pub(in super::super) fn apply(group: &str, kind: &str, object: &mut Value) {
 }
 
 fn service(object: &mut Value) {
-    let Some(spec) = at(object, &["spec"]) else { return };
+    let Some(spec) = default_object(object, "spec") else { return };
     default_zero(spec, "type", "ClusterIP");
     default_zero(spec, "sessionAffinity", "None");
     match text(&spec["sessionAffinity"]) {

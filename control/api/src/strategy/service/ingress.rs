@@ -115,7 +115,7 @@ fn backend(errors: &mut Errors, path: &FieldPath, backend: &Value) {
             let path = path.child("service");
             if required(errors, &path.child("name"), &service["name"]) {
                 let name = text(&service["name"]);
-                problems(errors, &path.child("name"), name, names::dns1035_label(name));
+                problems(errors, &path.child("name"), name, names::dns1123_label(name));
             }
             let (named, numbered) =
                 (!is_empty(&service["port"]["name"]), number(&service["port"]["number"]) != 0);

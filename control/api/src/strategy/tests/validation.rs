@@ -111,8 +111,9 @@ fn metadata_messages() {
         let found = on_create(object);
         assert!(matches!(&found[..], [one] if one.ends_with(expected)), "{expected}: {found:?}");
     }
-    let service = name_problems(kind("v1", "Service"), "1a", false);
-    assert!(service[0].starts_with("a DNS-1035 label must consist of"), "{service:?}");
+    assert!(name_problems(kind("v1", "Service"), "1a", false).is_empty());
+    let service = name_problems(kind("v1", "Service"), "a.b", false);
+    assert!(service[0].starts_with("a lowercase RFC 1123 label must consist of"), "{service:?}");
     assert!(name_problems(kind("v1", "Pod"), "web-", true).is_empty());
     assert!(!name_problems(kind("v1", "Pod"), "web-", false).is_empty());
 }
@@ -403,6 +404,30 @@ fn sealed_config_does_not_change() {
     assert_eq!(found, ["data: Forbidden: field is immutable when `immutable` is set"]);
     let found = on_update(None, &old, |new| new["immutable"] = false.into());
     assert_eq!(found, ["immutable: Forbidden: field is immutable when `immutable` is set"]);
+}
+
+#[test]
+fn what_is_left_out_is_missed_where_it_belongs() {
+    let bare = |api_version: &str, kind: &str| json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "x", "namespace": "n"}});
+    let cases = [
+        (bare("v1", "Pod"), vec!["spec.containers: Required value"]),
+        (bare("v1", "Service"), vec!["spec.ports: Required value"]),
+        (
+            bare("apps/v1", "Deployment"),
+            vec!["spec.selector: Required value", "spec.template.spec.containers: Required value"],
+        ),
+        (
+            bare("v1", "ReplicationController"),
+            vec![
+                "spec.selector: Required value",
+                "spec.replicas: Required value",
+                "spec.template: Required value",
+            ],
+        ),
+    ];
+    for (object, expected) in cases {
+        assert_eq!(on_create(object), expected);
+    }
 }
 
 #[test]

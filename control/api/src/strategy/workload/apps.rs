@@ -112,7 +112,16 @@ fn selector_and_template(errors: &mut Errors, object: &Value, what: &str) {
     }
     matches_template(errors, &at, selector, template);
     pod::template(errors, &at, template);
-    restart_always(errors, &at.child("spec"), &template["spec"]);
+    restart_always(errors, &at.child("spec"), &template["spec"], kind_of(what));
+}
+
+/// The kind that upstream's message names: a Deployment shares its rules with ReplicaSets.
+fn kind_of(what: &str) -> &'static str {
+    match what {
+        "daemonset" => "DaemonSet",
+        "statefulset" => "StatefulSet",
+        _ => "ReplicaSet",
+    }
 }
 
 fn matches_template(errors: &mut Errors, path: &FieldPath, selector: &Value, template: &Value) {
@@ -131,13 +140,13 @@ fn matches_template(errors: &mut Errors, path: &FieldPath, selector: &Value, tem
 }
 
 /// Controllers that keep pods running take no pod that ends.
-fn restart_always(errors: &mut Errors, path: &FieldPath, spec: &Value) {
+fn restart_always(errors: &mut Errors, path: &FieldPath, spec: &Value, kind: &str) {
     let policy = &spec["restartPolicy"];
     if matches!(text(policy), "OnFailure" | "Never") {
         errors.push(FieldError::not_supported(&path.child("restartPolicy"), policy.clone(), &ALWAYS_ONLY));
     }
     if !spec["activeDeadlineSeconds"].is_null() {
-        let detail = "activeDeadlineSeconds in ReplicaSet is not Supported";
+        let detail = format!("activeDeadlineSeconds in {kind} is not Supported");
         errors.push(FieldError::forbidden(&path.child("activeDeadlineSeconds"), detail));
     }
 }
@@ -169,7 +178,7 @@ fn replication_controller(object: &Value, errors: &mut Errors) {
         errors.push(FieldError::invalid(&path.child("metadata").child("labels"), labels.clone(), detail));
     }
     pod::template(errors, &path, template);
-    restart_always(errors, &path.child("spec"), &template["spec"]);
+    restart_always(errors, &path.child("spec"), &template["spec"], "ReplicationController");
 }
 
 fn deployment(object: &Value, errors: &mut Errors) {
@@ -294,7 +303,14 @@ fn stateful_set(object: &Value, errors: &mut Errors) {
         }
         "RollingUpdate" => {
             let rolling = &strategy["rollingUpdate"];
-            not_negative(errors, &at.child("rollingUpdate").child("partition"), &rolling["partition"]);
+            let at = at.child("rollingUpdate");
+            not_negative(errors, &at.child("partition"), &rolling["partition"]);
+            count_or_percent(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
+            if !rolling["maxUnavailable"].is_null() && is_nothing(&rolling["maxUnavailable"]) {
+                let value = rolling["maxUnavailable"].clone();
+                errors.push(FieldError::invalid(&at.child("maxUnavailable"), value, "cannot be 0"));
+            }
+            not_above_all(errors, &at.child("maxUnavailable"), &rolling["maxUnavailable"]);
         }
         "OnDelete" => {}
         _ => {

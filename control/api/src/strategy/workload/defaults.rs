@@ -28,7 +28,9 @@ pub(in super::super) fn apply(group: &str, kind: &str, object: &mut Value) {
 }
 
 fn replication_controller(object: &mut Value) {
-    pod::default_template(object, &TEMPLATE);
+    if at(object, &TEMPLATE).is_some() {
+        pod::default_template(object, &TEMPLATE);
+    }
     labels_from_template(object);
     let labels = object["spec"]["template"]["metadata"]["labels"].clone();
     if let Some(spec) = at(object, &["spec"]) {
@@ -84,11 +86,14 @@ fn stateful_set(object: &mut Value) {
     default_to(spec, "revisionHistoryLimit", 10);
     default_zero(spec, "podManagementPolicy", "OrderedReady");
     if let Some(strategy) = default_object(spec, "updateStrategy") {
+        // Who names the strategy, but no partition, gets none.
+        if text(&strategy["type"]).is_empty() {
+            default_object(strategy, "rollingUpdate");
+        }
         default_zero(strategy, "type", "RollingUpdate");
-        if strategy["type"] == "RollingUpdate"
-            && let Some(rolling) = default_object(strategy, "rollingUpdate")
-        {
+        if let Some(rolling) = at(strategy, &["rollingUpdate"]) {
             default_to(rolling, "partition", 0);
+            default_to(rolling, "maxUnavailable", 1);
         }
     }
     if let Some(retention) = default_object(spec, "persistentVolumeClaimRetentionPolicy") {
@@ -169,7 +174,7 @@ fn cron_job(object: &mut Value) {
 
 fn autoscaler(object: &mut Value) {
     let v1 = text(&object["apiVersion"]) == "autoscaling/v1";
-    let Some(spec) = at(object, &["spec"]) else { return };
+    let Some(spec) = default_object(object, "spec") else { return };
     default_to(spec, "minReplicas", 1);
     if !v1 && is_empty(&spec["metrics"]) {
         let target = json!({"type": "Utilization", "averageUtilization": 80});

@@ -11,11 +11,26 @@ use weft_control_api::status::Status;
 /// The port of a kubelet that doesn't say.
 const KUBELET_PORT: u16 = 10250;
 /// Options of a log that are passed on.
-const LOG_OPTIONS: [&str; 9] = ["follow", "previous", "sinceSeconds", "sinceTime", "timestamps", "tailLines",
-    "limitBytes", "stream", "insecureSkipTLSVerifyBackend"];
+const LOG_OPTIONS: [&str; 9] = [
+    "follow",
+    "previous",
+    "sinceSeconds",
+    "sinceTime",
+    "timestamps",
+    "tailLines",
+    "limitBytes",
+    "stream",
+    "insecureSkipTLSVerifyBackend",
+];
 /// Headers of an upgrade that are passed on.
-const UPGRADE_HEADERS: [&str; 6] = ["sec-websocket-key", "sec-websocket-version", "sec-websocket-protocol",
-    "sec-websocket-extensions", "x-stream-protocol-version", "origin"];
+const UPGRADE_HEADERS: [&str; 6] = [
+    "sec-websocket-key",
+    "sec-websocket-version",
+    "sec-websocket-protocol",
+    "sec-websocket-extensions",
+    "x-stream-protocol-version",
+    "origin",
+];
 
 fn proxy(call: &Call) -> Result<&KubeletProxy, Status> {
     call.api
@@ -60,7 +75,9 @@ fn check_log_options(call: &Call) -> Result<(), Status> {
     ] {
         let Some(value) = call.query.get(key) else { continue };
         let number: i64 = value.parse().map_err(|_ignored| {
-            Status::bad_request(format!("unable to decode query: {key}: strconv.ParseInt: parsing {value:?}: invalid syntax"))
+            Status::bad_request(format!(
+                "unable to decode query: {key}: strconv.ParseInt: parsing {value:?}: invalid syntax"
+            ))
         })?;
         if number < least {
             errors.push(FieldError::invalid(&FieldPath::new(key), number, text));
@@ -145,7 +162,8 @@ fn container(call: &Call, pod: &Value) -> Result<String, Status> {
     let (containers, init) = (names("containers"), names("initContainers"));
     let pod = &call.info.name;
     if let Some(wanted) = call.query.get("container") {
-        let known = containers.iter().chain(&init).chain(&names("ephemeralContainers")).any(|name| name == wanted);
+        let known =
+            containers.iter().chain(&init).chain(&names("ephemeralContainers")).any(|name| name == wanted);
         return if known {
             Ok(wanted.to_owned())
         } else {
@@ -174,7 +192,8 @@ fn endpoint(call: &Call, pod: &Value) -> Result<Option<Endpoint>, Status> {
         return Ok(None);
     };
     let nodes = weft_control_api::status::GroupResource { group: "", resource: "nodes" };
-    let object = call.api.cached("", "nodes", "", node).ok_or_else(|| Status::not_found(nodes, node))?.parse();
+    let object =
+        call.api.cached("", "nodes", "", node).ok_or_else(|| Status::not_found(nodes, node))?.parse();
     let addresses = object["status"]["addresses"].as_array();
     let of_type = |wanted: &str| {
         addresses.into_iter().flatten().find(|a| a["type"] == wanted).and_then(|a| a["address"].as_str())
@@ -182,6 +201,7 @@ fn endpoint(call: &Call, pod: &Value) -> Result<Option<Endpoint>, Status> {
     let host = ["InternalIP", "ExternalIP", "Hostname"].into_iter().find_map(of_type);
     let host = host.ok_or_else(|| Status::internal(format!("node {node} has no address")))?.to_owned();
     let port = object["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64();
-    let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).unwrap_or(KUBELET_PORT);
+    let port =
+        port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).unwrap_or(KUBELET_PORT);
     Ok(Some(Endpoint { host, port }))
 }

@@ -10,10 +10,10 @@ use crate::reply;
 use bytes::Bytes;
 use http::StatusCode;
 use serde_json::{Value, json};
+use weft_control_api::kinds;
 use weft_control_api::kinds::{Gvk, Kind};
 use weft_control_api::selector::LabelSelector;
 use weft_control_api::status::{Cause, GroupResource, Status};
-use weft_control_api::{codec, kinds};
 
 const PODS: GroupResource<'static> = GroupResource { group: "", resource: "pods" };
 
@@ -46,7 +46,11 @@ pub(crate) async fn bind(call: &Call, binding: &Value, options: &WriteOptions) -
     update_object(&call.api, &call.user, &change, |old| {
         let mut pod = old.clone();
         if old["metadata"]["deletionTimestamp"].is_string() {
-            return Err(Status::conflict(PODS, name, &format!("pod {name} is being deleted, cannot be assigned to a host")));
+            return Err(Status::conflict(
+                PODS,
+                name,
+                &format!("pod {name} is being deleted, cannot be assigned to a host"),
+            ));
         }
         if let Some(present) = old["spec"]["nodeName"].as_str().filter(|n| !n.is_empty()) {
             let reason = format!("pod {name} is already assigned to node \"{present}\"");
@@ -67,12 +71,15 @@ pub(crate) async fn bind(call: &Call, binding: &Value, options: &WriteOptions) -
     .await?;
     Ok(reply::json(
         StatusCode::CREATED,
-        Bytes::from_static(br#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Success","code":201}"#),
+        Bytes::from_static(
+            br#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Success","code":201}"#,
+        ),
     ))
 }
 
 fn scheduled(pod: &mut Value) {
-    let condition = json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
+    let condition =
+        json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null, "lastTransitionTime": now()});
     match pod["status"]["conditions"].as_array_mut() {
         Some(list) => {
             list.retain(|c| c["type"] != "PodScheduled");
@@ -99,7 +106,7 @@ pub(super) async fn evict(call: &Call, body: Body) -> Result<Response, Status> {
     let body = call.read(body).await?;
     let options = WriteOptions::of(&call.query)?;
     let eviction = Gvk { group: "policy", version: "v1", kind: "Eviction" };
-    let decoded = codec::decode(&eviction, call.content_type(), &body, options.field_validation)?;
+    let decoded = call.decode_as(&eviction, &body, options.field_validation)?;
     call.check_path(&decoded.object)?;
     let mut delete = DeleteOptions::read(&decoded.object["deleteOptions"])?;
     delete.dry_run |= options.dry_run;
@@ -114,13 +121,17 @@ pub(super) async fn evict(call: &Call, body: Body) -> Result<Response, Status> {
     delete_object(&call.api, &call.user, call.kind, (&call.info.namespace, &call.info.name), &delete).await?;
     Ok(reply::json(
         StatusCode::CREATED,
-        Bytes::from_static(br#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Success","code":201}"#),
+        Bytes::from_static(
+            br#"{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Success","code":201}"#,
+        ),
     ))
 }
 
 async fn spend_budget(call: &Call, pod: &Value, dry_run: bool) -> Result<(), Status> {
     let api = &call.api;
-    let Some(budgets) = api.resources.by_plural("policy", "poddisruptionbudgets").cloned() else { return Ok(()) };
+    let Some(budgets) = api.resources.by_plural("policy", "poddisruptionbudgets").cloned() else {
+        return Ok(());
+    };
     let labels = pod["metadata"]["labels"].as_object();
     let snapshot = api.cache.snapshot(budgets.id);
     let matching: Vec<Value> = in_namespace(&snapshot.objects, &call.info.namespace, None)

@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 use weft_control_api::field::{FieldError, FieldPath};
 use weft_control_api::kinds::Gvk;
 use weft_control_api::status::{GroupKind, GroupResource, Status};
-use weft_control_api::codec;
 
 /// Bounds of a token's life in seconds, as upstream.
 const MIN_SECONDS: i64 = 600;
@@ -22,7 +21,7 @@ const KIND: Gvk<'static> = Gvk { group: "authentication.k8s.io", version: "v1", 
 pub(super) async fn request(call: &Call, body: Body) -> Result<Response, Status> {
     let options = WriteOptions::of(&call.query)?;
     let body = call.read(body).await?;
-    let decoded = codec::decode(&KIND, call.content_type(), &body, options.field_validation)?;
+    let decoded = call.decode_as(&KIND, &body, options.field_validation)?;
     let mut request = decoded.object;
     let account = call.api.fresh(call.stored(), &call.key()).await?.ok_or_else(|| call.not_found())?;
     let seconds = seconds(call, &request)?;
