@@ -7,8 +7,6 @@
     reason = "the kernel's messages have dozens of kinds and attributes, and gain more; what isn't ours is passed over"
 )]
 
-#![expect(clippy::wildcard_enum_match_arm, reason = "netlink's enums are open and large; what isn't asked for is passed over")]
-
 mod address;
 mod error;
 mod event;
