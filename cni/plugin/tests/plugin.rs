@@ -59,6 +59,21 @@ fn a_pod_is_attached_checked_and_detached() {
     assert_eq!(node.leases(), 0);
 }
 
+/// A bridge loses its carrier with its last port, and the kernel takes up to a second to give it back.
+#[test]
+fn the_first_pod_of_a_bridge_loses_no_packet_either() {
+    if !require("cni::first", &["root", "ip"]) {
+        return;
+    }
+    let node = Node::new();
+    for round in 0..20 {
+        let (pod, id) = (pod(), format!("f{round}"));
+        node.ok("ADD", &id, Some(&pod), &conf(&node));
+        calls::connect(&pod, &node.netns, "10.42.1.1");
+        node.ok("DEL", &id, Some(&pod), &conf(&node));
+    }
+}
+
 #[test]
 fn hairpin_lets_a_pod_reach_itself_by_way_of_the_bridge() {
     if !require("cni::hairpin", &["root", "ip", "bridge"]) {
