@@ -30,7 +30,7 @@ async fn kubectl_rolls_out_and_back() {
     run("annotate deployment/web kubernetes.io/change-cause=second").await;
     eventually("the cause of the revision", || async {
         let history = run("rollout history deployment/web").await;
-        let last = history.lines().filter(|l| !l.trim().is_empty()).last()?.to_owned();
+        let last = history.lines().rfind(|l| !l.trim().is_empty())?.to_owned();
         (last.starts_with('2') && last.ends_with("second")).then_some(())
     })
     .await;
