@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::WebSocketUpgrade;
-use axum::extract::ws::{Message, WebSocket};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
@@ -32,6 +33,12 @@ const V4: &str = "v4.channel.k8s.io";
 /// Frames on their way to the client.
 const QUEUE: usize = 16;
 const CHUNK: usize = 32 * 1024;
+/// Nothing is sent before this: client-go up to 1.32 begins to read before it has made its streams, and throws away
+/// what comes for those. The command runs meanwhile.
+const HEAD_START: Duration = Duration::from_millis(50);
+
+/// Output may come so long after the command has ended.
+const OUTPUT_LINGER: Duration = Duration::from_millis(200);
 
 /// What is to be run, and with which streams.
 #[derive(Clone, Debug)]
@@ -125,12 +132,7 @@ fn open(request: &Request) -> io::Result<(Stdio, Streams)> {
 async fn session(shared: Arc<Shared>, container_id: String, request: Request, socket: WebSocket) {
     let (mut writer, mut reader) = socket.split();
     let (frames, mut queue) = mpsc::channel::<Message>(QUEUE);
-    // Clients learn from these which channels there are.
-    for (channel, used) in [(STDOUT, request.stdout), (STDERR, request.stderr && !request.tty)] {
-        if used && writer.send(frame(channel, b"")).await.is_err() {
-            return;
-        }
-    }
+    let earliest = tokio::time::Instant::now() + HEAD_START;
     let (stdio, streams) = match open(&request) {
         Ok(opened) => opened,
         Err(error) => {
@@ -154,6 +156,7 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
         }
     };
     let send = async {
+        tokio::time::sleep_until(earliest).await;
         while let Some(message) = queue.recv().await {
             if writer.send(message).await.is_err() {
                 return;
@@ -169,6 +172,7 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
             () = &mut send => None,
         }
     };
+    tokio::time::sleep_until(earliest).await;
     // What was still queued goes out before the verdict.
     queue.close();
     while let Some(message) = queue.recv().await {
@@ -179,7 +183,9 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
     if let Some(result) = result {
         let _ = writer.send(frame(ERROR, &status(&result))).await;
     }
-    let _ = writer.send(Message::Close(None)).await;
+    // Clients take any other end than a normal one for a failure, whatever the error channel said.
+    let normal = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+    let _ = writer.send(Message::Close(Some(normal))).await;
 }
 
 /// Waits for the command and then for its output; `None` if the client left before.
@@ -197,7 +203,7 @@ async fn with_output<T>(
         };
         if !done {
             // A child left behind may hold the streams open: its output is not waited for.
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(200), output).await;
+            let _ = tokio::time::timeout(OUTPUT_LINGER, output).await;
         }
         result.map_err(|error| chain(&error))
     };
