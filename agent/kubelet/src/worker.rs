@@ -548,3 +548,6 @@ fn with_own_status(pod: &Pod, own: Option<&PodStatus>) -> Pod {
     pod.status = Some(status);
     pod
 }
+
+#[cfg(test)]
+mod tests;
