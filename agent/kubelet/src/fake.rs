@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 use weft_agent_runtime::{
-    Container, ContainerSpec, ContainerState, Error, Exit, Image, Runtime, RuntimeEvent, Sandbox, SandboxSpec, Stdio,
+    Container, ContainerSpec, ContainerState, Error, Exit, Image, Runtime, RuntimeEvent, Sandbox,
+    SandboxSpec, Stdio,
 };
 
 use crate::clock;
@@ -60,7 +61,7 @@ impl FakeRuntime {
         let container = kept.containers.get_mut(id).unwrap();
         let started_at_ns = match container.state {
             ContainerState::Running { started_at_ns } => started_at_ns,
-            _ => 0,
+            ContainerState::Created | ContainerState::Exited(_) => 0,
         };
         container.state =
             ContainerState::Exited(Exit { code, started_at_ns, finished_at_ns: now_ns(), ..Exit::default() });
@@ -80,8 +81,13 @@ impl Runtime for FakeRuntime {
         let mut kept = self.kept.lock();
         let id = format!("sandbox-{}-{}", spec.name, spec.attempt);
         kept.calls.push(format!("run {id}"));
-        let sandbox =
-            Sandbox { id: id.clone(), spec, ready: true, ips: vec!["10.42.0.9".parse().unwrap()], created_at_ns: now_ns() };
+        let sandbox = Sandbox {
+            id: id.clone(),
+            spec,
+            ready: true,
+            ips: vec!["10.42.0.9".parse().unwrap()],
+            created_at_ns: now_ns(),
+        };
         kept.sandboxes.insert(id, sandbox.clone());
         Ok(sandbox)
     }
@@ -159,7 +165,8 @@ impl Runtime for FakeRuntime {
     }
 
     async fn image_status(&self, reference: &str) -> Result<Option<Image>, Error> {
-        let image = Image { id: "sha256:1".into(), tags: vec![reference.into()], size_bytes: 1, user: String::new() };
+        let image =
+            Image { id: "sha256:1".into(), tags: vec![reference.into()], size_bytes: 1, user: String::new() };
         Ok((reference != "missing").then_some(image))
     }
 
@@ -205,7 +212,9 @@ impl FakeApi {
         let path = head.uri.path().to_owned();
         if head.method == Method::GET {
             if query.contains("watch=") {
-                return Response::new(Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, std::io::Error>>()));
+                return Response::new(Body::from_stream(futures::stream::pending::<
+                    Result<bytes::Bytes, std::io::Error>,
+                >()));
             }
             let wanted = query.rsplit("metadata.name%3D").next().unwrap_or_default();
             let wanted = wanted.split('&').next().unwrap_or_default();
@@ -238,7 +247,8 @@ impl FakeApi {
 
     pub(crate) fn events(&self) -> Vec<String> {
         let written = self.written.lock();
-        let events = written.iter().filter(|(method, path, _)| *method == Method::POST && path.ends_with("/events"));
+        let events =
+            written.iter().filter(|(method, path, _)| *method == Method::POST && path.ends_with("/events"));
         events.map(|(_, _, body)| body["reason"].as_str().unwrap().to_owned()).collect()
     }
 }

@@ -94,7 +94,10 @@ pub(crate) async fn run(
         let target = Target::of(pod, container, action, pod_ip).ok_or(Error::NoPort)?;
         let answer = http_get::get(&target, HTTP_TIMEOUT).await.map_err(Error::Http)?;
         if answer.code >= 400 {
-            return Err(Error::Http(format!("HTTP hook answered with status {}: {}", answer.code, answer.body)));
+            return Err(Error::Http(format!(
+                "HTTP hook answered with status {}: {}",
+                answer.code, answer.body
+            )));
         }
     } else if let Some(sleep) = &handler.sleep {
         tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;

@@ -51,7 +51,12 @@ struct Request {
 }
 
 /// Upgrades and runs.
-pub(super) fn serve(shared: Arc<Shared>, container_id: String, upgrade: WebSocketUpgrade, query: &Query) -> Response {
+pub(super) fn serve(
+    shared: Arc<Shared>,
+    container_id: String,
+    upgrade: WebSocketUpgrade,
+    query: &Query,
+) -> Response {
     let request = Request {
         command: query.all("command"),
         stdin: query.flag(&["input", "stdin"]),
@@ -63,11 +68,13 @@ pub(super) fn serve(shared: Arc<Shared>, container_id: String, upgrade: WebSocke
         return (StatusCode::BAD_REQUEST, "you must specify at least one command for exec").into_response();
     }
     if !(request.stdin || request.stdout || request.stderr) {
-        return (StatusCode::BAD_REQUEST, "you must specify at least 1 of stdin, stdout, stderr").into_response();
+        return (StatusCode::BAD_REQUEST, "you must specify at least 1 of stdin, stdout, stderr")
+            .into_response();
     }
     let upgrade = upgrade.protocols([V5, V4]);
     if upgrade.selected_protocol().is_none() {
-        return (StatusCode::FORBIDDEN, format!("none of the protocols is known: {V5}, {V4}")).into_response();
+        return (StatusCode::FORBIDDEN, format!("none of the protocols is known: {V5}, {V4}"))
+            .into_response();
     }
     upgrade.on_upgrade(move |socket| session(shared, container_id, request, socket))
 }
@@ -144,7 +151,8 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
         let exec = shared.runtime.exec(&container_id, request.command.clone(), stdio);
         match streams {
             Streams::Pipes { stdin, stdout, stderr } => {
-                let output = async { tokio::join!(copy(stdout, STDOUT, &frames), copy(stderr, STDERR, &frames)) };
+                let output =
+                    async { tokio::join!(copy(stdout, STDOUT, &frames), copy(stderr, STDERR, &frames)) };
                 let input = pipe_input(&mut reader, stdin);
                 with_output(exec, output, input).await
             }
@@ -321,7 +329,8 @@ async fn terminal_input(reader: &mut Reader, master: &AsyncFd<OwnedFd>) {
                 }
             }
             Input::Resize(width, height) => {
-                let size = rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+                let size =
+                    rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
                 // A terminal that is gone has no size.
                 let _ = rustix::termios::tcsetwinsize(master.get_ref(), size);
             }

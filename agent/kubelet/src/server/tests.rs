@@ -59,7 +59,9 @@ async fn get(addr: SocketAddr, ca: &Ca, client: Option<(String, String)>, path: 
     let stream = TcpStream::connect(addr).await?;
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
     let mut stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+    stream
+        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+        .await?;
     let mut text = Vec::new();
     stream.read_to_end(&mut text).await?;
     Ok(String::from_utf8_lossy(&text).into_owned())

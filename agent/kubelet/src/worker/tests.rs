@@ -119,7 +119,8 @@ async fn a_missing_config_map_is_named_and_waited_for() {
     let spec = json!({"containers": [{"name": "a", "image": "i", "env": [
         {"name": "X", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "k"}}}]}]});
     let scene = begin(&pod(spec), |_| Adopted::default());
-    until("the reason", || scene.container()["state"]["waiting"]["reason"] == "CreateContainerConfigError").await;
+    until("the reason", || scene.container()["state"]["waiting"]["reason"] == "CreateContainerConfigError")
+        .await;
     assert_eq!(scene.container()["state"]["waiting"]["message"], "configmap \"cm\" not found");
     assert!(scene.runtime.containers().is_empty());
 }
@@ -146,7 +147,12 @@ async fn what_an_earlier_kubelet_left_running_is_adopted_untouched() {
     let update = watch::Sender::new(Update { pod: p, removed: false, rejected: None });
     let api = Arc::new(FakeApi::default());
     let shared = shared(first.dir.path(), first.runtime.clone(), &api);
-    tokio::spawn(run(shared, update.subscribe(), (inbox.clone(), messages), Adopted { sandboxes, containers }));
+    tokio::spawn(run(
+        shared,
+        update.subscribe(),
+        (inbox.clone(), messages),
+        Adopted { sandboxes, containers },
+    ));
     until("its status", || api.status()["containerStatuses"][0]["ready"] == true).await;
     assert_eq!(first.runtime.calls(), before, "nothing was made, started or stopped");
     // And it is still looked after.
