@@ -58,6 +58,21 @@ pub fn cgroup_id(path: &Path) -> Result<u64, NodeError> {
     fs::metadata(path).map(|m| m.ino()).map_err(failed("look at cgroup", path))
 }
 
+/// Removes the node's cgroup and the folders above it, as far as they are empty. What is gone already is no error.
+pub fn remove_cgroup(cgroup2: &Path, node_cgroup: &Path) -> Result<(), NodeError> {
+    for (depth, relative) in node_cgroup.ancestors().take_while(|p| !p.as_os_str().is_empty()).enumerate() {
+        let path = cgroup2.join(relative);
+        match fs::remove_dir(&path) {
+            Ok(()) => {}
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(source) if depth == 0 => return Err(failed("remove cgroup", &path)(source)),
+            // Another node of the machine is below it.
+            Err(_) => break,
+        }
+    }
+    Ok(())
+}
+
 /// Makes sure that `path` is in a bpffs; mounts one there if it is not. Pins live as long as that mount: in a mount
 /// namespace that may go away, mount it before entering.
 pub fn ensure_bpffs(path: &Path) -> Result<(), NodeError> {

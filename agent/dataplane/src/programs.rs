@@ -192,7 +192,7 @@ impl Programs {
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with("edge_") && !wanted.contains(&name) {
-                remove_pin(&entry.path())?;
+                remove_link(&entry.path())?;
             }
         }
         Ok(())
@@ -237,6 +237,16 @@ fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) ->
     sys::pin(link.as_fd(), pin)
 }
 
+/// Detaches a pinned link and removes the pin. One whose cgroup or device is gone has nothing to detach from.
+fn remove_link(path: &Path) -> Result<(), NodeError> {
+    if let Ok(link) = sys::open_pin(path)
+        && let Err(error) = sys::link_detach(link.as_fd())
+    {
+        tracing::debug!(pin = %path.display(), %error, "link was dead already");
+    }
+    remove_pin(path)
+}
+
 fn remove_pin(path: &Path) -> Result<(), NodeError> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove pin", path)(source)),
@@ -246,14 +256,15 @@ fn remove_pin(path: &Path) -> Result<(), NodeError> {
 
 /// Removes all links and maps of a node; what is gone already is no error.
 pub fn remove(pins: &Path) -> Result<(), NodeError> {
-    for folder in [pins.join("links"), pins.join("maps")] {
+    type Remove = fn(&Path) -> Result<(), NodeError>;
+    for (folder, remove) in [(pins.join("links"), remove_link as Remove), (pins.join("maps"), remove_pin)] {
         let entries = match fs::read_dir(&folder) {
             Ok(entries) => entries,
             Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
             Err(source) => return Err(failed("list", &folder)(source)),
         };
         for entry in entries.flatten() {
-            remove_pin(&entry.path())?;
+            remove(&entry.path())?;
         }
         fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
     }

@@ -81,7 +81,10 @@ pub enum Error {
     Devices(#[from] weft_cni_netlink::Error),
 }
 
-#[expect(clippy::large_enum_variant, reason = "an event is taken apart as soon as it comes; a box would be one allocation more")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "an event is taken apart as soon as it comes; a box would be one allocation more"
+)]
 enum Event {
     Service(watcher::Event<Service>),
     Slice(watcher::Event<EndpointSlice>),
@@ -156,15 +159,17 @@ pub async fn run_with_metrics(
     dataplane.run(client, shutdown).await
 }
 
-/// Removes all that a dataplane left on its node: links, maps, the overlay. What is gone already is no error.
+/// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
+/// The pods must be gone first.
 ///
 /// # Errors
 /// If the kernel refuses to remove something.
 pub async fn cleanup(config: &Config) -> Result<(), Error> {
-    let pins = config.pin_dir.clone();
+    let (pins, cgroup) = (config.pin_dir.clone(), config.node_cgroup.clone());
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
     .await?

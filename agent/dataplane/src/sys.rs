@@ -13,6 +13,7 @@ const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 /// `union bpf_attr`, member `batch`.
 #[repr(C)]
@@ -159,6 +160,18 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     let mut attr =
         LinkUpdateAttr { link_fd: number(link), new_prog_fd: number(program), ..LinkUpdateAttr::default() };
     bpf(LINK_UPDATE, &mut attr).map(|_| ())
+}
+
+/// `union bpf_attr`, member `link_detach`.
+#[repr(C)]
+#[derive(Default)]
+struct LinkDetachAttr {
+    link_fd: u32,
+}
+
+/// Takes a link off its cgroup or device at once; dropping the last reference does so only some time later.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(LINK_DETACH, &mut LinkDetachAttr { link_fd: number(link) }).map(|_| ())
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {

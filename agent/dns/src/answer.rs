@@ -28,7 +28,7 @@ pub(crate) enum Answer {
     /// The name exists; these are its records of the type asked for, possibly none.
     Records(Vec<Record>),
     /// The name is another's; the alias, and the name to resolve elsewhere.
-    Alias(Record, Name),
+    Alias(Box<Record>, Name),
     /// There is no such name.
     NoSuchName,
     /// Not a name of the cluster: ask the upstream resolvers.
@@ -238,7 +238,7 @@ fn addresses_of(name: &Name, addresses: impl Iterator<Item = IpAddr>, kind: Reco
 
 fn alias(name: &Name, target: &str) -> Answer {
     match Name::from_ascii(format!("{}.", target.trim_end_matches('.'))) {
-        Ok(target) => Answer::Alias(record(name, RData::CNAME(CNAME(target.clone()))), target),
+        Ok(target) => Answer::Alias(Box::new(record(name, RData::CNAME(CNAME(target.clone())))), target),
         // The API refuses such a name; a Service of another server may still carry one.
         Err(_) => Answer::NoSuchName,
     }

@@ -43,11 +43,11 @@ struct Shared {
 
 /// What the tables alone say about a query.
 enum Decision {
-    Reply(Message),
+    Reply(Box<Message>),
     /// The resolvers must be asked as the query came.
     Forward,
     /// The name is an alias of one elsewhere; the reply so far, and what to ask for.
-    Follow(Message, Name, RecordType),
+    Follow(Box<Message>, Name, RecordType),
     /// No reply at all: not a query.
     Ignore,
 }
@@ -109,7 +109,7 @@ fn serve_datagram(
     match shared.decide(&message) {
         Decision::Ignore => {}
         Decision::Reply(reply) => {
-            if let Some(bytes) = encode(&message, reply, true) {
+            if let Some(bytes) = encode(&message, &reply, true) {
                 // A full send buffer drops the reply, as the network would; the client asks again.
                 let _ = socket.try_send_to(&bytes, client);
             }
@@ -147,11 +147,11 @@ impl Shared {
         let mut reply = reply_to(query);
         let [question] = query.queries.as_slice() else {
             reply.metadata.response_code = ResponseCode::FormErr;
-            return Decision::Reply(reply);
+            return Decision::Reply(Box::new(reply));
         };
         if query.metadata.op_code != OpCode::Query {
             reply.metadata.response_code = ResponseCode::NotImp;
-            return Decision::Reply(reply);
+            return Decision::Reply(Box::new(reply));
         }
         let kind = question.query_type();
         let mut name = question.name().clone();
@@ -159,20 +159,20 @@ impl Shared {
         for _ in 0..MAX_ALIASES {
             match self.zone.answer(&index, &name, kind) {
                 Answer::Elsewhere if reply.answers.is_empty() => return Decision::Forward,
-                Answer::Elsewhere => return Decision::Follow(reply, name, kind),
+                Answer::Elsewhere => return Decision::Follow(Box::new(reply), name, kind),
                 Answer::Records(records) => {
                     reply.metadata.authoritative = true;
                     if records.is_empty() {
                         reply.add_authorities(self.zone.start_of_authority());
                     }
                     reply.add_answers(records);
-                    return Decision::Reply(reply);
+                    return Decision::Reply(Box::new(reply));
                 }
                 Answer::Alias(record, target) => {
                     reply.metadata.authoritative = true;
-                    reply.add_answer(record);
+                    reply.add_answer(*record);
                     if kind == RecordType::CNAME {
-                        return Decision::Reply(reply);
+                        return Decision::Reply(Box::new(reply));
                     }
                     name = target;
                 }
@@ -180,13 +180,13 @@ impl Shared {
                     reply.metadata.authoritative = true;
                     reply.metadata.response_code = ResponseCode::NXDomain;
                     reply.add_authorities(self.zone.start_of_authority());
-                    return Decision::Reply(reply);
+                    return Decision::Reply(Box::new(reply));
                 }
                 Answer::NotReady => break,
             }
         }
         reply.metadata.response_code = ResponseCode::ServFail;
-        Decision::Reply(reply)
+        Decision::Reply(Box::new(reply))
     }
 
     /// Carries out what remains of a decision; answers the bytes to send.
@@ -199,18 +199,18 @@ impl Shared {
     ) -> Option<Vec<u8>> {
         match decision {
             Decision::Ignore => None,
-            Decision::Reply(reply) => encode(query, reply, !over_tcp),
+            Decision::Reply(reply) => encode(query, &reply, !over_tcp),
             Decision::Forward => match self.forwarder.ask(raw, over_tcp).await {
                 Some(reply) => Some(reply),
                 None => {
                     let mut reply = reply_to(query);
                     reply.metadata.response_code = ResponseCode::ServFail;
-                    encode(query, reply, !over_tcp)
+                    encode(query, &reply, !over_tcp)
                 }
             },
             Decision::Follow(mut reply, name, kind) => {
                 self.follow(&mut reply, name, kind).await;
-                encode(query, reply, !over_tcp)
+                encode(query, &reply, !over_tcp)
             }
         }
     }
@@ -243,7 +243,7 @@ fn reply_to(query: &Message) -> Message {
 }
 
 /// The reply's bytes; over UDP one that is too long is sent empty and marked truncated, so that the client asks over TCP.
-fn encode(query: &Message, reply: Message, over_udp: bool) -> Option<Vec<u8>> {
+fn encode(query: &Message, reply: &Message, over_udp: bool) -> Option<Vec<u8>> {
     let bytes = reply.to_vec().ok()?;
     let announced = query.edns.as_ref().map_or(PLAIN_UDP_BYTES, Edns::max_payload);
     let limit = announced.clamp(PLAIN_UDP_BYTES, EDNS_UDP_BYTES);

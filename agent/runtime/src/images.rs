@@ -196,8 +196,12 @@ impl ImageStore {
         let mut lock = None;
         loop {
             let mut sizes = BTreeMap::new();
+            let mut fresh = false;
             for image in &found {
-                self.unpack_all(&archive, image, &mut sizes)?;
+                fresh |= self.unpack_all(&archive, image, &mut sizes)?;
+            }
+            if fresh {
+                self.settle()?;
             }
             let last = lock.is_some();
             let held = lock.map_or_else(|| self.lock(FlockOperation::LockExclusive), Ok)?;
@@ -213,12 +217,13 @@ impl ImageStore {
         }
     }
 
+    /// True if a layer is not in the index yet.
     fn unpack_all(
         &self,
         archive: &Archive,
         image: &Found,
         sizes: &mut BTreeMap<String, u64>,
-    ) -> Result<(), ImageError> {
+    ) -> Result<bool, ImageError> {
         let diff_ids = &image.config.rootfs.diff_ids;
         if diff_ids.len() != image.layers.len() {
             let (ids, layers) = (diff_ids.len(), image.layers.len());
@@ -226,6 +231,7 @@ impl ImageStore {
                 "it has {layers} layers, but its configuration names {ids}"
             )));
         }
+        let mut fresh = false;
         for (diff_id, blob) in diff_ids.iter().zip(&image.layers) {
             let hex = reference::digest_hex(diff_id)
                 .ok_or_else(|| ImageError::Format(format!("{diff_id:?} is no sha256 digest")))?;
@@ -235,9 +241,10 @@ impl ImageStore {
                 Some(size) if there => size,
                 _ => self.unpack(archive, blob, diff_id, hex)?,
             };
+            fresh |= known.is_none() || !there;
             sizes.insert(hex.to_owned(), size);
         }
-        Ok(())
+        Ok(fresh)
     }
 
     /// Unpacks a layer aside, verifies both digests, and moves it to its place.
@@ -432,14 +439,19 @@ impl ImageStore {
         }
     }
 
-    /// Imports are rare and not on the way of a start: here, and only here, the runtime waits for the disk.
+    /// Layers are durable before the index names them. This waits for all that the disk has to write, so it is done
+    /// before the lock is taken: starts of containers need that lock.
+    fn settle(&self) -> Result<(), ImageError> {
+        let layers = self.layers_folder();
+        let folder = File::open(&layers).map_err(io_error("open", &layers))?;
+        rustix::fs::syncfs(&folder).map_err(|error| io_error("sync", &layers)(error.into()))
+    }
+
     fn write_index(&self, index: &Index) -> Result<(), ImageError> {
         let (path, aside) = (self.folder.join("index.json"), self.folder.join("index.json.new"));
         let text = serde_json::to_vec(index).map_err(|error| io_error("write", &aside)(error.into()))?;
         fs::write(&aside, text).map_err(io_error("write", &aside))?;
-        File::open(&aside)
-            .and_then(|file| rustix::fs::syncfs(&file).map_err(io::Error::from))
-            .map_err(io_error("sync", &aside))?;
+        File::open(&aside).and_then(|file| file.sync_all()).map_err(io_error("sync", &aside))?;
         fs::rename(&aside, &path).map_err(io_error("write", &path))
     }
 }

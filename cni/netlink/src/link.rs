@@ -7,7 +7,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute,
-    LinkFlags, LinkInfo, LinkMessage,
+    LinkFlags, LinkInfo, LinkMessage, State,
 };
 
 use crate::error::ok_if_gone;
@@ -27,6 +27,11 @@ pub struct Link {
     pub mtu_bytes: u32,
     /// Whether it is set up.
     pub up: bool,
+    /// Whether it carries packets: set up, and so is what it depends on (the other end, a port).
+    ///
+    /// The kernel works this out in the background, at times a second later. Since Linux 6.8, asking for one device
+    /// ([`Netlink::link`]) makes it work it out at once.
+    pub running: bool,
     /// Whether it is a loopback device.
     pub loopback: bool,
     /// The device (a bridge) that it belongs to.
@@ -279,6 +284,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         mac: None,
         mtu_bytes: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        running: false,
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         master: None,
         peer_index: None,
@@ -289,6 +295,8 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok().map(Mac),
             LinkAttribute::Mtu(bytes) => link.mtu_bytes = *bytes,
+            // Loopback and its like never say more than "unknown".
+            LinkAttribute::OperState(state) => link.running = matches!(state, State::Up | State::Unknown),
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
             LinkAttribute::LinkInfo(infos) => {

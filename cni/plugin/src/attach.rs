@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
 
 use ipnetwork::Ipv4Network;
 use weft_cni_ipam::Owner;
@@ -82,6 +83,9 @@ impl Attachment<'_> {
         let pod = Neighbour { index: bridge.index, address: self.address.into(), mac: pod_mac };
         host.put_neighbour(&pod)?;
         self.configure_pod(&port, &bridge)?;
+        // From the pod outwards, as each depends on the one before.
+        wait_until_running(&mut host, &self.host_name)?;
+        wait_until_running(&mut host, &self.config.bridge)?;
         Ok(self.result(&bridge, &port))
     }
 
@@ -127,7 +131,7 @@ impl Attachment<'_> {
             pod.put_neighbour(&Neighbour { index, address: gateway, mac })?;
         }
         pod.put_route(&Route { gateway: Some(gateway), ..Route::new(EVERYWHERE.into(), index) })?;
-        Ok(())
+        wait_until_running(&mut pod, &self.owner.ifname)
     }
 
     fn network(&self, address: Ipv4Addr) -> Ipv4Network {
@@ -170,6 +174,26 @@ impl Attachment<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits until a device carries packets. Before that it drops them, and a pod's first ones would be lost.
+///
+/// Linux since 6.8 does what is missing when it is asked; an older one takes up to a second.
+fn wait_until_running(netlink: &mut Netlink, name: &str) -> Result<(), PluginError> {
+    const DEADLINE: Duration = Duration::from_secs(3);
+    const PAUSE: Duration = Duration::from_millis(2);
+    let begun = Instant::now();
+    while !netlink.link(name)?.running {
+        if begun.elapsed() > DEADLINE {
+            return Err(PluginError::NotRunning(name.to_owned()));
+        }
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the only thread of a short process, and nothing else to do"
+        )]
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 fn turn_on_forwarding() -> io::Result<()> {

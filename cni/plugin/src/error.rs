@@ -48,6 +48,9 @@ pub(crate) enum PluginError {
     /// The kernel refused.
     #[error("failed to set up the pod's network")]
     Kernel(#[from] weft_cni_netlink::Error),
+    /// A device doesn't come up.
+    #[error("the device {0} does not come up")]
+    NotRunning(String),
     /// Forwarding can't be turned on.
     #[error("cannot turn on IPv4 forwarding")]
     Forwarding {
@@ -95,6 +98,7 @@ impl PluginError {
                 Class::Retry => Code::TryAgain,
                 Class::NotFound | Class::Exists | Class::Denied | Class::Fatal => Code::Kernel,
             },
+            Self::NotRunning(_) => Code::TryAgain,
             Self::Check(_) => Code::CheckFailed,
             Self::Unavailable { .. } => Code::NotAvailable,
             Self::Undo { failed, .. } => failed.code(),

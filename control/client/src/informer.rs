@@ -273,9 +273,11 @@ where
         K: serde::de::DeserializeOwned,
     {
         follow(&Objects(api), self, &selection, &shutdown).await;
+        // Who still waits for the first list must come to see the shutdown.
+        self.synced.send_replace(true);
     }
 
-    /// Returns once the first list is in the cache.
+    /// Returns once the first list is in the cache, or the informer has stopped.
     pub async fn synced(&self) {
         // The sender lives in self, so waiting can't fail.
         let _ = self.synced.subscribe().wait_for(|synced| *synced).await;
@@ -464,6 +466,22 @@ mod tests {
         informer.replace(vec![pod("a", "one", None), pod("a", "two", None)]);
         informer.replace(vec![pod("a", "two", None), pod("a", "three", None)]);
         assert_eq!(*seen.lock(), ["+one", "+two", "-one", "~two", "+three"]);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_an_informer_that_was_stopped_before_its_first_list() {
+        let informer = Informer::<Pod>::new(|_| {}, vec![]);
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        informer.run(Api::all(unanswered()), Selection::default(), shutdown).await;
+        informer.synced().await;
+        assert!(informer.is_empty());
+    }
+
+    /// A client whose server doesn't answer.
+    fn unanswered() -> kube::Client {
+        let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
+        kube::Client::try_from(config).unwrap()
     }
 
     #[tokio::test]

@@ -117,7 +117,8 @@ impl Controller {
         }
         let replica_sets = self.claim(&d, &key, &selector).await?;
         let plan = self.plan(&d, &replica_sets);
-        self.apply(&d, &key, plan).await
+        // Boxed: it holds whole objects, and most syncs never get here.
+        Box::pin(self.apply(&d, &key, plan)).await
     }
 
     fn plan(&self, deployment: &Deployment, replica_sets: &[Arc<ReplicaSet>]) -> Plan {
@@ -221,7 +222,7 @@ impl Controller {
         match classify(&error) {
             Class::NamespaceTerminating => return Ok(Created::Stale),
             Class::AlreadyExists => return self.collided(d, key, rs).await,
-            _ => {}
+            Class::NotFound | Class::Conflict | Class::Rejected | Class::Expired | Class::Retry => {}
         }
         let text = format!("Failed to create new replica set \"{}\": {}", rs.name_any(), message(&error));
         self.recorder.event(reference(d), Kind::Warning, progress::FAILED_CREATE, text.clone());

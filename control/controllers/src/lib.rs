@@ -114,7 +114,7 @@ async fn lead(
     tasks.spawn(|term| async move { collector.run(&term).await });
     // Last: every controller has its handlers in place before the first object arrives.
     let readers = shared::Readers::new(clients);
-    tasks.spawn(|term| async move { shared.run(readers, &term).await });
+    tasks.spawn(|term| async move { Box::pin(shared.run(readers, &term)).await });
     tasks.join().await;
     Ok(())
 }

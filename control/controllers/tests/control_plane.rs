@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
+#[path = "control_plane/kubectl.rs"]
+mod kubectl;
 #[path = "control_plane/nodes.rs"]
 mod nodes;
 #[path = "control_plane/ownership.rs"]

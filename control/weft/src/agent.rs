@@ -137,9 +137,14 @@ pub(crate) fn command(paths: &Paths, args: &AgentArgs, log: &str) -> anyhow::Res
 fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
     let cluster = Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
     let folder = paths.node(&args.node).pki();
+    let removal = args.purge || args.stop;
     let read = |name: &str| {
         let path = folder.join(name);
-        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+        match std::fs::read_to_string(&path) {
+            // A node is removed without its keys: it may have got none.
+            Err(_) if removal => Ok(String::new()),
+            outcome => outcome.with_context(|| format!("cannot read {}", path.display())),
+        }
     };
     Ok(Node {
         name: args.node.clone(),

@@ -44,10 +44,6 @@ pub(crate) fn down(paths: &Paths, purge: bool) -> anyhow::Result<()> {
 /// A process of its own does it, within the node's namespaces.
 fn remove_node(paths: &Paths, cluster: &Cluster, index: usize, purge: bool) -> anyhow::Result<()> {
     let name = &cluster.nodes[index];
-    if !paths.node(name).pki().join("serving.key").exists() {
-        // It never came to be.
-        return Ok(());
-    }
     let address = match network::machine_address()? {
         Some(address) if cluster.nodes.len() == 1 => address,
         _ if cluster.nodes.len() == 1 => cluster.underlay_gateway(),

@@ -67,6 +67,10 @@ pub(crate) fn make(paths: &Paths, cluster: &Cluster, index: usize) -> anyhow::Re
         return Ok(());
     }
     remove(paths, name)?;
+    // The pins must outlive the node's mount namespace, so their file system is mounted outside it, and first.
+    let pins = paths.node(name).bpffs();
+    fs::create_dir_all(&pins)?;
+    weft_agent_dataplane::node::ensure_bpffs(&pins).context("cannot mount the file system of the eBPF pins")?;
     keep_namespaces(&folder, name).with_context(|| format!("cannot make the namespaces of {name}"))?;
     let linked = link(cluster, index, &folder.join("net"));
     if linked.is_err() {
@@ -151,7 +155,8 @@ pub(crate) fn remove(paths: &Paths, name: &str) -> anyhow::Result<()> {
     for (kind, _) in KINDS {
         namespace::remove(&folder.join(kind))?;
     }
-    network::unmount(&folder)
+    network::unmount(&folder)?;
+    network::unmount(&paths.node(name).bpffs())
 }
 
 /// Keeps one node's agent running in a process of its own.

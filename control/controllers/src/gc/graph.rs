@@ -239,7 +239,7 @@ mod tests {
     fn meta(owners: Vec<OwnerReference>, deleting: bool, finalizers: &[&str]) -> ObjectMeta {
         ObjectMeta {
             owner_references: Some(owners),
-            deletion_timestamp: deleting.then(|| Time(jiff::Timestamp::UNIX_EPOCH)),
+            deletion_timestamp: deleting.then_some(Time(jiff::Timestamp::UNIX_EPOCH)),
             finalizers: Some(finalizers.iter().map(|f| (*f).to_owned()).collect()),
             ..ObjectMeta::default()
         }

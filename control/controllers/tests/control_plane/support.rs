@@ -5,7 +5,10 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
 use kube::{Client, ResourceExt};
 use parking_lot::Mutex;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, SanType,
+};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -30,19 +33,32 @@ pub(crate) struct Plane {
     pub(crate) silent: Arc<Mutex<HashSet<String>>>,
     server: Arc<Server>,
     tasks: JoinSet<()>,
-    _dir: tempfile::TempDir,
+    ca: String,
+    identity: CertifiedKeyPem,
+    dir: tempfile::TempDir,
 }
 
-fn authority() -> (String, CertifiedKeyPem) {
+/// A CA, and what it signed: the server's identity, and an admin's.
+fn authority() -> (String, CertifiedKeyPem, CertifiedKeyPem) {
     let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().unwrap();
     let ca = params.self_signed(&key).unwrap().pem();
     let issuer = Issuer::new(params, key);
-    let key = KeyPair::generate().unwrap();
-    let leaf =
-        CertificateParams::new(vec!["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
-    (ca, CertifiedKeyPem { certificates: leaf.pem(), key: key.serialize_pem() })
+    let sign = |mut params: CertificateParams| {
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().unwrap();
+        let leaf = params.signed_by(&key, &issuer).unwrap();
+        CertifiedKeyPem { certificates: leaf.pem(), key: key.serialize_pem() }
+    };
+    let mut server = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    server.subject_alt_names.push(SanType::IpAddress("127.0.0.1".parse().unwrap()));
+    let mut admin = CertificateParams::default();
+    admin.distinguished_name = DistinguishedName::new();
+    admin.distinguished_name.push(DnType::CommonName, "admin");
+    admin.distinguished_name.push(DnType::OrganizationName, "system:masters");
+    (ca, sign(server), sign(admin))
 }
 
 impl Plane {
@@ -53,7 +69,7 @@ impl Plane {
         }
         let dir = tempfile::tempdir().unwrap();
         let store = EmbeddedStore::open(dir.path().join("store"), Options::default()).unwrap();
-        let (ca, serving) = authority();
+        let (ca, serving, identity) = authority();
         let config = Config {
             advertise_address: "192.0.2.10".parse().unwrap(),
             advertise_port: 6443,
@@ -81,7 +97,9 @@ impl Plane {
             silent: Arc::default(),
             server,
             tasks: JoinSet::new(),
-            _dir: dir,
+            identity,
+            ca: ca.clone(),
+            dir,
         };
         plane.spawn_control(ca, grace);
         for n in 0..nodes {
@@ -188,6 +206,26 @@ impl Plane {
             .filter(|e| e.reason.as_deref() == Some(reason))
             .filter_map(|e| e.message)
             .collect()
+    }
+
+    /// Serves the API on a loopback port; returns the kubeconfig of an admin.
+    pub(crate) async fn serve(&mut self) -> std::path::PathBuf {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://{}", listener.local_addr().unwrap());
+        let (server, stop) = (self.server.clone(), self.shutdown.clone());
+        self.tasks.spawn(async move { server.serve(listener, stop).await.unwrap() });
+        let file = |name: &str, text: &str| {
+            let path = self.dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let (ca, cert) = (file("ca.pem", &self.ca), file("cert.pem", &self.identity.certificates));
+        let key = file("key.pem", &self.identity.key);
+        let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": url, "certificate-authority": ca}}],
+            "users": [{"name": "u", "user": {"client-certificate": cert, "client-key": key}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]});
+        file("kubeconfig", &config.to_string())
     }
 
     pub(crate) async fn stop(mut self) {

@@ -52,7 +52,8 @@ impl Api {
         if request.uri().query().unwrap_or_default().contains("watch=true") {
             let (sender, receiver) = mpsc::unbounded_channel();
             self.watches.lock().unwrap().insert(plural, sender);
-            let lines = futures::stream::unfold(receiver, |mut r| async { r.recv().await.map(|line| (line, r)) });
+            let lines =
+                futures::stream::unfold(receiver, |mut r| async { r.recv().await.map(|line| (line, r)) });
             let body = StreamBody::new(lines.map(|line| Ok(http_body::Frame::data(line))));
             return http::Response::new(BoxBody::new(body));
         }
@@ -78,7 +79,8 @@ fn service() -> Value {
 
 fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
     let port = endpoints.first().map_or(1, SocketAddr::port);
-    let endpoints: Vec<_> = endpoints.iter().map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}})).collect();
+    let endpoints: Vec<_> =
+        endpoints.iter().map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}})).collect();
     json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4", "endpoints": endpoints,
         "metadata": {"namespace": "default", "name": "web-1", "resourceVersion": version,
             "labels": {"kubernetes.io/service-name": "web"}},
@@ -129,7 +131,8 @@ fn objects_become_services_and_survive_the_agent() {
         runtime.block_on(cleanup(&config)).unwrap();
         runtime.block_on(cleanup(&config)).unwrap();
         assert_eq!(ask_tcp(vip(10)).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
-        assert_eq!(std::fs::read_dir(&config.pin_dir).unwrap().count(), 0);
+        assert!(!place.cgroup.exists());
+        assert!(!config.pin_dir.join("maps").exists() && !config.pin_dir.join("links").exists());
     });
 }
 
@@ -142,11 +145,13 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     assert!(ask_tcp(SocketAddr::from(([127, 0, 0, 1], 30080))).is_ok());
 
     api.event("endpointslices", "MODIFIED", &slice(&[], "8")).await;
-    eventually("refusal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused)).await;
+    eventually("refusal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused))
+        .await;
     api.event("endpointslices", "MODIFIED", &slice(&[pod], "9")).await;
     eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
     api.event("services", "DELETED", &service()).await;
-    eventually("removal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::NetworkUnreachable)).await;
+    eventually("removal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::NetworkUnreachable))
+        .await;
     api.event("services", "ADDED", &service()).await;
     eventually("the Service's return", || ask_tcp(vip(10)).is_ok()).await;
 
