@@ -32,7 +32,12 @@ impl Entry {
 
 impl Backoffs {
     /// The end of the delay that counts from `event`, and the delay; `None` if there is nothing to wait for.
-    pub(crate) fn waiting(&self, key: &str, event: Timestamp, now: Timestamp) -> Option<(Timestamp, Duration)> {
+    pub(crate) fn waiting(
+        &self,
+        key: &str,
+        event: Timestamp,
+        now: Timestamp,
+    ) -> Option<(Timestamp, Duration)> {
         let entry = self.entries.get(key)?;
         let end = clock::after(event, entry.delay);
         (!entry.expired(event) && now < end).then_some((end, entry.delay))
@@ -83,11 +88,9 @@ mod tests {
         b.next("c", at(0), at(0));
         assert_eq!(b.waiting("c", at(1), at(1)), Some((at(11), INITIAL)));
         assert_eq!(b.waiting("c", at(1), at(11)), None);
-        let mut now = 11;
-        for expected in [20, 40, 80, 160, 300, 300] {
+        for (now, expected) in (11..).zip([20, 40, 80, 160, 300, 300]) {
             b.next("c", at(now), at(now));
             assert_eq!(b.delay("c"), Duration::from_secs(expected));
-            now += 1;
         }
     }
 

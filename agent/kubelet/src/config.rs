@@ -104,14 +104,19 @@ impl Config {
         let mut wrong = Vec::new();
         let name_ok = !self.node_name.is_empty()
             && self.node_name.len() <= 253
-            && self.node_name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
+            && self
+                .node_name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.')
             && !self.node_name.starts_with(['.', '-']);
         if !name_ok {
             wrong.push(format!("node name {:?} is no DNS subdomain", self.node_name));
         }
-        for (what, dir) in
-            [("data folder", &self.data_dir), ("run folder", &self.run_dir), ("log folder", &self.pod_log_dir)]
-        {
+        for (what, dir) in [
+            ("data folder", &self.data_dir),
+            ("run folder", &self.run_dir),
+            ("log folder", &self.pod_log_dir),
+        ] {
             if !dir.is_absolute() {
                 wrong.push(format!("{what} {dir:?} is not absolute"));
             }

@@ -57,7 +57,8 @@ pub(crate) fn resolv_conf(pod: &Pod, cluster: &Cluster<'_>) -> String {
         _ => {
             let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
             let domain = cluster.domain;
-            let mut searches = vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()];
+            let mut searches =
+                vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.to_owned()];
             searches.extend(host.searches);
             Resolv { nameservers: vec![cluster.dns.to_string()], searches, options: vec!["ndots:5".into()] }
         }
@@ -68,7 +69,8 @@ pub(crate) fn resolv_conf(pod: &Pod, cluster: &Cluster<'_>) -> String {
         for option in config.options.iter().flatten() {
             let Some(name) = &option.name else { continue };
             made.options.retain(|known| known.split(':').next() != Some(name));
-            made.options.push(option.value.as_ref().map_or_else(|| name.clone(), |value| format!("{name}:{value}")));
+            made.options
+                .push(option.value.as_ref().map_or_else(|| name.clone(), |value| format!("{name}:{value}")));
         }
     }
     render(made)
@@ -138,7 +140,11 @@ pub(crate) fn hosts(pod: &Pod, ips: &[IpAddr], cluster_domain: &str, node_hosts:
     if !aliases.is_empty() {
         text.push_str("\n# Entries added by HostAliases.\n");
         for alias in aliases {
-            text.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.as_deref().unwrap_or_default().join("\t")));
+            text.push_str(&format!(
+                "{}\t{}\n",
+                alias.ip,
+                alias.hostnames.as_deref().unwrap_or_default().join("\t")
+            ));
         }
     }
     text
@@ -150,7 +156,8 @@ mod tests {
     use serde_json::json;
 
     fn pod(spec: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "shop"}, "spec": spec})).unwrap()
+        serde_json::from_value(json!({"metadata": {"name": "web-0", "namespace": "shop"}, "spec": spec}))
+            .unwrap()
     }
 
     fn cluster() -> Cluster<'static> {

@@ -25,7 +25,12 @@ pub(crate) enum Error {
     Resource(String),
     #[error("pod has no IP yet")]
     NoIp,
+    #[error("services have not yet been read at least once, cannot construct envvars")]
+    NoServices,
 }
+
+/// How long the first reading of the Services is waited for.
+const SERVICES_READ: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Facts about the node and the sandbox that fields may name.
 #[derive(Clone, Debug)]
@@ -44,8 +49,11 @@ pub(crate) async fn make(
     facts: &Facts,
 ) -> Result<Vec<(String, String)>, Error> {
     let id = PodId::of(pod);
-    shared.services.synced().await;
-    let services = shared.services.variables(&id.namespace, pod::spec(pod).enable_service_links.unwrap_or(true));
+    tokio::time::timeout(SERVICES_READ, shared.services.synced())
+        .await
+        .map_err(|_elapsed| Error::NoServices)?;
+    let services =
+        shared.services.variables(&id.namespace, pod::spec(pod).enable_service_links.unwrap_or(true));
     let mut result: Vec<(String, String)> = Vec::new();
     let mut known: BTreeMap<String, String> = BTreeMap::new();
     for from in container.env_from.iter().flatten() {
@@ -211,7 +219,11 @@ pub(crate) fn resource(
 }
 
 /// Replaces `$(NAME)` by its value; `$$` is a plain `$`; an unknown name stays as it is written.
-pub(crate) fn expand(text: &str, known: &BTreeMap<String, String>, more: &BTreeMap<String, String>) -> String {
+pub(crate) fn expand(
+    text: &str,
+    known: &BTreeMap<String, String>,
+    more: &BTreeMap<String, String>,
+) -> String {
     let mut result = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find('$') {

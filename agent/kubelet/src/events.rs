@@ -58,7 +58,13 @@ impl Recorder {
     }
 
     /// About a container of a pod.
-    pub(crate) fn container(&self, pod: &Pod, name: &str, (kind, reason): (Kind, &'static str), message: String) {
+    pub(crate) fn container(
+        &self,
+        pod: &Pod,
+        name: &str,
+        (kind, reason): (Kind, &'static str),
+        message: String,
+    ) {
         let init = pod::find_container(pod, name).is_some_and(|(_, init)| init);
         self.post(reference(pod, Some(pod::field_path(name, init))), kind, reason, message);
     }
@@ -155,7 +161,13 @@ async fn send(client: &kube::Client, sent: &mut Sent, posting: &Posting) -> Resu
     if !sent.allowed(&uid, now) {
         return Ok(());
     }
-    let key = (uid, object.field_path.clone().unwrap_or_default(), posting.kind, posting.reason, posting.message.clone());
+    let key = (
+        uid,
+        object.field_path.clone().unwrap_or_default(),
+        posting.kind,
+        posting.reason,
+        posting.message.clone(),
+    );
     if let Some(known) = sent.known.get_mut(&key) {
         let patch = json!({"count": known.count + 1, "lastTimestamp": clock::seconds(now)});
         match api.patch(&known.name, &PatchParams::default(), &Patch::Strategic(patch)).await {

@@ -12,6 +12,8 @@ use crate::http_get::{self, Target};
 
 /// So much of a command's output is kept (upstream's bound for probes).
 const MAX_OUTPUT: u64 = 10 * 1024;
+/// Output may come so long after the command has ended.
+const OUTPUT_LINGER: Duration = Duration::from_millis(100);
 /// A hook by HTTP is given so long.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -46,22 +48,24 @@ pub(crate) async fn run_command(
     let (mut reader, output) = output_pipe().map_err(ExecError::Pipe)?;
     let error = output.try_clone().map_err(ExecError::Pipe)?;
     let stdio = Stdio { stdout: Some(output), stderr: Some(error), ..Stdio::default() };
+    let mut kept = Vec::new();
+    let exec = runtime.exec(container_id, command, stdio);
     let collect = async {
-        let mut kept = Vec::new();
         // An unreadable pipe only costs the text of a message; the exit code decides.
         let _ = (&mut reader).take(MAX_OUTPUT).read_to_end(&mut kept).await;
         let _ = tokio::io::copy(&mut reader, &mut tokio::io::sink()).await;
-        kept
     };
-    let mut exec = std::pin::pin!(runtime.exec(container_id, command, stdio));
-    let mut collect = std::pin::pin!(collect);
-    let (code, kept) = tokio::select! {
-        code = &mut exec => {
-            // A child of the command may hold the pipe open: take what is there, don't wait for it.
-            let rest = tokio::time::timeout(Duration::from_millis(100), collect).await.unwrap_or_default();
-            (code?, rest)
+    let code = {
+        let mut exec = std::pin::pin!(exec);
+        let mut collect = std::pin::pin!(collect);
+        tokio::select! {
+            code = &mut exec => {
+                // A child of the command may hold the pipe open: take what is there, don't wait for it.
+                let _ = tokio::time::timeout(OUTPUT_LINGER, collect).await;
+                code?
+            }
+            () = &mut collect => exec.await?,
         }
-        kept = &mut collect => (exec.await?, kept),
     };
     Ok((code, String::from_utf8_lossy(&kept).into_owned()))
 }
@@ -90,7 +94,10 @@ pub(crate) async fn run(
         let target = Target::of(pod, container, action, pod_ip).ok_or(Error::NoPort)?;
         let answer = http_get::get(&target, HTTP_TIMEOUT).await.map_err(Error::Http)?;
         if answer.code >= 400 {
-            return Err(Error::Http(format!("HTTP hook answered with status {}: {}", answer.code, answer.body)));
+            return Err(Error::Http(format!(
+                "HTTP hook answered with status {}: {}",
+                answer.code, answer.body
+            )));
         }
     } else if let Some(sleep) = &handler.sleep {
         tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;

@@ -58,7 +58,12 @@ impl Target {
             host: action.host.clone().filter(|h| !h.is_empty()).unwrap_or_else(|| pod_ip.to_owned()),
             port: port(pod, container, &action.port)?,
             path: if path.starts_with('/') { path } else { format!("/{path}") },
-            headers: action.http_headers.iter().flatten().map(|h| (h.name.clone(), h.value.clone())).collect(),
+            headers: action
+                .http_headers
+                .iter()
+                .flatten()
+                .map(|h| (h.name.clone(), h.value.clone()))
+                .collect(),
         })
     }
 
@@ -89,11 +94,15 @@ pub(crate) async fn get(target: &Target, timeout: Duration) -> Result<Answer, St
 /// Connects, with an error as Go words it.
 pub(crate) async fn dial(host: &str, port: u16) -> Result<TcpStream, String> {
     TcpStream::connect((host, port)).await.map_err(|error| {
-        let what = match error.kind() {
-            std::io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
-            std::io::ErrorKind::HostUnreachable => "connect: no route to host".to_owned(),
-            std::io::ErrorKind::NetworkUnreachable => "connect: network is unreachable".to_owned(),
-            _ => error.to_string(),
+        let kind = error.kind();
+        let what = if kind == std::io::ErrorKind::ConnectionRefused {
+            "connect: connection refused".to_owned()
+        } else if kind == std::io::ErrorKind::HostUnreachable {
+            "connect: no route to host".to_owned()
+        } else if kind == std::io::ErrorKind::NetworkUnreachable {
+            "connect: network is unreachable".to_owned()
+        } else {
+            error.to_string()
         };
         format!("dial tcp {}: {what}", authority(host, port))
     })
@@ -130,7 +139,8 @@ where
     for (name, value) in &target.headers {
         request = request.header(name, value);
     }
-    let request = request.header("Connection", "close").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
+    let request =
+        request.header("Connection", "close").body(Empty::<Bytes>::new()).map_err(|e| e.to_string())?;
     let talk = async {
         let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
         let code = response.status().as_u16();

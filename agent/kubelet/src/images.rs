@@ -35,7 +35,9 @@ pub(crate) async fn ensure(shared: &Shared, pod: &Pod, container: &Container) ->
             say(
                 Kind::Normal,
                 "Pulled",
-                format!("Container image \"{image}\" already present on machine and can be accessed by the pod"),
+                format!(
+                    "Container image \"{image}\" already present on machine and can be accessed by the pod"
+                ),
             );
             Ok(found)
         }
@@ -46,7 +48,8 @@ pub(crate) async fn ensure(shared: &Shared, pod: &Pod, container: &Container) ->
             Err(Missing { reason: "ErrImageNeverPull", message })
         }
         Ok(None) => {
-            let message = format!("image \"{image}\" is not on this node, which does not pull from registries yet");
+            let message =
+                format!("image \"{image}\" is not on this node, which does not pull from registries yet");
             say(Kind::Normal, "Pulling", format!("Pulling image \"{image}\""));
             say(Kind::Warning, "Failed", format!("Failed to pull image \"{image}\": {message}"));
             say(Kind::Warning, "Failed", "Error: ErrImagePull".to_owned());
@@ -72,7 +75,8 @@ mod tests {
 
     #[test]
     fn the_default_policy_follows_the_tag() {
-        let policy = |image: &str| policy(&Container { image: Some(image.into()), ..Container::default() }).to_owned();
+        let policy =
+            |image: &str| policy(&Container { image: Some(image.into()), ..Container::default() }).to_owned();
         assert_eq!(policy("nginx"), "Always");
         assert_eq!(policy("host:5000/nginx"), "Always");
         assert_eq!(policy("nginx:latest"), "Always");

@@ -21,8 +21,8 @@ mod objects;
 mod observed;
 mod plan;
 mod pod;
-mod pollable;
 mod pods;
+mod pollable;
 mod probes;
 mod quantity;
 mod resources;
@@ -117,7 +117,10 @@ pub async fn run(
     let listener = server::Listener::bind(&config).await?;
     // Subscribe first, list second: nothing falls between.
     let runtime_events = runtime.events();
-    let found = pods::Found { sandboxes: runtime.list_sandboxes().await?, containers: runtime.list_containers().await? };
+    let found = pods::Found {
+        sandboxes: runtime.list_sandboxes().await?,
+        containers: runtime.list_containers().await?,
+    };
 
     let (shared, event_queue) = shared::Shared::new(config, client, runtime);
     let mut tasks: JoinSet<&'static str> = JoinSet::new();

@@ -41,7 +41,7 @@ impl Metrics {
         names.get_or_create(&vec![("node".into(), node.into())]).set(1);
         let r = &mut self.registry;
         r.register("kubelet_node_name", "The node's name. The count is always 1", names);
-        r.register("kubelet_running_pods", "Pods that have a running sandbox", self.running_pods.clone());
+        r.register("kubelet_running_pods", "Pods in phase Running", self.running_pods.clone());
         r.register("kubelet_running_containers", "Containers running", self.running_containers.clone());
         r.register("kubelet_started_pods", "Sandboxes started", self.started_pods.clone());
         r.register("kubelet_started_containers", "Containers started", self.started_containers.clone());
@@ -57,7 +57,9 @@ impl Metrics {
     /// Counts a probe's result.
     pub(crate) fn probe(&self, kind: &str, good: bool) {
         let result = if good { "successful" } else { "failed" };
-        self.probes.get_or_create(&vec![("probe_type".into(), kind.into()), ("result".into(), result.into())]).inc();
+        self.probes
+            .get_or_create(&vec![("probe_type".into(), kind.into()), ("result".into(), result.into())])
+            .inc();
     }
 
     /// In the text format of Prometheus.

@@ -50,7 +50,11 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
                 REPORT
             }
             Err(error) => {
-                tracing::warn!(node = shared.config.node_name, error = api_error(&error), "cannot write the node's status");
+                tracing::warn!(
+                    node = shared.config.node_name,
+                    error = api_error(&error),
+                    "cannot write the node's status"
+                );
                 let delay = retry;
                 retry = (retry * 2).min(RETRY_MAX);
                 delay
@@ -130,7 +134,9 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
         metadata: ObjectMeta {
             name: Some(shared.config.node_name.clone()),
             labels: Some(shared.machine.labels(&shared.config)),
-            annotations: Some([("volumes.kubernetes.io/controller-managed-attach-detach".into(), "true".into())].into()),
+            annotations: Some(
+                [("volumes.kubernetes.io/controller-managed-attach-detach".into(), "true".into())].into(),
+            ),
             ..ObjectMeta::default()
         },
         spec: None,
@@ -155,8 +161,15 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
         ]),
         allocatable: Some(capacity.clone()),
         capacity: Some(capacity),
-        conditions: Some(conditions(network, runtime_error.as_ref().err().map(|e| chain(e)).as_deref(), before, now)),
-        daemon_endpoints: Some(NodeDaemonEndpoints { kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(PORT) }) }),
+        conditions: Some(conditions(
+            network,
+            runtime_error.as_ref().err().map(|e| chain(e)).as_deref(),
+            before,
+            now,
+        )),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(PORT) }),
+        }),
         node_info: Some(shared.machine.info.clone()),
         images: images.ok().map(Iterator::collect),
         ..NodeStatus::default()
@@ -164,7 +177,12 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
 }
 
 /// The node's conditions, with upstream's reasons and messages.
-fn conditions(network: bool, runtime_error: Option<&str>, before: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
+fn conditions(
+    network: bool,
+    runtime_error: Option<&str>,
+    before: &[NodeCondition],
+    now: Timestamp,
+) -> Vec<NodeCondition> {
     let problem = match (runtime_error, network) {
         (Some(error), _) => Some(format!("container runtime is down: {error}")),
         (None, false) => Some(
@@ -179,7 +197,12 @@ fn conditions(network: bool, runtime_error: Option<&str>, before: &[NodeConditio
         Some(problem) => ("Ready", false, "KubeletNotReady", problem),
     };
     let list = [
-        ("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available".to_owned()),
+        (
+            "MemoryPressure",
+            false,
+            "KubeletHasSufficientMemory",
+            "kubelet has sufficient memory available".to_owned(),
+        ),
         ("DiskPressure", false, "KubeletHasNoDiskPressure", "kubelet has no disk pressure".to_owned()),
         ("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available".to_owned()),
         ready,

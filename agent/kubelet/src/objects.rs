@@ -95,7 +95,8 @@ impl Handle {
     /// The payload; waits for the first answer of the API server.
     pub(crate) async fn read(&self) -> Result<Arc<Data>, ReadError> {
         let mut state = self.entry.state.clone();
-        let answered = tokio::time::timeout(FIRST_ANSWER, state.wait_for(|known| *known != Known::Unknown)).await;
+        let answered =
+            tokio::time::timeout(FIRST_ANSWER, state.wait_for(|known| *known != Known::Unknown)).await;
         match answered {
             Ok(Ok(known)) => match &*known {
                 Known::Present(data) => Ok(data.clone()),

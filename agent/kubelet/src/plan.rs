@@ -78,7 +78,9 @@ fn end(pod: &Pod, observed: &Observed, ending: &Ending) -> Plan {
         name: name.to_owned(),
         id: view.id.clone(),
         why: match ending {
-            Ending::DeadlineExceeded => "Pod was active on the node longer than the specified deadline".to_owned(),
+            Ending::DeadlineExceeded => {
+                "Pod was active on the node longer than the specified deadline".to_owned()
+            }
             Ending::Deleted | Ending::Removed | Ending::Rejected { .. } | Ending::Finished => {
                 format!("Stopping container {name}")
             }
@@ -89,7 +91,10 @@ fn end(pod: &Pod, observed: &Observed, ending: &Ending) -> Plan {
     let mains_running: Vec<_> =
         observed.all().filter(|(name, c)| c.running() && !sidecars.contains(&name.as_str())).collect();
     let waves = if mains_running.is_empty() {
-        let last = sidecars.iter().rev().find_map(|name| Some((*name, observed.latest(name).filter(|c| c.running())?)));
+        let last = sidecars
+            .iter()
+            .rev()
+            .find_map(|name| Some((*name, observed.latest(name).filter(|c| c.running())?)));
         last.into_iter().collect()
     } else {
         mains_running.into_iter().map(|(name, c)| (name.as_str(), c)).collect::<Vec<_>>()
@@ -150,9 +155,10 @@ fn sandbox(pod: &Pod, observed: &Observed, now: Timestamp) -> Plan {
 /// All main containers have ended and none is to be started again; or an init container failed for good.
 pub(crate) fn finished(pod: &Pod, observed: &Observed) -> bool {
     let over = |container: &Container, init: bool| {
-        observed.latest(&container.name).and_then(ContainerView::exit).is_some_and(|exit| {
-            !restarts(pod::container_policy(pod, container, init), exit.code)
-        })
+        observed
+            .latest(&container.name)
+            .and_then(ContainerView::exit)
+            .is_some_and(|exit| !restarts(pod::container_policy(pod, container, init), exit.code))
     };
     let init_failed = pod::init_containers(pod).iter().any(|c| {
         !pod::is_sidecar(c)
@@ -243,7 +249,8 @@ fn restart_sidecars(pod: &Pod, observed: &Observed, now: Timestamp, plan: &mut P
 
 fn start_main(pod: &Pod, observed: &Observed, now: Timestamp, plan: &mut Plan) {
     if finished(pod, observed) {
-        if !pod::containers(pod).iter().any(|c| observed.latest(&c.name).is_some_and(ContainerView::running)) {
+        if !pod::containers(pod).iter().any(|c| observed.latest(&c.name).is_some_and(ContainerView::running))
+        {
             plan.actions.push(Action::Finish);
         }
         return;
@@ -254,7 +261,13 @@ fn start_main(pod: &Pod, observed: &Observed, now: Timestamp, plan: &mut Plan) {
 }
 
 /// Starts the container, waits for its delay, or leaves it alone.
-fn consider(pod: &Pod, container: &Container, init: bool, (observed, now): (&Observed, Timestamp), plan: &mut Plan) {
+fn consider(
+    pod: &Pod,
+    container: &Container,
+    init: bool,
+    (observed, now): (&Observed, Timestamp),
+    plan: &mut Plan,
+) {
     let starting = plan.actions.iter().any(|a| matches!(a, Action::Start { .. }));
     if let Some(waiting) = observed.waiting.get(&container.name).filter(|w| w.retry_at > now) {
         plan.wake(waiting.retry_at);
@@ -281,7 +294,10 @@ fn consider(pod: &Pod, container: &Container, init: bool, (observed, now): (&Obs
         }
     }
     if !starting {
-        plan.actions.push(Action::Start { name: container.name.clone(), attempt: next_attempt(pod, observed, container) });
+        plan.actions.push(Action::Start {
+            name: container.name.clone(),
+            attempt: next_attempt(pod, observed, container),
+        });
     }
 }
 

@@ -59,10 +59,8 @@ pub(crate) fn container_policy(pod: &Pod, container: &Container, init: bool) -> 
     if let Some(own) = parse_policy(container.restart_policy.as_deref()) {
         return own;
     }
-    match restart_policy(pod) {
-        RestartPolicy::Always if init => RestartPolicy::OnFailure,
-        policy => policy,
-    }
+    let policy = restart_policy(pod);
+    if init && policy == RestartPolicy::Always { RestartPolicy::OnFailure } else { policy }
 }
 
 fn parse_policy(text: Option<&str>) -> Option<RestartPolicy> {
@@ -101,7 +99,11 @@ pub(crate) fn find_container<'a>(pod: &'a Pod, name: &str) -> Option<(&'a Contai
 
 /// The field path that Events name a container by.
 pub(crate) fn field_path(container: &str, init: bool) -> String {
-    if init { format!("spec.initContainers{{{container}}}") } else { format!("spec.containers{{{container}}}") }
+    if init {
+        format!("spec.initContainers{{{container}}}")
+    } else {
+        format!("spec.containers{{{container}}}")
+    }
 }
 
 /// The pod shares the node's network.

@@ -65,7 +65,7 @@ pub(crate) async fn run(
                 Ok(event) => pods.runtime_event(event),
                 Err(broadcast::error::RecvError::Lagged(missed)) => {
                     tracing::warn!(missed, "runtime events missed, looking at all containers");
-                    pods.handles.values().for_each(|h| h.inbox.look_again());
+                    pods.handles.values().for_each(|h| h.inbox.offer(Message::LookAgain));
                 }
                 Err(broadcast::error::RecvError::Closed) => return,
             },
@@ -117,7 +117,6 @@ impl Pods {
                 if !std::mem::replace(&mut self.orphans_removed, true) {
                     self.remove_orphans();
                 }
-                self.shared.pods_synced.send_replace(true);
             }
             watcher::Event::Apply(pod) => self.apply(pod),
             watcher::Event::Delete(pod) => {
@@ -144,7 +143,6 @@ impl Pods {
         let worker = worker::run(self.shared.clone(), update.subscribe(), (inbox.clone(), messages), adopted);
         self.workers.spawn(worker);
         self.handles.insert(uid, Handle { update, inbox });
-        self.count();
     }
 
     fn admit(&self, pod: &Pod) -> Option<admission::Rejection> {
@@ -165,7 +163,9 @@ impl Pods {
 
     fn runtime_event(&self, event: RuntimeEvent) {
         let (uid, message) = match event {
-            RuntimeEvent::ContainerExited { pod_uid, container_id } => (pod_uid, Message::Exited(container_id)),
+            RuntimeEvent::ContainerExited { pod_uid, container_id } => {
+                (pod_uid, Message::Exited(container_id))
+            }
             RuntimeEvent::SandboxDied { pod_uid, sandbox_id } => (pod_uid, Message::SandboxDied(sandbox_id)),
         };
         if let Some(handle) = self.handles.get(&uid) {
@@ -175,12 +175,6 @@ impl Pods {
 
     fn forget(&mut self, id: &PodId) {
         self.handles.remove(&id.uid);
-        self.count();
-    }
-
-    fn count(&self) {
-        let pods = i64::try_from(self.handles.len()).unwrap_or(i64::MAX);
-        self.shared.metrics.running_pods.set(pods);
     }
 
     /// Ends what the runtime has and the API has not, and removes folders of pods that neither has.
@@ -198,7 +192,8 @@ impl Pods {
         }
         let known: HashSet<String> = self.handles.keys().cloned().collect();
         let folders = std::fs::read_dir(self.shared.config.pods_dir()).into_iter().flatten().flatten();
-        for uid in folders.filter_map(|f| f.file_name().into_string().ok()).filter(|uid| !known.contains(uid)) {
+        for uid in folders.filter_map(|f| f.file_name().into_string().ok()).filter(|uid| !known.contains(uid))
+        {
             let shared = self.shared.clone();
             // Its names are not known any more, so only the folder goes here; logs are found by their own names below.
             self.workers.spawn(async move {

@@ -183,8 +183,11 @@ impl Task {
             self.shared.metrics.probe(self.kind.metric(), good);
             self.record(outcome);
             let Some(verdict) = counter.take(good) else { continue };
-            let message = Verdict { container_id: self.subject.container_id.clone(), kind: self.kind, good: verdict };
-            if self.inbox.send(Message::Probe(message)).await.is_err() || (self.kind == Kind::Startup && verdict) {
+            let message =
+                Verdict { container_id: self.subject.container_id.clone(), kind: self.kind, good: verdict };
+            if self.inbox.send(Message::Probe(message)).await.is_err()
+                || (self.kind == Kind::Startup && verdict)
+            {
                 return;
             }
         }
@@ -209,11 +212,16 @@ impl Task {
                 Ok(Ok((0, _))) => Outcome::Good,
                 Ok(Ok((_, output))) => Outcome::Bad(output),
                 Ok(Err(error)) => Outcome::Errored(error.to_string()),
-                Err(_) => Outcome::Bad(format!("command timed out: {:?} timed out after {}s", command.join(" "), timeout.as_secs())),
+                Err(_) => Outcome::Bad(format!(
+                    "command timed out: {:?} timed out after {}s",
+                    command.join(" "),
+                    timeout.as_secs()
+                )),
             };
         }
         if let Some(action) = &self.probe.http_get {
-            let Some(target) = Target::of(&subject.pod, &subject.container.name, action, &subject.pod_ip) else {
+            let Some(target) = Target::of(&subject.pod, &subject.container.name, action, &subject.pod_ip)
+            else {
                 return Outcome::Errored(format!("couldn't find port: {}", port_text(&action.port)));
             };
             return match http_get::get(&target, timeout).await {
@@ -226,7 +234,8 @@ impl Task {
             let Some(port) = http_get::port(&subject.pod, &subject.container.name, &action.port) else {
                 return Outcome::Errored(format!("couldn't find port: {}", port_text(&action.port)));
             };
-            let host = action.host.clone().filter(|h| !h.is_empty()).unwrap_or_else(|| subject.pod_ip.clone());
+            let host =
+                action.host.clone().filter(|h| !h.is_empty()).unwrap_or_else(|| subject.pod_ip.clone());
             return match tokio::time::timeout(timeout, http_get::dial(&host, port)).await {
                 Ok(Ok(_)) => Outcome::Good,
                 Ok(Err(error)) => Outcome::Bad(error),

@@ -106,7 +106,8 @@ fn oom_score_adj(pod: &Pod, container: &Container, node_memory_bytes: u64) -> i3
         Qos::Guaranteed => -997,
         Qos::BestEffort => 1000,
         Qos::Burstable => {
-            let memory = request(container, "memory").or_else(|| limit(container, "memory")).map_or(0, value_of);
+            let memory =
+                request(container, "memory").or_else(|| limit(container, "memory")).map_or(0, value_of);
             let capacity = i64::try_from(node_memory_bytes.max(1)).unwrap_or(i64::MAX);
             let by_memory = 1000 - (1000_i128 * i128::from(memory) / i128::from(capacity));
             i32::try_from(by_memory.clamp(3, 999)).unwrap_or(999)
@@ -143,8 +144,13 @@ pub(crate) fn requests(pod: &Pod) -> BTreeMap<String, i64> {
     let read = |c: &Container| -> BTreeMap<String, i64> {
         let mut asked = BTreeMap::new();
         if let Some(resources) = &c.resources {
-            for (name, quantity) in resources.limits.iter().flatten().chain(resources.requests.iter().flatten()) {
-                asked.insert(name.clone(), if name == "cpu" { milli_of(quantity) } else { value_of(quantity) });
+            for (name, quantity) in
+                resources.limits.iter().flatten().chain(resources.requests.iter().flatten())
+            {
+                asked.insert(
+                    name.clone(),
+                    if name == "cpu" { milli_of(quantity) } else { value_of(quantity) },
+                );
             }
         }
         asked
@@ -177,7 +183,8 @@ pub(crate) fn requests(pod: &Pod) -> BTreeMap<String, i64> {
     }
     raise(&mut total, &peak);
     for (name, quantity) in pod::spec(pod).overhead.iter().flatten() {
-        *total.entry(name.clone()).or_default() += if name == "cpu" { milli_of(quantity) } else { value_of(quantity) };
+        *total.entry(name.clone()).or_default() +=
+            if name == "cpu" { milli_of(quantity) } else { value_of(quantity) };
     }
     total
 }
@@ -200,15 +207,24 @@ mod tests {
         assert_eq!(class(json!({})), Qos::BestEffort);
         assert_eq!(class(json!({"requests": {"cpu": "1"}})), Qos::Burstable);
         assert_eq!(class(json!({"limits": {"cpu": "1", "memory": "1Mi"}})), Qos::Guaranteed);
-        assert_eq!(class(json!({"limits": {"cpu": "1", "memory": "2Mi"}, "requests": {"memory": "1Mi"}})), Qos::Burstable);
+        assert_eq!(
+            class(json!({"limits": {"cpu": "1", "memory": "2Mi"}, "requests": {"memory": "1Mi"}})),
+            Qos::Burstable
+        );
     }
 
     #[test]
     fn limits_become_shares_quota_and_bytes() {
-        let p = pod(json!([{"name": "a", "resources":
-            {"requests": {"cpu": "250m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "128Mi"}}}]), json!([]));
+        let p = pod(
+            json!([{"name": "a", "resources":
+            {"requests": {"cpu": "250m", "memory": "64Mi"}, "limits": {"cpu": "500m", "memory": "128Mi"}}}]),
+            json!([]),
+        );
         let r = container(&p, &pod::containers(&p)[0], 1 << 30);
-        assert_eq!((r.cpu_shares, r.cpu_quota_us, r.memory_limit_bytes), (Some(256), Some(50_000), Some(128 << 20)));
+        assert_eq!(
+            (r.cpu_shares, r.cpu_quota_us, r.memory_limit_bytes),
+            (Some(256), Some(50_000), Some(128 << 20))
+        );
         assert_eq!(r.oom_score_adj, Some(1000 - 62));
         assert_eq!(cgroup(&p, "u"), "burstable/podu");
     }

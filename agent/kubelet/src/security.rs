@@ -86,10 +86,15 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn made(pod_context: serde_json::Value, own: serde_json::Value, image_user: &str) -> Result<Security, Error> {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"},
+    fn made(
+        pod_context: serde_json::Value,
+        own: serde_json::Value,
+        image_user: &str,
+    ) -> Result<Security, Error> {
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"},
             "spec": {"securityContext": pod_context, "containers": [{"name": "c", "securityContext": own}]}}))
-        .unwrap();
+            .unwrap();
         make(&pod, &pod::containers(&pod)[0], image_user)
     }
 
@@ -107,7 +112,8 @@ mod tests {
 
     #[test]
     fn non_root_is_verified_with_upstreams_words() {
-        let fail = |own, image: &str| made(json!({"runAsNonRoot": true}), own, image).unwrap_err().to_string();
+        let fail =
+            |own, image: &str| made(json!({"runAsNonRoot": true}), own, image).unwrap_err().to_string();
         assert_eq!(
             fail(json!({}), ""),
             "container has runAsNonRoot and image will run as root (pod: \"p_n(u)\", container: c)"

@@ -54,17 +54,21 @@ impl Listener {
 fn tls(material: &ServerTls) -> Result<rustls::ServerConfig, Error> {
     let pem = |what: &str| Error::Config(format!("{what} is no PEM"));
     let certs = |text: &str, what: &str| {
-        CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<Vec<_>, _>>().map_err(|_bad| pem(what))
+        CertificateDer::pem_slice_iter(text.as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_bad| pem(what))
     };
     let mut roots = rustls::RootCertStore::empty();
     for ca in certs(&material.client_ca_pem, "the client CA")? {
         roots.add(ca)?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .map_err(|error| Error::Config(format!("the client CA can't be used: {error}")))?;
-    let key = PrivateKeyDer::from_pem_slice(material.key_pem.as_bytes()).map_err(|_bad| pem("the server's key"))?;
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+            .build()
+            .map_err(|error| Error::Config(format!("the client CA can't be used: {error}")))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(material.key_pem.as_bytes()).map_err(|_bad| pem("the server's key"))?;
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_client_cert_verifier(verifier)
@@ -105,7 +109,8 @@ async fn connection(stream: TcpStream, peer: SocketAddr, tls: TlsAcceptor, share
         }
         Err(_) => return,
     };
-    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(|c| c.as_ref().to_vec());
+    let certificate =
+        stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(|c| c.as_ref().to_vec());
     let allowed = certificate.as_deref().is_some_and(may_enter);
     let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
         let shared = shared.clone();
@@ -166,7 +171,10 @@ async fn route(shared: Arc<Shared>, request: Request<Body>) -> Response {
         (&Method::GET, ["containerLogs", namespace, pod, container]) => {
             container_logs::serve(shared.clone(), (namespace, pod, container), &query).await
         }
-        (&Method::GET | &Method::POST, ["exec", namespace, pod, container] | ["exec", namespace, pod, _, container]) => {
+        (
+            &Method::GET | &Method::POST,
+            ["exec", namespace, pod, container] | ["exec", namespace, pod, _, container],
+        ) => {
             let target = (*namespace, *pod, *container);
             let id = match find(&shared, target, false) {
                 Ok(id) => id,
@@ -184,13 +192,28 @@ async fn route(shared: Arc<Shared>, request: Request<Body>) -> Response {
 }
 
 fn metrics(shared: &Shared) -> Response {
+    count_running(shared);
     match shared.metrics.text() {
-        Ok(text) => {
-            ([(http::header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-                .into_response()
-        }
+        Ok(text) => (
+            [(http::header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")],
+            text,
+        )
+            .into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
+}
+
+/// Pods and containers that run, as last reported.
+fn count_running(shared: &Shared) {
+    let pods = shared.pods.read();
+    let statuses = || pods.values().filter_map(|view| view.pod.status.as_ref());
+    let containers = statuses()
+        .flat_map(|s| s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten()))
+        .filter(|c| c.state.as_ref().is_some_and(|state| state.running.is_some()));
+    let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    shared.metrics.running_containers.set(number(containers.count()));
+    let running = statuses().filter(|s| s.phase.as_deref() == Some("Running"));
+    shared.metrics.running_pods.set(number(running.count()));
 }
 
 fn pods(shared: &Shared) -> Response {
@@ -237,21 +260,18 @@ fn find(
 
 fn waiting_reason(pod: &Pod, container: &str) -> String {
     let status = pod.status.as_ref();
-    let mut all = status
-        .iter()
-        .flat_map(|s| s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten()));
-    let reason = all
-        .find(|s| s.name == container)
-        .and_then(|s| s.state.as_ref()?.waiting.as_ref()?.reason.clone());
+    let mut all = status.iter().flat_map(|s| {
+        s.container_statuses.iter().flatten().chain(s.init_container_statuses.iter().flatten())
+    });
+    let reason =
+        all.find(|s| s.name == container).and_then(|s| s.state.as_ref()?.waiting.as_ref()?.reason.clone());
     reason.unwrap_or_else(|| "ContainerCreating".to_owned())
 }
 
 /// An error of the runtime as an answer.
 fn runtime_error(error: &weft_agent_runtime::Error) -> Response {
-    let code = match error {
-        weft_agent_runtime::Error::NotFound { .. } => StatusCode::NOT_FOUND,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    };
+    let missing = matches!(error, weft_agent_runtime::Error::NotFound { .. });
+    let code = if missing { StatusCode::NOT_FOUND } else { StatusCode::INTERNAL_SERVER_ERROR };
     (code, chain(error)).into_response()
 }
 

@@ -80,7 +80,11 @@ fn describe(name: &str, entry: &Entry, variables: &mut BTreeMap<String, String>)
     let shout = |text: &str| text.replace('-', "_").to_uppercase();
     let prefix = shout(name);
     let Some((_, first_protocol, first_port)) = entry.ports.first() else { return };
-    let host = if entry.cluster_ip.contains(':') { format!("[{}]", entry.cluster_ip) } else { entry.cluster_ip.clone() };
+    let host = if entry.cluster_ip.contains(':') {
+        format!("[{}]", entry.cluster_ip)
+    } else {
+        entry.cluster_ip.clone()
+    };
     let mut set = |key: String, value: String| {
         variables.insert(key, value);
     };

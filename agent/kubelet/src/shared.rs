@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
 use parking_lot::RwLock;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use weft_agent_runtime::Runtime;
 
 use crate::config::Config;
@@ -38,8 +38,6 @@ pub(crate) struct Shared {
     pub(crate) machine: Machine,
     /// By namespace and name.
     pub(crate) pods: RwLock<BTreeMap<(String, String), PodView>>,
-    /// Whether the pods' source has been read once.
-    pub(crate) pods_synced: watch::Sender<bool>,
 }
 
 impl Shared {
@@ -58,7 +56,6 @@ impl Shared {
             metrics: Metrics::new(&config.node_name),
             events: recorder,
             pods: RwLock::default(),
-            pods_synced: watch::Sender::new(false),
             machine,
             config,
             client,

@@ -27,7 +27,8 @@ fn labels(id: &PodId) -> BTreeMap<String, String> {
 pub(crate) fn sandbox(pod: &Pod, config: &Config, attempt: u32, host_resolv_conf: &str) -> SandboxSpec {
     let id = PodId::of(pod);
     let spec = pod::spec(pod);
-    let cluster = dns::Cluster { dns: config.cluster_dns, domain: &config.cluster_domain, host: host_resolv_conf };
+    let cluster =
+        dns::Cluster { dns: config.cluster_dns, domain: &config.cluster_domain, host: host_resolv_conf };
     SandboxSpec {
         attempt,
         hostname: dns::kernel_hostname(pod, &config.cluster_domain),
@@ -73,7 +74,10 @@ pub(crate) fn container(pod: &Pod, container: &Container, parts: Parts) -> Conta
         (keys::HASH.into(), pod::container_hash(container)),
         (keys::RESTART_COUNT.into(), parts.attempt.to_string()),
         (keys::MESSAGE_PATH.into(), message_path.to_owned()),
-        (keys::MESSAGE_POLICY.into(), container.termination_message_policy.clone().unwrap_or_else(|| "File".into())),
+        (
+            keys::MESSAGE_POLICY.into(),
+            container.termination_message_policy.clone().unwrap_or_else(|| "File".into()),
+        ),
         (keys::MESSAGE_FILE.into(), parts.message_file.to_string_lossy().into_owned()),
         (keys::GRACE.into(), pod::spec(pod).termination_grace_period_seconds.unwrap_or(30).to_string()),
         (keys::IMAGE.into(), container.image.clone().unwrap_or_default()),

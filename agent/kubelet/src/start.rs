@@ -61,7 +61,9 @@ pub(crate) fn facts(shared: &Shared, pod: &Pod, sandbox: Option<&SandboxView>) -
 /// Carries out an order.
 pub(crate) async fn run(shared: Arc<Shared>, order: Order) -> Result<ContainerView, Failure> {
     let (pod, container) = (&order.pod, &order.container);
-    let say = |kind, reason, message: String| shared.events.container(pod, &container.name, (kind, reason), message);
+    let say = |kind, reason, message: String| {
+        shared.events.container(pod, &container.name, (kind, reason), message)
+    };
     let image = images::ensure(&shared, pod, container)
         .await
         .map_err(|missing| Failure::new(missing.reason, missing.message))?;
@@ -89,7 +91,11 @@ pub(crate) async fn run(shared: Arc<Shared>, order: Order) -> Result<ContainerVi
         // One that can't be removed makes the create below fail, which is reported.
         let _ = shared.runtime.remove_container(stale).await;
     }
-    let id = match shared.runtime.create_container(&order.sandbox.id, spec::container(pod, container, parts)).await {
+    let id = match shared
+        .runtime
+        .create_container(&order.sandbox.id, spec::container(pod, container, parts))
+        .await
+    {
         Ok(id) => id,
         Err(error) => {
             say(Kind::Warning, "Failed", format!("Error: {error}"));
@@ -100,9 +106,16 @@ pub(crate) async fn run(shared: Arc<Shared>, order: Order) -> Result<ContainerVi
     launch(&shared, &order, &id, &facts).await
 }
 
-async fn launch(shared: &Arc<Shared>, order: &Order, id: &str, facts: &Facts) -> Result<ContainerView, Failure> {
+async fn launch(
+    shared: &Arc<Shared>,
+    order: &Order,
+    id: &str,
+    facts: &Facts,
+) -> Result<ContainerView, Failure> {
     let (pod, container) = (&order.pod, &order.container);
-    let say = |kind, reason, message: String| shared.events.container(pod, &container.name, (kind, reason), message);
+    let say = |kind, reason, message: String| {
+        shared.events.container(pod, &container.name, (kind, reason), message)
+    };
     let started = shared.runtime.start_container(id).await;
     let view = shared.runtime.container(id).await.map(|c| ContainerView::from(&c));
     let view = match (started, view) {
@@ -119,7 +132,7 @@ async fn launch(shared: &Arc<Shared>, order: &Order, id: &str, facts: &Facts) ->
     let hook = container.lifecycle.as_ref().and_then(|l| l.post_start.as_ref());
     let Some(hook) = hook else { return Ok(view) };
     // A closed inbox means that the worker is gone, and this job with it.
-    let _ = order.running.send(Message::Running(view.clone(), container.name.clone())).await;
+    let _ = order.running.send(Message::Running(Box::new(view.clone()), container.name.clone())).await;
     let ip = facts.pod_ips.first().map(ToString::to_string).unwrap_or_default();
     if let Err(error) = hooks::run(&shared.runtime, (pod, &container.name, id), hook, &ip).await {
         say(Kind::Warning, "FailedPostStartHook", "PostStartHook failed".to_owned());
@@ -178,7 +191,8 @@ fn write_files(shared: &Shared, order: &Order, facts: &Facts) -> Result<Files, F
     };
     std::fs::create_dir_all(&folder).map_err(failed(&folder))?;
     // In place, not renamed: containers have the very file mounted.
-    std::fs::write(&hosts, spec::hosts_file(&order.pod, &facts.pod_ips, &shared.config)).map_err(failed(&hosts))?;
+    std::fs::write(&hosts, spec::hosts_file(&order.pod, &facts.pod_ips, &shared.config))
+        .map_err(failed(&hosts))?;
     std::fs::write(&message, b"").map_err(failed(&message))?;
     // Whatever user the container runs as must be able to write it.
     std::fs::set_permissions(&message, PermissionsExt::from_mode(0o666)).map_err(failed(&message))?;

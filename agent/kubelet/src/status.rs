@@ -30,8 +30,10 @@ pub(crate) fn generate(pod: &Pod, observed: &Observed, node_ip: IpAddr, now: Tim
     if let Some(Ending::Rejected { reason, message }) = &observed.ending {
         return rejected(pod, old, (reason, message), now);
     }
-    let init: Vec<_> = pod::init_containers(pod).iter().map(|c| container_status(pod, observed, c, true)).collect();
-    let main: Vec<_> = pod::containers(pod).iter().map(|c| container_status(pod, observed, c, false)).collect();
+    let init: Vec<_> =
+        pod::init_containers(pod).iter().map(|c| container_status(pod, observed, c, true)).collect();
+    let main: Vec<_> =
+        pod::containers(pod).iter().map(|c| container_status(pod, observed, c, false)).collect();
     let deadline = observed.ending == Some(Ending::DeadlineExceeded);
     let phase = if deadline {
         "Failed".to_owned()
@@ -47,7 +49,11 @@ pub(crate) fn generate(pod: &Pod, observed: &Observed, node_ip: IpAddr, now: Tim
         (old.reason.clone(), old.message.clone())
     };
     let generation = pod.metadata.generation;
-    let conditions = conditions::generate(pod, observed, &conditions::Inputs { phase: &phase, init: &init, main: &main, old: &old, now });
+    let conditions = conditions::generate(
+        pod,
+        observed,
+        &conditions::Inputs { phase: &phase, init: &init, main: &main, old: &old, now },
+    );
     let pod_ips = pod_ips(pod, observed, node_ip, &old);
     PodStatus {
         phase: Some(phase),
@@ -107,17 +113,23 @@ fn container_status(pod: &Pod, observed: &Observed, container: &Container, init:
     let old = old_status(pod, &container.name, init);
     let latest = observed.latest(&container.name);
     let waiting = observed.waiting.get(&container.name).map(|w| ContainerState {
-        waiting: Some(ContainerStateWaiting { reason: Some(w.reason.clone()), message: non_empty(&w.message) }),
+        waiting: Some(ContainerStateWaiting {
+            reason: Some(w.reason.clone()),
+            message: non_empty(&w.message),
+        }),
         ..ContainerState::default()
     });
     let Some(view) = latest else { return unseen(pod, observed, container, (init, waiting, old)) };
     let restarting = waiting.filter(|_| !view.running());
     let (state, last_state) = match restarting {
         Some(waiting) => (waiting, view.exit().map(|exit| terminated(view, exit))),
-        None => (state_of(view), observed.previous(&container.name).and_then(|p| Some(terminated(p, p.exit()?)))),
+        None => {
+            (state_of(view), observed.previous(&container.name).and_then(|p| Some(terminated(p, p.exit()?))))
+        }
     };
     let last_state = last_state.or_else(|| old.and_then(|o| o.last_state.clone()));
-    let started = plan::started(observed, container, view) || (init && view.exit().is_some_and(|e| e.code == 0) && !pod::is_sidecar(container));
+    let started = plan::started(observed, container, view)
+        || (init && view.exit().is_some_and(|e| e.code == 0) && !pod::is_sidecar(container));
     let ready = if init && !pod::is_sidecar(container) {
         view.exit().is_some_and(|exit| exit.code == 0)
     } else {
@@ -134,7 +146,11 @@ fn container_status(pod: &Pod, observed: &Observed, container: &Container, init:
         state: Some(state),
         last_state,
         resources: container.resources.clone(),
-        allocated_resources: container.resources.as_ref().and_then(|r| r.requests.clone()).filter(|r| !r.is_empty()),
+        allocated_resources: container
+            .resources
+            .as_ref()
+            .and_then(|r| r.requests.clone())
+            .filter(|r| !r.is_empty()),
         ..ContainerStatus::default()
     }
 }
@@ -144,7 +160,8 @@ fn is_ready(observed: &Observed, container: &Container, view: &ContainerView) ->
     if !view.running() || !plan::started(observed, container, view) {
         return false;
     }
-    container.readiness_probe.is_none() || observed.probes.get(&view.id).and_then(|p| p.ready).unwrap_or(false)
+    container.readiness_probe.is_none()
+        || observed.probes.get(&view.id).and_then(|p| p.ready).unwrap_or(false)
 }
 
 /// A container of which the runtime knows nothing (yet, or any more).
@@ -175,7 +192,11 @@ fn unseen(
         last_state: old.and_then(|o| o.last_state.clone()),
         state: Some(waiting.unwrap_or(default)),
         resources: container.resources.clone(),
-        allocated_resources: container.resources.as_ref().and_then(|r| r.requests.clone()).filter(|r| !r.is_empty()),
+        allocated_resources: container
+            .resources
+            .as_ref()
+            .and_then(|r| r.requests.clone())
+            .filter(|r| !r.is_empty()),
         ..ContainerStatus::default()
     }
 }
@@ -215,7 +236,9 @@ fn state_of(view: &ContainerView) -> ContainerState {
             ..ContainerState::default()
         },
         runtime::ContainerState::Running { started_at_ns } => ContainerState {
-            running: Some(ContainerStateRunning { started_at: Some(clock::seconds(clock::from_ns(*started_at_ns))) }),
+            running: Some(ContainerStateRunning {
+                started_at: Some(clock::seconds(clock::from_ns(*started_at_ns))),
+            }),
             ..ContainerState::default()
         },
         runtime::ContainerState::Exited(exit) => terminated(view, exit),
@@ -294,7 +317,13 @@ fn count(pod: &Pod, observed: &Observed, init: &[ContainerStatus], main: &[Conta
     n
 }
 
-fn phase(pod: &Pod, observed: &Observed, init: &[ContainerStatus], main: &[ContainerStatus], terminal: bool) -> &'static str {
+fn phase(
+    pod: &Pod,
+    observed: &Observed,
+    init: &[ContainerStatus],
+    main: &[ContainerStatus],
+    terminal: bool,
+) -> &'static str {
     let n = count(pod, observed, init, main);
     let policy = pod::restart_policy(pod);
     let ending = terminal || observed.ending.is_some();

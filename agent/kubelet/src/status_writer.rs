@@ -27,7 +27,12 @@ pub(crate) struct Wanted {
 }
 
 /// Follows `wanted` until the sender is gone or the pod is.
-pub(crate) async fn run(shared: Arc<Shared>, id: PodId, known: Option<PodStatus>, mut wanted: watch::Receiver<Wanted>) {
+pub(crate) async fn run(
+    shared: Arc<Shared>,
+    id: PodId,
+    known: Option<PodStatus>,
+    mut wanted: watch::Receiver<Wanted>,
+) {
     let api: Api<Pod> = Api::namespaced(shared.client.clone(), &id.namespace);
     let mut written = known.map(|status| as_object(&status)).unwrap_or_default();
     let mut retry = RETRY_FIRST;
@@ -59,14 +64,19 @@ enum Reached {
     Gone,
 }
 
-async fn reach(api: &Api<Pod>, id: &PodId, goal: &Wanted, written: &mut Map<String, Value>) -> Result<Reached, kube::Error> {
+async fn reach(
+    api: &Api<Pod>,
+    id: &PodId,
+    goal: &Wanted,
+    written: &mut Map<String, Value>,
+) -> Result<Reached, kube::Error> {
     if let Some(status) = &goal.status {
         let target = as_object(status);
         if let Some(patch) = difference(written, &target) {
             let body = json!({"metadata": {"uid": id.uid}, "status": patch});
             match api.patch_status(&id.name, &PatchParams::default(), &Patch::Strategic(body)).await {
                 Ok(_) => *written = target,
-                Err(error) if is_gone(&error) => return Ok(Reached::Gone),
+                Err(error) if is_gone(api, id, &error).await? => return Ok(Reached::Gone),
                 Err(error) => return Err(error),
             }
         }
@@ -76,16 +86,21 @@ async fn reach(api: &Api<Pod>, id: &PodId, goal: &Wanted, written: &mut Map<Stri
         let params = DeleteParams::default().grace_period(0).preconditions(precondition);
         return match api.delete(&id.name, &params).await {
             Ok(_) => Ok(Reached::Gone),
-            Err(error) if is_gone(&error) => Ok(Reached::Gone),
+            Err(error) if is_gone(api, id, &error).await? => Ok(Reached::Gone),
             Err(error) => Err(error),
         };
     }
     Ok(Reached::Done)
 }
 
-/// The object is not there, or is another one of the same name.
-fn is_gone(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 404 || status.code == 409)
+/// The object is not there, or is another one of the same name. A conflict may be either that or a lost race.
+async fn is_gone(api: &Api<Pod>, id: &PodId, error: &kube::Error) -> Result<bool, kube::Error> {
+    let kube::Error::Api(status) = error else { return Ok(false) };
+    if status.code != 409 {
+        return Ok(status.code == 404);
+    }
+    let found = api.get_opt(&id.name).await?;
+    Ok(found.and_then(|pod| pod.metadata.uid).as_ref() != Some(&id.uid))
 }
 
 /// The status as JSON, without the conditions that others own: theirs are never written back.
@@ -93,7 +108,8 @@ fn as_object(status: &PodStatus) -> Map<String, Value> {
     match serde_json::to_value(status) {
         Ok(Value::Object(mut map)) => {
             if let Some(Value::Array(conditions)) = map.get_mut("conditions") {
-                conditions.retain(|c| c["type"].as_str().is_some_and(|t| status::OWN_CONDITIONS.contains(&t)));
+                conditions
+                    .retain(|c| c["type"].as_str().is_some_and(|t| status::OWN_CONDITIONS.contains(&t)));
             }
             map
         }
@@ -181,6 +197,9 @@ mod tests {
     fn a_new_address_takes_the_old_one_away() {
         let a = object(json!({"podIPs": [{"ip": "1"}]}));
         let b = object(json!({"podIPs": [{"ip": "2"}]}));
-        assert_eq!(difference(&a, &b).unwrap(), json!({"podIPs": [{"ip": "2"}, {"ip": "1", "$patch": "delete"}]}));
+        assert_eq!(
+            difference(&a, &b).unwrap(),
+            json!({"podIPs": [{"ip": "2"}, {"ip": "1", "$patch": "delete"}]})
+        );
     }
 }

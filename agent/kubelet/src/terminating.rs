@@ -62,7 +62,8 @@ pub(crate) async fn kill(shared: Arc<Shared>, mut order: Order) {
         }
     }
     loop {
-        let left = order.grace.borrow_and_update().saturating_sub(begun.elapsed()).max(LEAST_GRACE.min(grace));
+        let left =
+            order.grace.borrow_and_update().saturating_sub(begun.elapsed()).max(LEAST_GRACE.min(grace));
         tokio::select! {
             stopped = shared.runtime.stop_container(&order.id, left) => {
                 if let Err(error) = stopped {

@@ -81,7 +81,8 @@ async fn request(
     };
     let api: Api<ServiceAccount> = Api::namespaced(client.clone(), &id.namespace);
     let asked_at = clock::now();
-    let answer: TokenRequest = api.create_subresource("token", &account, &PostParams::default(), &body).await?;
+    let answer: TokenRequest =
+        api.create_subresource("token", &account, &PostParams::default(), &body).await?;
     let status = answer.status.unwrap_or_default();
     let expires = status.expiration_timestamp.map_or(asked_at, |time| time.0);
     Ok(Token { renew_at: renew_at(asked_at, expires), text: status.token.unwrap_or_default() })

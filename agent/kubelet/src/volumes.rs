@@ -92,7 +92,9 @@ pub(crate) async fn prepare(shared: Arc<Shared>, pod: Arc<Pod>, facts: Facts) ->
                 write(&shared, &pod, volume, (&dir, &facts)).await.map_err(failed)?;
                 dir
             }
-            Source::Unsupported => return Err(failed("this kind of volume is not supported by this node".into())),
+            Source::Unsupported => {
+                return Err(failed("this kind of volume is not supported by this node".into()));
+            }
         };
         mounted.paths.insert(volume.name.clone(), path);
     }

@@ -21,14 +21,19 @@ use crate::observed::{ContainerView, Ending, Observed, ProbeState, SandboxView, 
 use crate::plan::{self, Action};
 use crate::pod::{self, PodId};
 use crate::probes::{Kind as ProbeKind, Probes, Subject, Verdict};
-use crate::shared::{PodView, Shared};
-use crate::start::{self, Failure, chain};
+use crate::shared::Shared;
+use crate::start::{self, Failure};
 use crate::status;
 use crate::status_writer::{self, Wanted};
 use crate::terminating;
 use crate::volumes::{self, Mounted};
 
+mod cleanup;
 mod jobs;
+mod report;
+
+pub(crate) use cleanup::remove_folders;
+use report::with_own_status;
 
 /// Messages waiting for a worker; when there is no room, it looks at everything again instead.
 pub(crate) const INBOX: usize = 64;
@@ -48,7 +53,9 @@ pub(crate) enum Message {
     /// A probe changed its verdict.
     Probe(Verdict),
     /// A container runs, while its start is not yet done (postStart hook).
-    Running(ContainerView, String),
+    Running(Box<ContainerView>, String),
+    /// Something may have been missed.
+    LookAgain,
 }
 
 /// The way to a worker.
@@ -75,12 +82,6 @@ impl Inbox {
             self.overflow.store(true, Ordering::Release);
         }
     }
-
-    /// Something may have been missed.
-    pub(crate) fn look_again(&self) {
-        self.offer(Message::Exited(String::new()));
-        self.overflow.store(true, Ordering::Release);
-    }
 }
 
 /// The pod as its source has it.
@@ -104,8 +105,15 @@ pub(crate) struct Adopted {
 enum Done {
     Mounted(Result<Mounted, volumes::Error>),
     Sandbox(Result<runtime::Sandbox, runtime::Error>),
-    Started { name: String, result: Result<ContainerView, Failure> },
-    Killed { name: String, id: String, view: Option<ContainerView> },
+    Started {
+        name: String,
+        result: Result<ContainerView, Failure>,
+    },
+    Killed {
+        name: String,
+        id: String,
+        view: Option<ContainerView>,
+    },
     SandboxStopped(Result<(), runtime::Error>),
     /// A ConfigMap or Secret that a container waits for may be there now.
     ObjectChanged(String),
@@ -253,7 +261,8 @@ impl Worker {
             let id = id.strip_prefix(status::ID_SCHEME).unwrap_or_default().to_owned();
             if !id.is_empty() {
                 let started = status.started.unwrap_or(false);
-                let state = ProbeState { ready: status.ready.then_some(true), started, ..ProbeState::default() };
+                let state =
+                    ProbeState { ready: status.ready.then_some(true), started, ..ProbeState::default() };
                 self.observed.probes.insert(id, state);
             }
         }
@@ -281,7 +290,11 @@ impl Worker {
                 // Nobody waits for its end, but its processes still get the time that the pod asked for.
                 pod::grace(&self.pod)
             } else {
-                pod::grace(&self.pod).min(if self.observed.ending.is_some() { *self.grace.borrow() } else { Duration::MAX })
+                pod::grace(&self.pod).min(if self.observed.ending.is_some() {
+                    *self.grace.borrow()
+                } else {
+                    Duration::MAX
+                })
             };
             self.grace.send_if_modified(|old| std::mem::replace(old, grace) != grace);
             self.end(ending);
@@ -293,15 +306,15 @@ impl Worker {
         if self.observed.ending == Some(Ending::Removed) {
             return;
         }
-        if let Ending::Rejected { reason, message } = &ending {
-            if self.observed.ending.is_none() {
-                tracing::info!(pod = %self.id, reason, message, "pod refused");
-            }
+        if let (Ending::Rejected { reason, message }, None) = (&ending, &self.observed.ending) {
+            tracing::info!(pod = %self.id, reason, message, "pod refused");
         }
         self.observed.ending = Some(ending);
         self.probes.values().for_each(Probes::end_liveness);
         // A wait for an object, a hook or a volume ends; making a sandbox or container is let finish.
-        if self.step_may_stop && let Some(step) = self.step.take() {
+        if self.step_may_stop
+            && let Some(step) = self.step.take()
+        {
             step.abort();
             self.observed.busy = false;
         }
@@ -328,8 +341,9 @@ impl Worker {
             Message::Probe(verdict) => self.probed(&verdict),
             Message::Running(view, name) => {
                 self.begin_probes(&name, &view);
-                self.observed.record(&name, view);
+                self.observed.record(&name, *view);
             }
+            Message::LookAgain => self.look_at_all().await,
         }
     }
 
@@ -358,8 +372,12 @@ impl Worker {
     }
 
     async fn look_at_all(&mut self) {
-        let running: Vec<_> =
-            self.observed.all().filter(|(_, c)| c.exit().is_none()).map(|(n, c)| (n.clone(), c.id.clone())).collect();
+        let running: Vec<_> = self
+            .observed
+            .all()
+            .filter(|(_, c)| c.exit().is_none())
+            .map(|(n, c)| (n.clone(), c.id.clone()))
+            .collect();
         for (name, id) in running {
             self.look_at(&name, &id).await;
         }
@@ -426,11 +444,19 @@ impl Worker {
     }
 
     fn crash_loop(&mut self, name: &str, delay: Duration, retry_at: Timestamp) {
-        if self.observed.waiting.get(name).is_some_and(|w| w.reason == "CrashLoopBackOff" && w.retry_at >= retry_at) {
+        if self
+            .observed
+            .waiting
+            .get(name)
+            .is_some_and(|w| w.reason == "CrashLoopBackOff" && w.retry_at >= retry_at)
+        {
             return;
         }
-        let message =
-            format!("back-off {} restarting failed container={name} pod={}", backoff::go_duration(delay), self.id);
+        let message = format!(
+            "back-off {} restarting failed container={name} pod={}",
+            backoff::go_duration(delay),
+            self.id
+        );
         self.shared.events.container(
             &self.pod,
             name,
@@ -439,41 +465,6 @@ impl Worker {
         );
         let waiting = Waiting { reason: "CrashLoopBackOff".into(), message, retry_at };
         self.observed.waiting.insert(name.to_owned(), waiting);
-    }
-
-    /// Hands the status to the writer if it changed, and shows the pod to the server.
-    fn publish(&mut self, now: Timestamp) {
-        let status = status::generate(&self.pod, &self.observed, self.shared.config.node_ip, now);
-        self.measure_start(&status);
-        if self.status.as_ref() != Some(&status) {
-            self.status = Some(status.clone());
-            self.pod = Arc::new(with_own_status(&self.pod, self.status.as_ref()));
-            let status = Arc::new(status);
-            self.writer.send_modify(|wanted| wanted.status = Some(status));
-        } else if self.writer.borrow().status.is_none() {
-            // Equal to what the API has: nothing is sent, but a deletion needs to know it.
-            let status = Arc::new(status);
-            self.writer.send_if_modified(|wanted| {
-                wanted.status = Some(status);
-                false
-            });
-        }
-        if self.observed.ending == Some(Ending::Deleted) && self.nothing_left() && !self.writer.borrow().delete {
-            self.release_volumes();
-            self.writer.send_modify(|wanted| wanted.delete = true);
-        }
-        let containers = self.observed.containers.iter().map(|(name, list)| {
-            (name.clone(), list.iter().map(|c| (c.attempt, c.id.clone())).collect())
-        });
-        let view = PodView { pod: self.pod.clone(), containers: containers.collect() };
-        self.shared.pods.write().insert((self.id.namespace.clone(), self.id.name.clone()), view);
-    }
-
-    fn measure_start(&mut self, status: &PodStatus) {
-        if !self.start_measured && status.phase.as_deref() == Some("Running") {
-            self.start_measured = true;
-            self.shared.metrics.pod_start_seconds.observe(self.seen_at.elapsed().as_secs_f64());
-        }
     }
 
     /// Nothing of the pod runs any more.
@@ -486,65 +477,7 @@ impl Worker {
     fn over(&self) -> bool {
         self.observed.ending == Some(Ending::Removed) && self.nothing_left()
     }
-
-    fn release_volumes(&mut self) {
-        self.keeper = None;
-        self.probes.clear();
-    }
-
-    /// Removes every trace: records, logs, folder, tokens.
-    async fn clean_up(&mut self) {
-        self.release_volumes();
-        if let Some(sandbox) = &self.observed.sandbox
-            && let Err(error) = self.shared.runtime.remove_sandbox(&sandbox.id).await
-        {
-            tracing::warn!(pod = %self.id, error = %chain(&error), "cannot remove sandbox");
-        }
-        remove_folders(&self.shared, &self.id).await;
-        let key = (self.id.namespace.clone(), self.id.name.clone());
-        let mut pods = self.shared.pods.write();
-        // A new pod of the same name may be there already.
-        if pods.get(&key).is_some_and(|v| v.pod.metadata.uid.as_deref() == Some(&self.id.uid)) {
-            pods.remove(&key);
-        }
-    }
 }
 
-/// Removes a pod's folder, its mounts, its logs and its tokens.
-pub(crate) async fn remove_folders(shared: &Shared, id: &PodId) {
-    shared.tokens.forget(&id.uid);
-    let dir = shared.config.pods_dir().join(&id.uid);
-    let logs = shared.config.pod_log_dir.join(id.log_folder());
-    let removal = tokio::task::spawn_blocking(move || {
-        let of_logs = match std::fs::remove_dir_all(&logs) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        };
-        volumes::remove::pod_dir(&dir).and(of_logs)
-    });
-    match removal.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(pod = %id, %error, "cannot remove the folders of a pod; the next start tries again"),
-        Err(error) => tracing::warn!(pod = %id, %error, "cannot remove the folders of a pod"),
-    }
-}
-
-/// The pod of the source with this worker's newer status, and the conditions of others as the source has them.
-fn with_own_status(pod: &Pod, own: Option<&PodStatus>) -> Pod {
-    let mut pod = pod.clone();
-    let Some(own) = own else { return pod };
-    let mut status = own.clone();
-    let source = pod.status.take().unwrap_or_default();
-    let is_own = |type_: &str| status::OWN_CONDITIONS.contains(&type_);
-    let mut conditions = status.conditions.take().unwrap_or_default();
-    conditions.retain(|c| is_own(&c.type_));
-    conditions.extend(source.conditions.into_iter().flatten().filter(|c| !is_own(&c.type_)));
-    status.conditions = Some(conditions);
-    status.nominated_node_name = source.nominated_node_name;
-    // Somebody else may have ended the pod (pod GC, eviction): that stands.
-    if matches!(source.phase.as_deref(), Some("Failed" | "Succeeded")) {
-        (status.phase, status.reason, status.message) = (source.phase, source.reason, source.message);
-    }
-    pod.status = Some(status);
-    pod
-}
+#[cfg(test)]
+mod tests;

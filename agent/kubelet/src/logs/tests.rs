@@ -35,7 +35,11 @@ fn lines_are_parsed_strictly() {
 async fn tail_since_limit_and_timestamps() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("0.log");
-    std::fs::write(&log, entry(1, "F", "one") + &entry(2, "P", "tw") + &entry(2, "F", "o") + &entry(3, "F", "three")).unwrap();
+    std::fs::write(
+        &log,
+        entry(1, "F", "one") + &entry(2, "P", "tw") + &entry(2, "F", "o") + &entry(3, "F", "three"),
+    )
+    .unwrap();
     std::fs::write(dir.path().join("0.log.20260101-000000"), entry(0, "F", "zero")).unwrap();
     let with = |change: fn(&mut Options)| {
         let mut options = Options::default();
@@ -47,7 +51,10 @@ async fn tail_since_limit_and_timestamps() {
     assert_eq!(read(&log, with(|o| o.tail = Some(0))).await, "");
     assert_eq!(read(&log, with(|o| o.tail = Some(5))).await, "zero\none\ntwo\nthree\n");
     assert_eq!(read(&log, with(|o| o.limit_bytes = Some(7))).await, "zero\non");
-    assert_eq!(read(&log, with(|o| o.since = Some("2026-01-01T00:00:03Z".parse().unwrap()))).await, "three\n");
+    assert_eq!(
+        read(&log, with(|o| o.since = Some("2026-01-01T00:00:03Z".parse().unwrap()))).await,
+        "three\n"
+    );
     assert_eq!(
         read(&log, with(|o| (o.timestamps, o.tail) = (true, Some(1)))).await,
         "2026-01-01T00:00:03.000000000Z three\n"
@@ -63,7 +70,8 @@ async fn following_sees_writes_and_rotation_and_ends_with_the_container() {
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let options = Options { follow: true, ..Options::default() };
     let path = log.clone();
-    let task = tokio::spawn(async move { copy(&path, &options, &sink, async { ended.await.unwrap() }).await });
+    let task =
+        tokio::spawn(async move { copy(&path, &options, &sink, async { ended.await.unwrap() }).await });
     let mut next = async || String::from_utf8(receiver.recv().await.unwrap().unwrap().to_vec()).unwrap();
     assert_eq!(next().await, "one\n");
     let append = |text: &str| {

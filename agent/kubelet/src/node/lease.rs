@@ -39,7 +39,11 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             }
             Err(error) => {
                 known = false;
-                tracing::debug!(node = shared.config.node_name, error = api_error(&error), "cannot renew the node's lease");
+                tracing::debug!(
+                    node = shared.config.node_name,
+                    error = api_error(&error),
+                    "cannot renew the node's lease"
+                );
                 let wait = delay;
                 delay = (delay * 2).min(RETRY_MAX);
                 wait
@@ -56,7 +60,8 @@ async fn renew(shared: &Shared, known: bool) -> Result<(), kube::Error> {
     let api: Api<Lease> = Api::namespaced(shared.client.clone(), NAMESPACE);
     let name = &shared.config.node_name;
     let now = clock::micros(clock::now());
-    let body = json!({"spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": now}});
+    let body =
+        json!({"spec": {"holderIdentity": name, "leaseDurationSeconds": DURATION_SECONDS, "renewTime": now}});
     let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(body)).await;
     match patched {
         Ok(_) => return Ok(()),

@@ -10,7 +10,8 @@ fn at(second: i64) -> Timestamp {
 }
 
 fn pod(spec: Value) -> Pod {
-    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}, "spec": spec})).unwrap()
+    serde_json::from_value(json!({"metadata": {"name": "p", "namespace": "n", "uid": "u"}, "spec": spec}))
+        .unwrap()
 }
 
 fn sandbox() -> SandboxView {
@@ -115,7 +116,9 @@ fn a_crashing_container_waits_out_its_delay() {
 
 #[test]
 fn a_failed_init_container_ends_a_pod_that_never_restarts() {
-    let p = pod(json!({"containers": [{"name": "a"}], "initContainers": [{"name": "i"}], "restartPolicy": "Never"}));
+    let p = pod(
+        json!({"containers": [{"name": "a"}], "initContainers": [{"name": "i"}], "restartPolicy": "Never"}),
+    );
     let mut o = up();
     o.record("i", exited("i0", 0, 1, 0));
     assert_eq!(next(&p, &o, at(0)).actions, [Action::Finish]);
@@ -170,7 +173,10 @@ fn an_ending_pod_stops_main_containers_then_sidecars_backwards_then_the_sandbox(
     o.ending = Some(Ending::Deleted);
     let names = |o: &Observed| -> Vec<String> {
         let actions = next(&p, o, at(0)).actions;
-        actions.into_iter().map(|a| if let Action::Kill { name, .. } = a { name } else { format!("{a:?}") }).collect()
+        actions
+            .into_iter()
+            .map(|a| if let Action::Kill { name, .. } = a { name } else { format!("{a:?}") })
+            .collect()
     };
     assert_eq!(names(&o), ["a", "b"]);
     o.stopping.insert("a".into());

@@ -21,7 +21,9 @@ const QUEUE: usize = 8;
 fn options(query: &Query) -> Result<(Options, bool), String> {
     let number = |name: &str| match query.get(name) {
         None | Some("") => Ok(None),
-        Some(text) => text.parse::<u64>().map(Some).map_err(|_bad| format!("invalid value {text:?} for {name}")),
+        Some(text) => {
+            text.parse::<u64>().map(Some).map_err(|_bad| format!("invalid value {text:?} for {name}"))
+        }
     };
     let since = match (number("sinceSeconds")?, query.get("sinceTime")) {
         (Some(seconds), _) => clock::now().checked_sub(Duration::from_secs(seconds)).ok(),
@@ -72,7 +74,8 @@ pub(super) async fn serve(shared: Arc<Shared>, target: (&str, &str, &str), query
 async fn ended(shared: &Shared, id: &str, mut events: broadcast::Receiver<RuntimeEvent>) {
     loop {
         match shared.runtime.container(id).await {
-            Ok(container) if matches!(container.state, ContainerState::Running { .. } | ContainerState::Created) => {}
+            Ok(container)
+                if matches!(container.state, ContainerState::Running { .. } | ContainerState::Created) => {}
             Ok(_) | Err(_) => return,
         }
         loop {

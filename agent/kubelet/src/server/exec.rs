@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::WebSocketUpgrade;
-use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
@@ -32,6 +33,12 @@ const V4: &str = "v4.channel.k8s.io";
 /// Frames on their way to the client.
 const QUEUE: usize = 16;
 const CHUNK: usize = 32 * 1024;
+/// Nothing is sent before this: client-go up to 1.32 begins to read before it has made its streams, and throws away
+/// what comes for those. The command runs meanwhile.
+const HEAD_START: Duration = Duration::from_millis(50);
+
+/// Output may come so long after the command has ended.
+const OUTPUT_LINGER: Duration = Duration::from_millis(200);
 
 /// What is to be run, and with which streams.
 #[derive(Clone, Debug)]
@@ -44,7 +51,12 @@ struct Request {
 }
 
 /// Upgrades and runs.
-pub(super) fn serve(shared: Arc<Shared>, container_id: String, upgrade: WebSocketUpgrade, query: &Query) -> Response {
+pub(super) fn serve(
+    shared: Arc<Shared>,
+    container_id: String,
+    upgrade: WebSocketUpgrade,
+    query: &Query,
+) -> Response {
     let request = Request {
         command: query.all("command"),
         stdin: query.flag(&["input", "stdin"]),
@@ -56,11 +68,13 @@ pub(super) fn serve(shared: Arc<Shared>, container_id: String, upgrade: WebSocke
         return (StatusCode::BAD_REQUEST, "you must specify at least one command for exec").into_response();
     }
     if !(request.stdin || request.stdout || request.stderr) {
-        return (StatusCode::BAD_REQUEST, "you must specify at least 1 of stdin, stdout, stderr").into_response();
+        return (StatusCode::BAD_REQUEST, "you must specify at least 1 of stdin, stdout, stderr")
+            .into_response();
     }
     let upgrade = upgrade.protocols([V5, V4]);
     if upgrade.selected_protocol().is_none() {
-        return (StatusCode::FORBIDDEN, format!("none of the protocols is known: {V5}, {V4}")).into_response();
+        return (StatusCode::FORBIDDEN, format!("none of the protocols is known: {V5}, {V4}"))
+            .into_response();
     }
     upgrade.on_upgrade(move |socket| session(shared, container_id, request, socket))
 }
@@ -125,12 +139,7 @@ fn open(request: &Request) -> io::Result<(Stdio, Streams)> {
 async fn session(shared: Arc<Shared>, container_id: String, request: Request, socket: WebSocket) {
     let (mut writer, mut reader) = socket.split();
     let (frames, mut queue) = mpsc::channel::<Message>(QUEUE);
-    // Clients learn from these which channels there are.
-    for (channel, used) in [(STDOUT, request.stdout), (STDERR, request.stderr && !request.tty)] {
-        if used && writer.send(frame(channel, b"")).await.is_err() {
-            return;
-        }
-    }
+    let earliest = tokio::time::Instant::now() + HEAD_START;
     let (stdio, streams) = match open(&request) {
         Ok(opened) => opened,
         Err(error) => {
@@ -142,7 +151,8 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
         let exec = shared.runtime.exec(&container_id, request.command.clone(), stdio);
         match streams {
             Streams::Pipes { stdin, stdout, stderr } => {
-                let output = async { tokio::join!(copy(stdout, STDOUT, &frames), copy(stderr, STDERR, &frames)) };
+                let output =
+                    async { tokio::join!(copy(stdout, STDOUT, &frames), copy(stderr, STDERR, &frames)) };
                 let input = pipe_input(&mut reader, stdin);
                 with_output(exec, output, input).await
             }
@@ -154,6 +164,7 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
         }
     };
     let send = async {
+        tokio::time::sleep_until(earliest).await;
         while let Some(message) = queue.recv().await {
             if writer.send(message).await.is_err() {
                 return;
@@ -169,6 +180,7 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
             () = &mut send => None,
         }
     };
+    tokio::time::sleep_until(earliest).await;
     // What was still queued goes out before the verdict.
     queue.close();
     while let Some(message) = queue.recv().await {
@@ -179,8 +191,8 @@ async fn session(shared: Arc<Shared>, container_id: String, request: Request, so
     if let Some(result) = result {
         let _ = writer.send(frame(ERROR, &status(&result))).await;
     }
-    // Clients take a close without a code for a broken connection.
-    let normal = CloseFrame { code: close_code::NORMAL, reason: Utf8Bytes::default() };
+    // Clients take any other end than a normal one for a failure, whatever the error channel said.
+    let normal = CloseFrame { code: close_code::NORMAL, reason: "".into() };
     let _ = writer.send(Message::Close(Some(normal))).await;
 }
 
@@ -199,7 +211,7 @@ async fn with_output<T>(
         };
         if !done {
             // A child left behind may hold the streams open: its output is not waited for.
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(200), output).await;
+            let _ = tokio::time::timeout(OUTPUT_LINGER, output).await;
         }
         result.map_err(|error| chain(&error))
     };
@@ -317,7 +329,8 @@ async fn terminal_input(reader: &mut Reader, master: &AsyncFd<OwnedFd>) {
                 }
             }
             Input::Resize(width, height) => {
-                let size = rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
+                let size =
+                    rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
                 // A terminal that is gone has no size.
                 let _ = rustix::termios::tcsetwinsize(master.get_ref(), size);
             }

@@ -92,7 +92,9 @@ mod tests {
 
     #[test]
     fn paths_that_climb_are_refused() {
-        for bad in [&["..", "x"][..], &["a", "..", "..", "x"], &["%2e%2e", "x"], &["..%2fx"], &["a%00"], &["%zz"]] {
+        for bad in
+            [&["..", "x"][..], &["a", "..", "..", "x"], &["%2e%2e", "x"], &["..%2fx"], &["a%00"], &["%zz"]]
+        {
             assert_eq!(relative(bad), None, "{bad:?}");
         }
         assert_eq!(relative(&["pods", "a%20b"]), Some(PathBuf::from("pods/a b")));
@@ -105,6 +107,8 @@ mod tests {
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("out")).unwrap();
         assert!(matches!(open(dir.path(), Path::new("a.log")), Ok(Entry::File(_))));
         assert!(open(dir.path(), Path::new("out")).is_err());
-        assert!(matches!(open(dir.path(), Path::new("")), Ok(Entry::Folder(names)) if names == ["a.log", "out"]));
+        assert!(
+            matches!(open(dir.path(), Path::new("")), Ok(Entry::Folder(names)) if names == ["a.log", "out"])
+        );
     }
 }

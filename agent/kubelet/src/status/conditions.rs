@@ -42,8 +42,10 @@ pub(super) fn generate(pod: &Pod, observed: &Observed, inputs: &Inputs<'_>) -> V
         ("Ready", ready(pod, &containers, inputs)),
         ("ContainersReady", containers),
     ];
-    let mut all: Vec<PodCondition> = own.iter().map(|(type_, verdict)| condition(pod, type_, verdict, inputs)).collect();
-    let foreign = inputs.old.conditions.iter().flatten().filter(|c| !own.iter().any(|(type_, _)| *type_ == c.type_));
+    let mut all: Vec<PodCondition> =
+        own.iter().map(|(type_, verdict)| condition(pod, type_, verdict, inputs)).collect();
+    let foreign =
+        inputs.old.conditions.iter().flatten().filter(|c| !own.iter().any(|(type_, _)| *type_ == c.type_));
     all.extend(foreign.cloned());
     if !all.iter().any(|c| c.type_ == "PodScheduled") {
         all.push(condition(pod, "PodScheduled", &Verdict::yes(), inputs));
@@ -68,17 +70,18 @@ fn condition(pod: &Pod, type_: &str, verdict: &Verdict, inputs: &Inputs<'_>) -> 
 }
 
 fn sandbox_ready(pod: &Pod, observed: &Observed) -> Verdict {
-    let up = observed
-        .sandbox
-        .as_ref()
-        .is_some_and(|s| s.ready && !observed.sandbox_stopped && (pod::host_network(pod) || !s.ips.is_empty()));
+    let up = observed.sandbox.as_ref().is_some_and(|s| {
+        s.ready && !observed.sandbox_stopped && (pod::host_network(pod) || !s.ips.is_empty())
+    });
     Verdict { status: up, ..Verdict::yes() }
 }
 
 fn initialized(pod: &Pod, observed: &Observed, inputs: &Inputs<'_>) -> Verdict {
     match inputs.phase {
         "Succeeded" => return Verdict { reason: "PodCompleted", ..Verdict::yes() },
-        _ if pod::init_containers(pod).is_empty() || plan::initialized(pod, observed) => return Verdict::yes(),
+        _ if pod::init_containers(pod).is_empty() || plan::initialized(pod, observed) => {
+            return Verdict::yes();
+        }
         _ => {}
     }
     let incomplete: Vec<&str> = pod::init_containers(pod)
@@ -90,7 +93,10 @@ fn initialized(pod: &Pod, observed: &Observed, inputs: &Inputs<'_>) -> Verdict {
     if incomplete.is_empty() {
         return Verdict::yes();
     }
-    Verdict::no("ContainersNotInitialized", format!("containers with incomplete status: [{}]", incomplete.join(" ")))
+    Verdict::no(
+        "ContainersNotInitialized",
+        format!("containers with incomplete status: [{}]", incomplete.join(" ")),
+    )
 }
 
 fn containers_ready(pod: &Pod, inputs: &Inputs<'_>) -> Verdict {
@@ -99,8 +105,10 @@ fn containers_ready(pod: &Pod, inputs: &Inputs<'_>) -> Verdict {
         "Failed" => return Verdict::no("PodFailed", String::new()),
         _ => {}
     }
-    let sidecars = pod::init_containers(pod).iter().zip(inputs.init).filter(|(c, _)| pod::is_sidecar(c)).map(|(_, s)| s);
-    let unready: Vec<&str> = sidecars.chain(inputs.main).filter(|s| !s.ready).map(|s| s.name.as_str()).collect();
+    let sidecars =
+        pod::init_containers(pod).iter().zip(inputs.init).filter(|(c, _)| pod::is_sidecar(c)).map(|(_, s)| s);
+    let unready: Vec<&str> =
+        sidecars.chain(inputs.main).filter(|s| !s.ready).map(|s| s.name.as_str()).collect();
     if unready.is_empty() {
         return Verdict::yes();
     }
@@ -115,11 +123,18 @@ fn ready(pod: &Pod, containers: &Verdict, inputs: &Inputs<'_>) -> Verdict {
     for gate in pod::spec(pod).readiness_gates.iter().flatten() {
         let type_ = &gate.condition_type;
         match inputs.old.conditions.iter().flatten().find(|c| c.type_ == *type_) {
-            None => failing.push(format!("corresponding condition of pod readiness gate \"{type_}\" does not exist.")),
-            Some(c) if c.status != "True" => failing
-                .push(format!("the status of pod readiness gate \"{type_}\" is not \"True\", but {}", c.status)),
+            None => failing
+                .push(format!("corresponding condition of pod readiness gate \"{type_}\" does not exist.")),
+            Some(c) if c.status != "True" => failing.push(format!(
+                "the status of pod readiness gate \"{type_}\" is not \"True\", but {}",
+                c.status
+            )),
             Some(_) => {}
         }
     }
-    if failing.is_empty() { Verdict::yes() } else { Verdict::no("ReadinessGatesNotReady", failing.join(", ")) }
+    if failing.is_empty() {
+        Verdict::yes()
+    } else {
+        Verdict::no("ReadinessGatesNotReady", failing.join(", "))
+    }
 }

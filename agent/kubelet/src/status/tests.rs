@@ -35,7 +35,8 @@ fn exited(code: i32) -> ContainerView {
 }
 
 fn up() -> Observed {
-    let sandbox = SandboxView { id: "s".into(), attempt: 0, ready: true, ips: vec!["10.42.0.7".parse().unwrap()] };
+    let sandbox =
+        SandboxView { id: "s".into(), attempt: 0, ready: true, ips: vec!["10.42.0.7".parse().unwrap()] };
     Observed { volumes_ready: true, sandbox: Some(sandbox), ..Observed::default() }
 }
 
@@ -55,8 +56,14 @@ fn a_pod_that_is_being_made() {
     assert_eq!((s.phase.as_deref(), s.pod_ip.as_deref()), (Some("Pending"), None));
     assert_eq!(s.qos_class.as_deref(), Some("BestEffort"));
     let a = &s.container_statuses.as_ref().unwrap()[0];
-    assert_eq!(a.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(), Some("ContainerCreating"));
-    assert_eq!(condition(&s, "Ready"), ("False", "ContainersNotReady", "containers with unready status: [a]"));
+    assert_eq!(
+        a.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(),
+        Some("ContainerCreating")
+    );
+    assert_eq!(
+        condition(&s, "Ready"),
+        ("False", "ContainersNotReady", "containers with unready status: [a]")
+    );
     assert_eq!(condition(&s, "PodReadyToStartContainers").0, "False");
     assert_eq!(condition(&s, "Initialized").0, "True");
     assert!(s.conditions.iter().flatten().any(|c| c.type_ == "example.com/gate"), "foreign conditions stay");
@@ -69,7 +76,10 @@ fn a_running_pod_and_its_readiness() {
     let mut o = up();
     o.record("a", running());
     let s = see(&p, &o);
-    assert_eq!((s.phase.as_deref(), s.pod_ip.as_deref(), s.host_ip.as_deref()), (Some("Running"), Some("10.42.0.7"), Some("10.0.0.1")));
+    assert_eq!(
+        (s.phase.as_deref(), s.pod_ip.as_deref(), s.host_ip.as_deref()),
+        (Some("Running"), Some("10.42.0.7"), Some("10.0.0.1"))
+    );
     let a = &s.container_statuses.as_ref().unwrap()[0];
     assert_eq!((a.ready, a.started, a.container_id.as_deref()), (true, Some(true), Some("weft://abc")));
     assert_eq!(condition(&s, "Ready").0, "True");
@@ -83,7 +93,9 @@ fn a_running_pod_and_its_readiness() {
     let a = see(&slow, &o).container_statuses.unwrap().remove(0);
     assert_eq!((a.ready, a.started), (false, Some(false)));
 
-    let gated = pod(json!({"containers": [{"name": "a"}], "readinessGates": [{"conditionType": "example.com/gate"}]}));
+    let gated = pod(
+        json!({"containers": [{"name": "a"}], "readinessGates": [{"conditionType": "example.com/gate"}]}),
+    );
     let s = see(&gated, &o);
     assert_eq!(condition(&s, "ContainersReady").0, "True");
     assert_eq!(condition(&s, "Ready").1, "ReadinessGatesNotReady");
@@ -124,9 +136,13 @@ fn crash_loops_show_what_happened_last() {
     o.record("a", exited(3));
     let a = see(&p, &o).container_statuses.unwrap().remove(0);
     let ended = a.state.unwrap().terminated.unwrap();
-    assert_eq!((ended.reason.as_deref(), ended.exit_code, ended.message.as_deref()), (Some("Error"), 3, Some("bye")));
+    assert_eq!(
+        (ended.reason.as_deref(), ended.exit_code, ended.message.as_deref()),
+        (Some("Error"), 3, Some("bye"))
+    );
     let retry_at = Timestamp::from_second(110).unwrap();
-    o.waiting.insert("a".into(), Waiting { reason: "CrashLoopBackOff".into(), message: "m".into(), retry_at });
+    o.waiting
+        .insert("a".into(), Waiting { reason: "CrashLoopBackOff".into(), message: "m".into(), retry_at });
     let a = see(&p, &o).container_statuses.unwrap().remove(0);
     assert_eq!(a.state.unwrap().waiting.unwrap().reason.as_deref(), Some("CrashLoopBackOff"));
     assert_eq!(a.last_state.unwrap().terminated.unwrap().exit_code, 3);
@@ -139,17 +155,29 @@ fn init_containers_hold_back_the_others() {
     o.record("i", running());
     let s = see(&p, &o);
     assert_eq!(s.phase.as_deref(), Some("Pending"));
-    assert_eq!(condition(&s, "Initialized"), ("False", "ContainersNotInitialized", "containers with incomplete status: [i]"));
+    assert_eq!(
+        condition(&s, "Initialized"),
+        ("False", "ContainersNotInitialized", "containers with incomplete status: [i]")
+    );
     let a = &s.container_statuses.as_ref().unwrap()[0];
-    assert_eq!(a.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(), Some("PodInitializing"));
+    assert_eq!(
+        a.state.as_ref().unwrap().waiting.as_ref().unwrap().reason.as_deref(),
+        Some("PodInitializing")
+    );
 }
 
 #[test]
 fn refused_and_overdue_pods_say_why() {
     let p = pod(json!({"containers": [{"name": "a"}]}));
-    let mut o = Observed { ending: Some(Ending::Rejected { reason: "OutOfcpu".into(), message: "m".into() }), ..Observed::default() };
+    let mut o = Observed {
+        ending: Some(Ending::Rejected { reason: "OutOfcpu".into(), message: "m".into() }),
+        ..Observed::default()
+    };
     let s = see(&p, &o);
-    assert_eq!((s.phase.as_deref(), s.reason.as_deref(), s.message.as_deref()), (Some("Failed"), Some("OutOfcpu"), Some("m")));
+    assert_eq!(
+        (s.phase.as_deref(), s.reason.as_deref(), s.message.as_deref()),
+        (Some("Failed"), Some("OutOfcpu"), Some("m"))
+    );
     o.ending = Some(Ending::DeadlineExceeded);
     assert_eq!(see(&p, &o).reason.as_deref(), Some("DeadlineExceeded"));
 }
@@ -159,6 +187,7 @@ fn times_of_unchanged_conditions_stay() {
     let mut p = pod(json!({"containers": [{"name": "a"}]}));
     let first = see(&p, &Observed::default());
     p.status = Some(first.clone());
-    let later = generate(&p, &Observed::default(), "10.0.0.1".parse().unwrap(), Timestamp::from_second(200).unwrap());
+    let later =
+        generate(&p, &Observed::default(), "10.0.0.1".parse().unwrap(), Timestamp::from_second(200).unwrap());
     assert_eq!(first, later);
 }

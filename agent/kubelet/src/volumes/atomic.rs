@@ -102,7 +102,8 @@ fn group_mode(mode: u32, group: Option<u32>) -> u32 {
 fn write_all(target: &Path, files: &Files, group: Option<u32>) -> Result<(), Error> {
     let make_dir = |path: &Path| -> Result<(), Error> {
         fs::create_dir_all(path).map_err(io_error("create", path))?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(io_error("set the mode of", path))
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+            .map_err(io_error("set the mode of", path))
     };
     make_dir(target)?;
     for (name, file) in files {
@@ -114,7 +115,8 @@ fn write_all(target: &Path, files: &Files, group: Option<u32>) -> Result<(), Err
         fs::set_permissions(&path, fs::Permissions::from_mode(group_mode(file.mode, group)))
             .map_err(io_error("set the mode of", &path))?;
         if file.owner.is_some() || group.is_some() {
-            std::os::unix::fs::lchown(&path, file.owner, group).map_err(io_error("change the owner of", &path))?;
+            std::os::unix::fs::lchown(&path, file.owner, group)
+                .map_err(io_error("change the owner of", &path))?;
         }
     }
     Ok(())
@@ -184,11 +186,17 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.join("sub/b")).unwrap(), "2");
         let first = fs::read_link(dir.join("..data")).unwrap();
         write(&dir, &files(&[("a", "1"), ("sub/b", "2"), ("gone", "x")]), None).unwrap();
-        assert_eq!(fs::read_link(dir.join("..data")).unwrap(), first, "an unchanged set is not written again");
+        assert_eq!(
+            fs::read_link(dir.join("..data")).unwrap(),
+            first,
+            "an unchanged set is not written again"
+        );
         write(&dir, &files(&[("a", "3"), ("c", "4")]), None).unwrap();
         assert_eq!(fs::read_to_string(dir.join("a")).unwrap(), "3");
         assert_eq!(fs::read_to_string(dir.join("c")).unwrap(), "4");
-        assert!(fs::symlink_metadata(dir.join("gone")).is_err() && fs::symlink_metadata(dir.join("sub")).is_err());
+        assert!(
+            fs::symlink_metadata(dir.join("gone")).is_err() && fs::symlink_metadata(dir.join("sub")).is_err()
+        );
         assert!(!dir.join(first).exists());
         let mode = fs::metadata(dir.join("a")).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o644);

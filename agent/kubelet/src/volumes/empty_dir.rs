@@ -21,7 +21,8 @@ pub(super) fn prepare(dir: &Path, source: &EmptyDirVolumeSource) -> io::Result<(
         "Memory" if super::remove::is_mount_point(dir)? => Ok(()),
         "Memory" => {
             let limit = source.size_limit.as_ref().map(value_of).filter(|bytes| *bytes > 0);
-            let options = limit.map_or_else(|| "mode=0777".to_owned(), |bytes| format!("mode=0777,size={bytes}"));
+            let options =
+                limit.map_or_else(|| "mode=0777".to_owned(), |bytes| format!("mode=0777,size={bytes}"));
             mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))?;
             Ok(())
         }

@@ -24,7 +24,8 @@ fn check(path: &Path, type_: &str) -> Result<(), String> {
         // Without a type upstream makes a missing path a folder when the runtime mounts it.
         ("" | "DirectoryOrCreate", None) => {
             fs::create_dir_all(path).map_err(|e| format!("cannot create {shown}: {e}"))?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(|e| format!("cannot chmod {shown}: {e}"))
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+                .map_err(|e| format!("cannot chmod {shown}: {e}"))
         }
         ("FileOrCreate", None) => {
             let options = fs::OpenOptions::new().create(true).append(true).open(path);
@@ -59,7 +60,9 @@ mod tests {
         assert!(at("none", "Directory").unwrap_err().ends_with("is not a directory"));
         assert!(at("made", "DirectoryOrCreate").unwrap().is_dir());
         assert!(at("file", "FileOrCreate").unwrap().is_file());
-        assert!(at("file", "Directory").is_err() && at("made", "File").is_err() && at("file", "Socket").is_err());
+        assert!(
+            at("file", "Directory").is_err() && at("made", "File").is_err() && at("file", "Socket").is_err()
+        );
         assert!(prepare(&HostPathVolumeSource { path: "/tmp/../etc".into(), type_: None }).is_err());
     }
 }

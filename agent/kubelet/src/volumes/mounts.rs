@@ -115,7 +115,9 @@ fn open_below(volume: &Path, path: &Path) -> std::io::Result<OwnedFd> {
         if there.is_err_and(|e| e == rustix::io::Errno::NOENT) {
             let dir = match parent {
                 None => root.try_clone()?,
-                Some(parent) => rustix::fs::openat2(&root, &parent, flags | OFlags::DIRECTORY, Mode::empty(), stay)?,
+                Some(parent) => {
+                    rustix::fs::openat2(&root, &parent, flags | OFlags::DIRECTORY, Mode::empty(), stay)?
+                }
             };
             rustix::fs::mkdirat(&dir, Path::new(part.as_os_str()), Mode::from_raw_mode(0o750))?;
         }

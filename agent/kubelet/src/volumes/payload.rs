@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, Pod, ServiceAccountTokenProjection, Volume};
+use k8s_openapi::api::core::v1::{
+    DownwardAPIVolumeFile, KeyToPath, Pod, ServiceAccountTokenProjection, Volume,
+};
 
 use super::atomic::{File, Files};
 use crate::env::{self, Facts};
@@ -54,7 +56,12 @@ struct Part<'a> {
 }
 
 /// The content of `volume` now.
-pub(super) async fn make(shared: &Shared, pod: &Pod, volume: &Volume, facts: &Facts) -> Result<Payload, Error> {
+pub(super) async fn make(
+    shared: &Shared,
+    pod: &Pod,
+    volume: &Volume,
+    facts: &Facts,
+) -> Result<Payload, Error> {
     let mut payload = Payload::default();
     if let Some(source) = &volume.config_map {
         let part = Part {
@@ -83,7 +90,13 @@ pub(super) async fn make(shared: &Shared, pod: &Pod, volume: &Volume, facts: &Fa
     Ok(payload)
 }
 
-async fn projected(shared: &Shared, pod: &Pod, volume: &Volume, facts: &Facts, payload: &mut Payload) -> Result<(), Error> {
+async fn projected(
+    shared: &Shared,
+    pod: &Pod,
+    volume: &Volume,
+    facts: &Facts,
+    payload: &mut Payload,
+) -> Result<(), Error> {
     let Some(projected) = &volume.projected else { return Ok(()) };
     let default_mode = projected.default_mode;
     for source in projected.sources.iter().flatten() {
@@ -108,7 +121,12 @@ async fn projected(shared: &Shared, pod: &Pod, volume: &Volume, facts: &Facts, p
             object(shared, pod, &part, &mut payload.files).await?;
         }
         if let Some(source) = &source.downward_api {
-            downward(pod, source.items.as_deref().unwrap_or_default(), (default_mode, facts), &mut payload.files)?;
+            downward(
+                pod,
+                source.items.as_deref().unwrap_or_default(),
+                (default_mode, facts),
+                &mut payload.files,
+            )?;
         }
         if let Some(projection) = &source.service_account_token {
             token(shared, pod, projection, (default_mode, payload)).await?;
@@ -127,7 +145,11 @@ async fn object(shared: &Shared, pod: &Pod, part: &Part<'_>, files: &mut Files) 
 }
 
 fn select(data: &Data, part: &Part<'_>, files: &mut Files) -> Result<(), Error> {
-    let file = |data: &[u8], own: Option<i32>| File { data: data.to_vec(), mode: mode(own, part.default_mode), owner: None };
+    let file = |data: &[u8], own: Option<i32>| File {
+        data: data.to_vec(),
+        mode: mode(own, part.default_mode),
+        owner: None,
+    };
     let Some(items) = part.items.filter(|items| !items.is_empty()) else {
         files.extend(data.iter().map(|(key, value)| (key.clone(), file(value, None))));
         return Ok(());
@@ -182,10 +204,18 @@ async fn token(
     projection: &ServiceAccountTokenProjection,
     (default_mode, payload): (Option<i32>, &mut Payload),
 ) -> Result<(), Error> {
-    let token = shared.tokens.get(&shared.client, pod, projection).await.map_err(|e| Error::Token(crate::start::api_error(&e)))?;
+    let token = shared
+        .tokens
+        .get(&shared.client, pod, projection)
+        .await
+        .map_err(|e| Error::Token(crate::start::api_error(&e)))?;
     let owner = only_user(pod);
     // A token is for its user (and the fsGroup) alone where there is a single one.
-    let mode = if owner.is_some() || super::ownership::fs_group(pod).is_some() { 0o600 } else { mode(None, default_mode) };
+    let mode = if owner.is_some() || super::ownership::fs_group(pod).is_some() {
+        0o600
+    } else {
+        mode(None, default_mode)
+    };
     let file = File { data: token.text.into_bytes(), mode, owner };
     payload.files.insert(projection.path.clone(), file);
     payload.renew_at = Some(payload.renew_at.map_or(token.renew_at, |at| at.min(token.renew_at)));
@@ -200,7 +230,13 @@ mod tests {
     fn items_choose_keys_paths_and_modes() {
         let data: Data = [("a".to_owned(), b"1".to_vec()), ("b".to_owned(), b"2".to_vec())].into();
         let item = |key: &str, mode| KeyToPath { key: key.into(), path: format!("x/{key}"), mode };
-        let part = |items, optional| Part { kind: Kind::ConfigMap, name: "c", items, optional, default_mode: Some(0o400) };
+        let part = |items, optional| Part {
+            kind: Kind::ConfigMap,
+            name: "c",
+            items,
+            optional,
+            default_mode: Some(0o400),
+        };
         let mut files = Files::new();
         let chosen = [item("a", Some(0o755))];
         select(&data, &part(Some(&chosen), false), &mut files).unwrap();

@@ -71,7 +71,8 @@ impl Worker {
             let finished = clock::from_ns(exit.finished_at_ns);
             self.observed.crashes.next(name, finished, now);
         }
-        let replaces = self.observed.latest(name).filter(|c| !c.running() && c.exit().is_none()).map(|c| c.id.clone());
+        let replaces =
+            self.observed.latest(name).filter(|c| !c.running() && c.exit().is_none()).map(|c| c.id.clone());
         if let Some(stale) = &replaces {
             let list = self.observed.containers.entry(name.to_owned()).or_default();
             list.retain(|c| c.id != *stale);
@@ -91,15 +92,23 @@ impl Worker {
 
     /// A missing image is asked for again only after its delay; meanwhile the container waits with upstream's reason.
     fn image_backing_off(&mut self, name: &str, image: &str, now: Timestamp) -> bool {
-        let Some(waiting) = self.observed.waiting.get(name).filter(|w| w.reason == "ErrImagePull").cloned() else {
+        let Some(waiting) = self.observed.waiting.get(name).filter(|w| w.reason == "ErrImagePull").cloned()
+        else {
             return false;
         };
         let retry_at = clock::after(now, self.observed.images.delay(image));
         let text = format!("Back-off pulling image \"{image}\"");
         self.shared.events.container(&self.pod, name, (Kind::Normal, "BackOff"), text.clone());
-        self.shared.events.container(&self.pod, name, (Kind::Warning, "Failed"), "Error: ImagePullBackOff".to_owned());
+        self.shared.events.container(
+            &self.pod,
+            name,
+            (Kind::Warning, "Failed"),
+            "Error: ImagePullBackOff".to_owned(),
+        );
         let message = format!("{text}: ErrImagePull: {}", waiting.message);
-        self.observed.waiting.insert(name.to_owned(), Waiting { reason: "ImagePullBackOff".into(), message, retry_at });
+        self.observed
+            .waiting
+            .insert(name.to_owned(), Waiting { reason: "ImagePullBackOff".into(), message, retry_at });
         true
     }
 
@@ -108,7 +117,9 @@ impl Worker {
         let facts = start::facts(&self.shared, &self.pod, self.observed.sandbox.as_ref());
         let probe_grace = self.probe_grace(&name, &id);
         let grace = match probe_grace {
-            Some(grace) if self.observed.ending.is_none() => tokio::sync::watch::Sender::new(grace).subscribe(),
+            Some(grace) if self.observed.ending.is_none() => {
+                tokio::sync::watch::Sender::new(grace).subscribe()
+            }
             _ => self.grace.subscribe(),
         };
         let order = terminating::Order {
@@ -172,7 +183,8 @@ impl Worker {
                 self.observed.busy = false;
                 let message = format!("error killing pod: {}", chain(&error));
                 self.shared.events.pod(&self.pod, Kind::Warning, "FailedKillPod", message);
-                let (runtime, id) = (self.shared.runtime.clone(), self.observed.sandbox.as_ref().map(|s| s.id.clone()));
+                let (runtime, id) =
+                    (self.shared.runtime.clone(), self.observed.sandbox.as_ref().map(|s| s.id.clone()));
                 let delay = self.next_delay();
                 self.begin(false, async move {
                     tokio::time::sleep(delay).await;
@@ -183,7 +195,9 @@ impl Worker {
                 });
             }
             Done::ObjectChanged(name) => {
-                if let Some(waiting) = self.observed.waiting.get_mut(&name).filter(|w| w.reason == "CreateContainerConfigError") {
+                if let Some(waiting) =
+                    self.observed.waiting.get_mut(&name).filter(|w| w.reason == "CreateContainerConfigError")
+                {
                     waiting.retry_at = clock::now();
                 }
             }
@@ -262,7 +276,9 @@ impl Worker {
         let now = clock::now();
         let retry_at = match failure.reason.as_str() {
             "ErrImagePull" => {
-                let image = pod::find_container(&self.pod, name).and_then(|(c, _)| c.image.clone()).unwrap_or_default();
+                let image = pod::find_container(&self.pod, name)
+                    .and_then(|(c, _)| c.image.clone())
+                    .unwrap_or_default();
                 self.observed.images.next(&image, now, now);
                 // Upstream's next look at the pod finds the image in back-off.
                 clock::after(now, RETRY_FIRST)
