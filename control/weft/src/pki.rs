@@ -34,7 +34,11 @@ pub(crate) enum Error {
         source: rcgen::Error,
     },
     #[error("{path:?} holds no certificate or key that can be used")]
-    Unreadable { path: PathBuf },
+    Unreadable {
+        path: PathBuf,
+        #[source]
+        source: rcgen::Error,
+    },
 }
 
 /// A certificate with its key, both PEM.
@@ -84,9 +88,10 @@ impl Authority {
             write_public(&certificate_path, &identity.certificate)?;
         }
         let certificate = read(&certificate_path)?;
-        let key = KeyPair::from_pem(&read(&key_path)?).map_err(|_| Error::Unreadable { path: key_path })?;
+        let key = KeyPair::from_pem(&read(&key_path)?)
+            .map_err(|source| Error::Unreadable { path: key_path, source })?;
         let issuer = Issuer::from_ca_cert_pem(&certificate, key)
-            .map_err(|_| Error::Unreadable { path: certificate_path })?;
+            .map_err(|source| Error::Unreadable { path: certificate_path, source })?;
         Ok(Self { folder: folder.to_path_buf(), certificate, issuer })
     }
 
