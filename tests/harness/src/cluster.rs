@@ -25,12 +25,20 @@ impl Cluster {
     /// # Errors
     /// If it doesn't get there; the error carries the end of its log.
     pub fn start(label: &str, flags: &[&str]) -> anyhow::Result<Self> {
+        let mut cluster = Self::unstarted(label, flags)?;
+        cluster.up()?;
+        Ok(cluster)
+    }
+
+    /// A namespace and an empty data directory, for a caller that starts the process itself.
+    ///
+    /// # Errors
+    /// If they can't be made.
+    pub fn unstarted(label: &str, flags: &[&str]) -> anyhow::Result<Self> {
         let data = tempfile::Builder::new().prefix("weft-").tempdir().context("make a data directory")?;
         let netns = Netns::new(label)?;
         let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let mut cluster = Self { netns, data, process: None, extra };
-        cluster.up()?;
-        Ok(cluster)
+        Ok(Self { netns, data, process: None, extra })
     }
 
     /// Starts the process (again, after a kill) and waits until the API and the nodes are ready.

@@ -1,0 +1,122 @@
+//! The peer: the rules that kube-proxy in iptables mode makes of one Service.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::process::Stdio;
+
+use anyhow::{Context as _, ensure};
+use weft_tests_harness::netns::Netns;
+
+use crate::stats::as_f64;
+
+/// Rules in a namespace; gone when dropped.
+pub(super) struct Rules<'a> {
+    netns: &'a Netns,
+}
+
+impl<'a> Rules<'a> {
+    /// Loads the rules.
+    pub(super) fn load(netns: &'a Netns, vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
+        let rules = Self { netns };
+        let mut restore = netns.command("iptables-restore")?.stdin(Stdio::piped()).spawn().context("run iptables-restore")?;
+        restore.stdin.take().context("no input")?.write_all(text(vip, pods, port).as_bytes())?;
+        ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
+        Ok(rules)
+    }
+}
+
+impl Drop for Rules<'_> {
+    fn drop(&mut self) {
+        for table in ["nat", "filter"] {
+            let removed = self.netns.command("nft").and_then(|mut nft| Ok(nft.args(["delete", "table", "ip", table]).status()?));
+            if !removed.as_ref().is_ok_and(std::process::ExitStatus::success) {
+                eprintln!("cannot remove iptables' table {table}: {removed:?}");
+            }
+        }
+    }
+}
+
+/// The input of iptables-restore. Chains and their order are kube-proxy's; the cluster's range is weft's default.
+fn text(vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> String {
+    let (address, vip_port) = (vip.ip(), vip.port());
+    let mut nat = String::new();
+    let mut endpoints = String::new();
+    let service = "-m comment --comment \"default/backend cluster IP\"";
+    for (index, pod) in pods.iter().enumerate() {
+        let _ = writeln!(nat, ":KUBE-SEP-{index} - [0:0]");
+        let left = pods.len() - index;
+        let choice = if left > 1 {
+            format!("-m statistic --mode random --probability {:.10} ", 1.0 / as_f64(left))
+        } else {
+            String::new()
+        };
+        let name = format!("-m comment --comment \"default/backend -> {pod}:{port}\"");
+        let _ = writeln!(endpoints, "-A KUBE-SVC-0 {name} {choice}-j KUBE-SEP-{index}");
+        let _ = writeln!(endpoints, "-A KUBE-SEP-{index} -s {pod}/32 -m comment --comment default/backend -j KUBE-MARK-MASQ");
+        let _ = writeln!(
+            endpoints,
+            "-A KUBE-SEP-{index} -p tcp -m comment --comment default/backend -m tcp -j DNAT --to-destination {pod}:{port}"
+        );
+    }
+    format!(
+        "{FILTER}*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-SVC-0 - [0:0]
+{nat}-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+-A KUBE-SERVICES -d {address}/32 -p tcp {service} -m tcp --dport {vip_port} -j KUBE-SVC-0
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-SVC-0 ! -s 10.42.0.0/16 -d {address}/32 -p tcp {service} -m tcp --dport {vip_port} -j KUBE-MARK-MASQ
+{endpoints}COMMIT
+"
+    )
+}
+
+const FILTER: &str = "*filter
+:KUBE-SERVICES - [0:0]
+:KUBE-EXTERNAL-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-FORWARD - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+-A INPUT -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
+-A INPUT -j KUBE-NODEPORTS
+-A INPUT -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
+-A FORWARD -j KUBE-FORWARD
+-A FORWARD -m conntrack --ctstate NEW -j KUBE-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -j KUBE-EXTERNAL-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -j KUBE-PROXY-FIREWALL
+-A OUTPUT -m conntrack --ctstate NEW -j KUBE-SERVICES
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+COMMIT
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_backend_gets_the_same_share() {
+        let pods: Vec<Ipv4Addr> = (1..=4).map(|last| Ipv4Addr::new(10, 42, 0, last)).collect();
+        let rules = text(SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 10), 80), &pods, 8080);
+        let mut left = 1.0;
+        for (index, line) in rules.lines().filter(|line| line.starts_with("-A KUBE-SVC-0 -m")).enumerate() {
+            let given = line.split("--probability ").nth(1).map_or(1.0, |rest| rest.split(' ').next().unwrap().parse().unwrap());
+            assert!((left * given - 0.25_f64).abs() < 1e-6, "backend {index}: {line}");
+            left -= left * given;
+        }
+        assert!(left.abs() < 1e-6, "{rules}");
+        assert_eq!(rules.matches("-j DNAT --to-destination").count(), 4);
+    }
+}
