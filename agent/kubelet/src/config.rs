@@ -127,13 +127,13 @@ impl Config {
         if wrong.is_empty() { Ok(()) } else { Err(Error::Config(wrong.join("; "))) }
     }
 
-    /// This node's folder.
-    pub(crate) fn node_dir(&self) -> PathBuf {
-        self.data_dir.join("nodes").join(&self.node_name)
-    }
-
     /// The pods' folders, by uid.
     pub(crate) fn pods_dir(&self) -> PathBuf {
-        self.node_dir().join("pods")
+        pods_dir(&self.data_dir, &self.node_name)
     }
+}
+
+/// The folder of the pods' folders of a node.
+pub(crate) fn pods_dir(data_dir: &Path, node: &str) -> PathBuf {
+    data_dir.join("nodes").join(node).join("pods")
 }

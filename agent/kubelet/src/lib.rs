@@ -45,7 +45,7 @@ mod fake;
 pub use config::{CapacityOverrides, Config, ServerTls};
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -140,6 +140,16 @@ pub async fn run(
         }
     }
     failed.map_or(Ok(()), |name| Err(Error::Task(name)))
+}
+
+/// Unmounts and removes all that the kubelet keeps of a node's pods. For a node whose kubelet and pods have ended for
+/// good; succeeds on one that is gone. Must run in the mount namespace of that kubelet.
+///
+/// # Errors
+/// When something is still mounted or can't be removed.
+pub fn purge(data_dir: &Path, node: &str) -> Result<(), Error> {
+    let dir = config::pods_dir(data_dir, node);
+    volumes::remove::pod_dir(&dir).map_err(|source| Error::Io { op: "remove", path: dir, source })
 }
 
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {

@@ -1,7 +1,7 @@
 //! One pod's worker: it alone decides and acts for its pod. Long steps run as jobs of its own, so that it always hears
 //! what happens meanwhile.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,6 +37,8 @@ use report::with_own_status;
 
 /// Messages waiting for a worker; when there is no room, it looks at everything again instead.
 pub(crate) const INBOX: usize = 64;
+/// Replaced sandboxes whose records are kept.
+const OLDER_KEPT: usize = 2;
 /// A step that failed (volumes, sandbox, configuration) is tried again after this, doubling up to the bound.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(120);
@@ -133,6 +135,8 @@ pub(crate) struct Worker {
     step: Option<tokio::task::AbortHandle>,
     step_may_stop: bool,
     mounted: Arc<Mounted>,
+    /// Stopped sandboxes that the present one replaced, oldest first; their containers' records tell of the past.
+    older: VecDeque<String>,
     handles: Vec<Handle>,
     keeper: Option<JoinSet<()>>,
     keeper_pod: watch::Sender<Arc<Pod>>,
@@ -172,6 +176,7 @@ pub(crate) async fn run(
         step: None,
         step_may_stop: false,
         mounted: Arc::default(),
+        older: VecDeque::new(),
         probes: HashMap::new(),
         status: pod.status.clone(),
         pod,
@@ -230,6 +235,7 @@ impl Worker {
             self.observed.sandbox = Some(SandboxView::from(&newest));
         }
         for old in adopted.sandboxes {
+            self.older.push_back(old.id.clone());
             let runtime = self.shared.runtime.clone();
             self.jobs.spawn(async move {
                 let _ = runtime.stop_sandbox(&old.id).await;

@@ -243,6 +243,9 @@ pub(crate) async fn remove(node: &Node, purge: bool) -> anyhow::Result<()> {
     if let Err(error) = builtin::purge(runtime_config(node)).await {
         failed.push(logging::chain(&error));
     }
+    if let Err(error) = kubelet::purge(&node.paths.data, &node.name) {
+        failed.push(logging::chain(&error));
+    }
     if let Err(error) = dataplane::cleanup(&dataplane_config(node, &paths)).await {
         failed.push(logging::chain(&error));
     }

@@ -119,7 +119,17 @@ fn open_below(volume: &Path, path: &Path) -> std::io::Result<OwnedFd> {
                     rustix::fs::openat2(&root, &parent, flags | OFlags::DIRECTORY, Mode::empty(), stay)?
                 }
             };
-            rustix::fs::mkdirat(&dir, Path::new(part.as_os_str()), Mode::from_raw_mode(0o750))?;
+            rustix::fs::mkdirat(&dir, Path::new(part.as_os_str()), Mode::from_raw_mode(0o700))?;
+            // By descriptor, which can't be a link to elsewhere: the new folder is as open as its volume.
+            let made = rustix::fs::openat2(
+                &root,
+                &so_far,
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+                stay,
+            )?;
+            let of_volume = rustix::fs::fstat(&root)?.st_mode & 0o7777;
+            rustix::fs::fchmod(&made, Mode::from_raw_mode(of_volume))?;
         }
     }
     let target = if so_far.as_os_str().is_empty() { PathBuf::from(".") } else { so_far };
@@ -129,6 +139,7 @@ fn open_below(volume: &Path, path: &Path) -> std::io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn sub_paths_are_made_but_never_leave_the_volume() {
@@ -137,6 +148,8 @@ mod tests {
         fs::create_dir(&volume).unwrap();
         open_below(&volume, Path::new("a/b")).unwrap();
         assert!(volume.join("a/b").is_dir());
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&volume.join("a/b")), mode(&volume));
         std::os::unix::fs::symlink("/etc", volume.join("out")).unwrap();
         std::os::unix::fs::symlink("..", volume.join("up")).unwrap();
         std::os::unix::fs::symlink("a", volume.join("inside")).unwrap();

@@ -15,10 +15,11 @@ impl Worker {
     /// Removes every trace: records, logs, folder, tokens.
     pub(super) async fn clean_up(&mut self) {
         self.release_volumes();
-        if let Some(sandbox) = &self.observed.sandbox
-            && let Err(error) = self.shared.runtime.remove_sandbox(&sandbox.id).await
-        {
-            tracing::warn!(pod = %self.id, error = %chain(&error), "cannot remove sandbox");
+        let newest = self.observed.sandbox.take().map(|s| s.id);
+        for id in self.older.drain(..).chain(newest) {
+            if let Err(error) = self.shared.runtime.remove_sandbox(&id).await {
+                tracing::warn!(pod = %self.id, error = %chain(&error), "cannot remove sandbox");
+            }
         }
         remove_folders(&self.shared, &self.id).await;
         let key = (self.id.namespace.clone(), self.id.name.clone());

@@ -6,7 +6,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::task::JoinSet;
 
-use super::{CONFIG_RETRY, Done, Message, RETRY_FIRST, RETRY_MAX, Worker};
+use super::{CONFIG_RETRY, Done, Message, OLDER_KEPT, RETRY_FIRST, RETRY_MAX, Worker};
 use crate::clock;
 use crate::events::Kind;
 use crate::observed::{ContainerView, Ending, SandboxView, Waiting};
@@ -242,7 +242,9 @@ impl Worker {
             Ok(sandbox) => {
                 self.failures = 0;
                 self.shared.metrics.started_pods.inc();
-                self.observed.sandbox = Some(SandboxView::from(&sandbox));
+                let old = self.observed.sandbox.replace(SandboxView::from(&sandbox));
+                self.older.extend(old.map(|s| s.id));
+                self.forget_older();
             }
             Err(error) => {
                 let message = format!("Failed to create pod sandbox: {}", chain(&error));
@@ -250,6 +252,22 @@ impl Worker {
                 tracing::warn!(pod = %self.id, error = %chain(&error), "cannot make sandbox");
                 self.observed.sandbox_retry_at = Some(self.retry_at());
             }
+        }
+    }
+
+    /// Removes the records of sandboxes that were replaced long ago.
+    fn forget_older(&mut self) {
+        while self.older.len() > OLDER_KEPT {
+            let Some(id) = self.older.pop_front() else { return };
+            for list in self.observed.containers.values_mut() {
+                list.retain(|c| c.sandbox_id != id);
+            }
+            let runtime = self.shared.runtime.clone();
+            self.jobs.spawn(async move {
+                // What stays is removed as an orphan at the next start.
+                let _ = runtime.remove_sandbox(&id).await;
+                Done::Pruned
+            });
         }
     }
 

@@ -199,3 +199,18 @@ async fn a_refused_pod_fails_and_makes_nothing() {
     assert_eq!(api.status()["reason"], "OutOfcpu");
     assert!(runtime.calls().is_empty());
 }
+
+#[tokio::test]
+async fn a_dead_sandbox_is_replaced_and_all_of_them_go_with_the_pod() {
+    let scene = begin(&pod(json!({"containers": [{"name": "a", "image": "i"}]})), |_| Adopted::default());
+    scene.running(0).await;
+    scene.runtime.exit("a-0", 137);
+    scene.inbox.offer(Message::SandboxDied("sandbox-p-0".into()));
+    scene.running(1).await;
+    let names = || scene.runtime.sandboxes().into_iter().map(|s| s.id).collect::<Vec<_>>();
+    assert_eq!(names(), ["sandbox-p-0", "sandbox-p-1"]);
+    until("it is said", || scene.api.events().contains(&"SandboxChanged".to_owned())).await;
+    scene.update.send_modify(|update| update.removed = true);
+    scene.worker.await.unwrap();
+    assert!(scene.runtime.sandboxes().is_empty());
+}
