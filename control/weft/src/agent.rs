@@ -24,7 +24,8 @@ use crate::{kubeconfig, lock, logging, network, nodes, pki};
 
 /// User and group of the service proxy, and of the cluster DNS.
 const PROXY: (&str, &str) = ("system:kube-proxy", "system:node-proxier");
-const DNS: (&str, &str) = ("system:serviceaccount:kube-system:kube-dns", "system:serviceaccounts:kube-system");
+const DNS: (&str, &str) =
+    ("system:serviceaccount:kube-system:kube-dns", "system:serviceaccounts:kube-system");
 const NODES: &str = "system:nodes";
 /// How long a container gets to end when the whole node is stopped.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -70,7 +71,11 @@ impl Clients {
             let config = kube::Config::from_custom_kubeconfig(file, &options).await?;
             Ok(kube::Client::try_from(config)?)
         };
-        Ok(Self { kubelet: client("kubelet").await?, proxy: client("proxy").await?, dns: client("dns").await? })
+        Ok(Self {
+            kubelet: client("kubelet").await?,
+            proxy: client("proxy").await?,
+            dns: client("dns").await?,
+        })
     }
 }
 
@@ -106,8 +111,12 @@ pub(crate) fn serving(
     address: Ipv4Addr,
 ) -> Result<Identity, pki::Error> {
     let user = format!("system:node:{node}");
-    let subject =
-        Subject { name: &user, groups: &[NODES], dns: vec![node.to_owned()], addresses: vec![address.into()] };
+    let subject = Subject {
+        name: &user,
+        groups: &[NODES],
+        dns: vec![node.to_owned()],
+        addresses: vec![address.into()],
+    };
     authority.identity_in(folder, "serving", &subject)
 }
 
@@ -135,7 +144,8 @@ pub(crate) fn command(paths: &Paths, args: &AgentArgs, log: &str) -> anyhow::Res
 }
 
 fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
-    let cluster = Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
+    let cluster =
+        Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
     let folder = paths.node(&args.node).pki();
     let removal = args.purge || args.stop;
     let read = |name: &str| {
@@ -161,8 +171,9 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
 pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToken) -> anyhow::Result<()> {
     let paths = node.paths.node(&node.name);
     network::prepare_node(&node, &paths)?;
-    let runtime: Arc<dyn Runtime> =
-        Arc::new(BuiltinRuntime::open(runtime_config(&node)).await.context("cannot start the container runtime")?);
+    let runtime: Arc<dyn Runtime> = Arc::new(
+        BuiltinRuntime::open(runtime_config(&node)).await.context("cannot start the container runtime")?,
+    );
     let (network_ready, is_ready) = watch::channel(false);
     let (programmed, is_programmed) = watch::channel(false);
 

@@ -122,7 +122,8 @@ pub(crate) struct EtcdUrls(pub(crate) Vec<String>);
 
 fn parse_store(text: &str) -> Result<EtcdUrls, String> {
     let urls = text.strip_prefix("etcd=").ok_or("expected etcd=URL,URL,...")?;
-    let urls: Vec<String> = urls.split(',').map(str::trim).filter(|url| !url.is_empty()).map(str::to_owned).collect();
+    let urls: Vec<String> =
+        urls.split(',').map(str::trim).filter(|url| !url.is_empty()).map(str::to_owned).collect();
     let is_url = |url: &String| url.starts_with("http://") || url.starts_with("https://");
     match urls.iter().find(|url| !is_url(url)) {
         Some(wrong) => Err(format!("{wrong:?} is no http or https URL")),

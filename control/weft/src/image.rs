@@ -17,7 +17,8 @@ pub(crate) fn run(paths: &Paths, command: &ImageCommand) -> anyhow::Result<()> {
             let mut imported = Vec::new();
             for (node, store) in &stores {
                 let images = store.import(archive);
-                imported = images.with_context(|| format!("cannot import {} into {node}", archive.display()))?;
+                imported =
+                    images.with_context(|| format!("cannot import {} into {node}", archive.display()))?;
             }
             for image in imported {
                 println!("imported {} ({})", image.tags.join(", "), image.id);
@@ -40,8 +41,9 @@ pub(crate) fn run(paths: &Paths, command: &ImageCommand) -> anyhow::Result<()> {
 }
 
 fn stores(paths: &Paths) -> anyhow::Result<Vec<(String, ImageStore)>> {
-    let cluster = Cluster::read(&paths.cluster_file())?
-        .with_context(|| format!("there is no cluster in {}; start one with `weft up`", paths.data.display()))?;
+    let cluster = Cluster::read(&paths.cluster_file())?.with_context(|| {
+        format!("there is no cluster in {}; start one with `weft up`", paths.data.display())
+    })?;
     let open = |name: String| {
         let store = ImageStore::open(paths.node(&name).images())?;
         Ok((name, store))

@@ -37,13 +37,17 @@ pub(crate) fn hostname() -> String {
 /// The machine's own IPv4 address: that of the default route's device, else the first global one.
 pub(crate) fn machine_address() -> anyhow::Result<Option<Ipv4Addr>> {
     let mut netlink = Netlink::open()?;
-    let default = netlink.routes()?.into_iter().find(|route| route.destination.prefix() == 0 && route.index != 0);
+    let default =
+        netlink.routes()?.into_iter().find(|route| route.destination.prefix() == 0 && route.index != 0);
     let links = netlink.links()?;
     let usable = |index: u32| {
-        links.iter().any(|link| link.index == index && link.up && !link.loopback && !link.name.starts_with("weft"))
+        links
+            .iter()
+            .any(|link| link.index == index && link.up && !link.loopback && !link.name.starts_with("weft"))
     };
     let addresses = netlink.addresses()?;
-    let mut candidates: Vec<_> = addresses.iter().filter(|address| address.global && usable(address.index)).collect();
+    let mut candidates: Vec<_> =
+        addresses.iter().filter(|address| address.global && usable(address.index)).collect();
     candidates.sort_by_key(|address| default.is_none_or(|route| route.index != address.index));
     Ok(candidates.iter().find_map(|address| match address.network.ip() {
         IpAddr::V4(ip) => Some(ip),
@@ -54,7 +58,8 @@ pub(crate) fn machine_address() -> anyhow::Result<Option<Ipv4Addr>> {
 /// Largest packet in bytes of the device that carries an address.
 fn mtu_of(address: Ipv4Addr) -> anyhow::Result<u32> {
     let mut netlink = Netlink::open()?;
-    let index = netlink.addresses()?.into_iter().find(|a| a.network.ip() == IpAddr::V4(address)).map(|a| a.index);
+    let index =
+        netlink.addresses()?.into_iter().find(|a| a.network.ip() == IpAddr::V4(address)).map(|a| a.index);
     let link = netlink.links()?.into_iter().find(|link| Some(link.index) == index);
     Ok(link.map_or(UNDERLAY_MTU_BYTES, |link| link.mtu_bytes))
 }
@@ -83,7 +88,10 @@ pub(crate) fn prepare_node(node: &Node, paths: &NodePaths) -> anyhow::Result<()>
     std::fs::write(FORWARDING, "1").context("cannot turn on IPv4 forwarding")?;
     let mut netlink = Netlink::open()?;
     let loopback = netlink.link("lo")?;
-    netlink.change_link(loopback.index, &weft_cni_netlink::LinkChange { up: Some(true), ..Default::default() })?;
+    netlink.change_link(
+        loopback.index,
+        &weft_cni_netlink::LinkChange { up: Some(true), ..Default::default() },
+    )?;
     netlink.add_address(loopback.index, dns_address(node)?)?;
     Ok(())
 }

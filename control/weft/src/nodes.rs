@@ -40,9 +40,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(8);
 
 /// Whether a node's namespaces are there.
 pub(crate) fn exist(folder: &Path) -> bool {
-    KINDS.iter().all(|(name, _)| {
-        statfs(&folder.join(name)).is_ok_and(|stat| stat.filesystem_type().0 == NSFS_MAGIC)
-    })
+    KINDS
+        .iter()
+        .all(|(name, _)| statfs(&folder.join(name)).is_ok_and(|stat| stat.filesystem_type().0 == NSFS_MAGIC))
 }
 
 /// Enters a node's namespaces. The process must have one thread only.
@@ -70,7 +70,8 @@ pub(crate) fn make(paths: &Paths, cluster: &Cluster, index: usize) -> anyhow::Re
     // The pins must outlive the node's mount namespace, so their file system is mounted outside it, and first.
     let pins = paths.node(name).bpffs();
     fs::create_dir_all(&pins)?;
-    weft_agent_dataplane::node::ensure_bpffs(&pins).context("cannot mount the file system of the eBPF pins")?;
+    weft_agent_dataplane::node::ensure_bpffs(&pins)
+        .context("cannot mount the file system of the eBPF pins")?;
     keep_namespaces(&folder, name).with_context(|| format!("cannot make the namespaces of {name}"))?;
     let linked = link(cluster, index, &folder.join("net"));
     if linked.is_err() {
@@ -209,7 +210,8 @@ impl Supervisor {
         command.arg("--data-dir").arg(&self.paths.data).args(["agent", "--node", &self.name]);
         command.arg("--node-ip").arg(self.address.to_string()).arg("--enter").arg(&self.namespaces);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let mut child = command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;
         let status = tokio::select! {
             status = child.wait() => status?,
             () = shutdown.cancelled() => {

@@ -74,7 +74,8 @@ pub(crate) async fn start(
     let config = api_config(paths, cluster, &authority, SocketAddr::new(advertise, port))?;
     write_admin_kubeconfig(paths, &authority, port)?;
     let store = open_store(paths, args).await?;
-    let server = Arc::new(apiserver::Server::start(config, store).await.context("cannot start the API server")?);
+    let server =
+        Arc::new(apiserver::Server::start(config, store).await.context("cannot start the API server")?);
 
     let mut tasks = JoinSet::new();
     let serving = server.clone();
@@ -115,7 +116,9 @@ fn spawn_controllers(
         server.client(&user, &groups)
     };
     let stop = shutdown.clone();
-    tasks.spawn(async move { controllers::run(config, clients, stop).await.context("the controllers failed") });
+    tasks.spawn(
+        async move { controllers::run(config, clients, stop).await.context("the controllers failed") },
+    );
 }
 
 async fn open_store(paths: &Paths, args: &ServerArgs) -> anyhow::Result<Arc<dyn Store>> {
@@ -159,8 +162,12 @@ fn api_config(
         advertise.ip(),
     ];
     let serving = Subject { name: "kube-apiserver", groups: &[], dns, addresses };
-    let pem = |identity: Identity| apiserver::CertifiedKeyPem { certificates: identity.certificate, key: identity.key };
-    let kubelet = authority.identity("apiserver-kubelet-client", &Subject::client(KUBELET_CLIENT, &[MASTERS]))?;
+    let pem = |identity: Identity| apiserver::CertifiedKeyPem {
+        certificates: identity.certificate,
+        key: identity.key,
+    };
+    let kubelet =
+        authority.identity("apiserver-kubelet-client", &Subject::client(KUBELET_CLIENT, &[MASTERS]))?;
     Ok(apiserver::Config {
         advertise_address: advertise.ip(),
         advertise_port: advertise.port(),

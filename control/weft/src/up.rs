@@ -42,7 +42,8 @@ pub(crate) fn up(paths: &Paths, args: &UpArgs, log: &str) -> anyhow::Result<()> 
     let programs = artifacts::unpack(&paths.bin())?;
     runtime()?.block_on(async {
         let shutdown = shutdown_on_signal()?;
-        let mut running = Up { paths, args, cluster: &cluster, shutdown: shutdown.clone() }.start(programs).await?;
+        let mut running =
+            Up { paths, args, cluster: &cluster, shutdown: shutdown.clone() }.start(programs).await?;
         let server = running.server.clone();
         let admin = server.client("system:weft-up", &["system:masters", "system:authenticated"]);
         tokio::select! {
@@ -115,7 +116,10 @@ impl Up<'_> {
 
 /// What weft can't do without, each missing thing in one sentence.
 fn check_machine() -> anyhow::Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "weft needs root: it makes network namespaces and loads eBPF programs");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "weft needs root: it makes network namespaces and loads eBPF programs"
+    );
     let mounts = ["/sys/fs/cgroup/unified/cgroup.procs", "/sys/fs/cgroup/cgroup.procs"];
     ensure!(
         mounts.iter().any(|path| std::path::Path::new(path).exists()),
@@ -168,7 +172,9 @@ pub(crate) async fn until_done(
         while let Some(ended) = tasks.join_next().await {
             match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(error = format!("{error:#}"), "a part failed while stopping"),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = format!("{error:#}"), "a part failed while stopping")
+                }
                 Err(error) => tracing::error!(%error, "a part broke down while stopping"),
             }
         }
@@ -190,7 +196,9 @@ async fn nodes_ready(client: kube::Client, names: &[String]) -> anyhow::Result<(
             bail!("the watch of the nodes ended");
         };
         let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
-        let ready = conditions.filter(|condition| condition.type_ == "Ready").any(|condition| condition.status == "True");
+        let ready = conditions
+            .filter(|condition| condition.type_ == "Ready")
+            .any(|condition| condition.status == "True");
         if ready {
             waiting.retain(|name| **name != node.name_any());
         }

@@ -72,10 +72,19 @@ fn three_nodes() -> anyhow::Result<()> {
 
 fn spread(cluster: &Cluster) -> anyhow::Result<()> {
     let nodes = cluster.kubectl(&[
-        "get", "pods", "-l", "app=web", "-o", "jsonpath={range .items[*]}{.spec.nodeName}{\"\\n\"}{end}",
+        "get",
+        "pods",
+        "-l",
+        "app=web",
+        "-o",
+        "jsonpath={range .items[*]}{.spec.nodeName}{\"\\n\"}{end}",
     ])?;
     for node in ["node-1", "node-2", "node-3"] {
-        assert_eq!(nodes.lines().filter(|line| *line == node).count(), 2, "pods are spread over the nodes: {nodes}");
+        assert_eq!(
+            nodes.lines().filter(|line| *line == node).count(),
+            2,
+            "pods are spread over the nodes: {nodes}"
+        );
     }
     Ok(())
 }
@@ -87,7 +96,19 @@ fn database(cluster: &Cluster) -> anyhow::Result<()> {
     let psql = ["exec", "client", "--", "psql", "-h", "db", "-U", "postgres", "-At", "-c", sql];
     let said = eventually(cluster, &psql, |said| said.contains("1048576"))?;
     assert!(said.contains("1048576|"), "{said}");
-    let body = cluster.kubectl(&["exec", "client", "--", "psql", "-h", "db", "-U", "postgres", "-At", "-c", "select body from blob"])?;
+    let body = cluster.kubectl(&[
+        "exec",
+        "client",
+        "--",
+        "psql",
+        "-h",
+        "db",
+        "-U",
+        "postgres",
+        "-At",
+        "-c",
+        "select body from blob",
+    ])?;
     assert_eq!(body.trim_end().len(), 1 << 20);
     Ok(())
 }
@@ -95,7 +116,12 @@ fn database(cluster: &Cluster) -> anyhow::Result<()> {
 /// From a pod on every node to each pod of the Deployment, and to the Service.
 fn every_pod_everywhere(cluster: &Cluster) -> anyhow::Result<()> {
     let pods = cluster.kubectl(&[
-        "get", "pods", "-l", "app=web", "-o", "jsonpath={range .items[*]}{.metadata.name} {.status.podIP}{\"\\n\"}{end}",
+        "get",
+        "pods",
+        "-l",
+        "app=web",
+        "-o",
+        "jsonpath={range .items[*]}{.metadata.name} {.status.podIP}{\"\\n\"}{end}",
     ])?;
     for from in pods.lines().filter_map(|line| line.split(' ').next()) {
         for (name, ip) in pods.lines().filter_map(|line| line.split_once(' ')) {
@@ -121,8 +147,13 @@ fn loss(cluster: &Cluster) -> anyhow::Result<()> {
     // The deletion time stands behind the node's name; a pod that is being deleted has one.
     let columns = "jsonpath={range .items[*]}{.spec.nodeName} {.metadata.deletionTimestamp}{\"\\n\"}{end}";
     eventually(cluster, &["get", "pods", "-l", "app=web", "-o", columns], replaced)?;
-    eventually(cluster, &["get", "deployment", "web", "-o", "jsonpath={.status.readyReplicas}"], |n| n == "6")?;
-    assert!(begin.elapsed() < Duration::from_secs(120), "a bound against waiting for ever, not a measurement");
+    eventually(cluster, &["get", "deployment", "web", "-o", "jsonpath={.status.readyReplicas}"], |n| {
+        n == "6"
+    })?;
+    assert!(
+        begin.elapsed() < Duration::from_secs(120),
+        "a bound against waiting for ever, not a measurement"
+    );
     Ok(())
 }
 

@@ -55,22 +55,42 @@ fn roll(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(history.contains("\n1 ") && history.contains("\n2 "), "{history}");
     cluster.kubectl(&["rollout", "undo", "deployment/web"])?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
-    let env = cluster.kubectl(&["get", "deployment", "web", "-o", "jsonpath={.spec.template.spec.containers[0].env}"])?;
+    let env = cluster.kubectl(&[
+        "get",
+        "deployment",
+        "web",
+        "-o",
+        "jsonpath={.spec.template.spec.containers[0].env}",
+    ])?;
     assert_eq!(env, "");
     cluster.kubectl(&["set", "image", "deployment/web", "nginx=docker.io/library/nginx:1.22"])?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
-    assert_eq!(cluster.kubectl(&["scale", "deployment/web", "--replicas=3"])?, "deployment.apps/web scaled\n");
-    cluster.kubectl(&["wait", "deployment/web", "--for=jsonpath={.status.readyReplicas}=3", "--timeout=60s"])?;
+    assert_eq!(
+        cluster.kubectl(&["scale", "deployment/web", "--replicas=3"])?,
+        "deployment.apps/web scaled\n"
+    );
+    cluster.kubectl(&[
+        "wait",
+        "deployment/web",
+        "--for=jsonpath={.status.readyReplicas}=3",
+        "--timeout=60s",
+    ])?;
     Ok(())
 }
 
 fn change(cluster: &Cluster) -> anyhow::Result<()> {
     assert_eq!(cluster.kubectl(&["label", "deployment/web", "tier=front"])?, "deployment.apps/web labeled\n");
-    assert_eq!(cluster.kubectl(&["annotate", "deployment/web", "note=x"])?, "deployment.apps/web annotated\n");
+    assert_eq!(
+        cluster.kubectl(&["annotate", "deployment/web", "note=x"])?,
+        "deployment.apps/web annotated\n"
+    );
     for (kind, patch) in [
         ("json", r#"[{"op":"replace","path":"/metadata/labels/tier","value":"back"}]"#),
         ("merge", r#"{"metadata":{"annotations":{"note":null}}}"#),
-        ("strategic", r#"{"spec":{"template":{"spec":{"containers":[{"name":"nginx","env":[{"name":"A","value":"1"}]}]}}}}"#),
+        (
+            "strategic",
+            r#"{"spec":{"template":{"spec":{"containers":[{"name":"nginx","env":[{"name":"A","value":"1"}]}]}}}}"#,
+        ),
     ] {
         let said = cluster.kubectl(&["patch", "deployment/web", "--type", kind, "-p", patch])?;
         assert_eq!(said, "deployment.apps/web patched\n");
@@ -86,7 +106,9 @@ fn change(cluster: &Cluster) -> anyhow::Result<()> {
     assert_eq!(said, "service/web exposed\n");
     cluster.apply(&sleeper("client", None))?;
     cluster.kubectl(&["wait", "pod/client", "--for=condition=Ready", "--timeout=60s"])?;
-    let page = eventually(cluster, &["exec", "client", "--", "wget", "-qO-", "http://web/"], |page| !page.is_empty())?;
+    let page = eventually(cluster, &["exec", "client", "--", "wget", "-qO-", "http://web/"], |page| {
+        !page.is_empty()
+    })?;
     assert!(page.contains("nginx answers"), "{page}");
     Ok(())
 }
@@ -125,7 +147,13 @@ fn ask(cluster: &Cluster) -> anyhow::Result<()> {
     let events = cluster.kubectl(&["get", "events"])?;
     assert!(events.starts_with("LAST SEEN   TYPE"), "{events}");
     assert_eq!(cluster.kubectl(&["auth", "can-i", "create", "pods"])?, "yes\n");
-    let denied = cluster.kubectl_fails(&["auth", "can-i", "create", "pods", "--as=system:serviceaccount:default:default"]);
+    let denied = cluster.kubectl_fails(&[
+        "auth",
+        "can-i",
+        "create",
+        "pods",
+        "--as=system:serviceaccount:default:default",
+    ]);
     assert!(denied.is_ok(), "a service account without a role may not create pods");
     let token = cluster.kubectl(&["create", "token", "default"])?;
     assert_eq!(token.trim().split('.').count(), 3, "a signed token has three parts");
@@ -136,10 +164,16 @@ fn ask(cluster: &Cluster) -> anyhow::Result<()> {
 
 fn bad_input(cluster: &Cluster) -> anyhow::Result<()> {
     let rows = [
-        ("kind: Pod\napiVersion: v1\nmetadata:\n  name: x\nspec:\n  contaners: []\n", "unknown field \"spec.contaners\""),
+        (
+            "kind: Pod\napiVersion: v1\nmetadata:\n  name: x\nspec:\n  contaners: []\n",
+            "unknown field \"spec.contaners\"",
+        ),
         ("kind: Pod\napiVersion: v1\nmetadata: {}\nspec:\n  containers: [{name: a, image: b}]\n", "name"),
         ("kind: Nothing\napiVersion: v1\nmetadata:\n  name: x\n", "no matches for kind \"Nothing\""),
-        ("kind: ConfigMap\napiVersion: v1\nmetadata:\n  name: x\n  labels:\n    a: \"b c\"\n", "a valid label must be"),
+        (
+            "kind: ConfigMap\napiVersion: v1\nmetadata:\n  name: x\n  labels:\n    a: \"b c\"\n",
+            "a valid label must be",
+        ),
         (
             "kind: Deployment\napiVersion: apps/v1\nmetadata:\n  name: x\nspec:\n  selector:\n    matchLabels: {a: b}\n  \
              template:\n    metadata:\n      labels: {a: c}\n    spec:\n      containers: [{name: a, image: b}]\n",

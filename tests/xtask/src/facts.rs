@@ -12,12 +12,7 @@
 //! ```
 //!
 //! Types: `s i32 i64 f64 b bytes obj`, `@definition`, `[type` (list), `{type` (map).
-use std::{
-    collections::BTreeMap,
-    fmt::Write as _,
-    fs,
-    path::Path,
-};
+use std::{collections::BTreeMap, fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};

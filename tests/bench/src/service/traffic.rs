@@ -73,7 +73,9 @@ fn netns_of(address: Ipv4Addr) -> anyhow::Result<File> {
 
 fn has(address: Ipv4Addr) -> anyhow::Result<bool> {
     let mut all = nix::ifaddrs::getifaddrs().context("list addresses")?;
-    Ok(all.any(|one| one.address.and_then(|a| a.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::ip)) == Some(address)))
+    Ok(all.any(|one| {
+        one.address.and_then(|a| a.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::ip)) == Some(address)
+    }))
 }
 
 /// Runs something on a thread that has entered a network namespace.
@@ -123,7 +125,8 @@ impl Client {
         within(&self.netns, move || {
             std::thread::scope(|scope| {
                 let load = &load;
-                let clients: Vec<_> = (0..load.clients).map(|number| scope.spawn(move || client(load, number))).collect();
+                let clients: Vec<_> =
+                    (0..load.clients).map(|number| scope.spawn(move || client(load, number))).collect();
                 let mut all = Outcome::default();
                 for client in clients {
                     let one = client.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a client panicked")))?;
