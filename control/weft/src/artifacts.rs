@@ -29,6 +29,14 @@ pub(crate) enum Error {
     },
 }
 
+/// Whether the binary carries all of them.
+pub(crate) fn check() -> Result<(), Error> {
+    EBPF.ok_or(Error::Missing("eBPF programs"))?;
+    WEFT_INIT.ok_or(Error::Missing("weft-init"))?;
+    WEFT_CNI.ok_or(Error::Missing("weft-cni"))?;
+    Ok(())
+}
+
 /// Writes the programs below `bin` unless they are there already. A running program is replaced by rename, never written over.
 pub(crate) fn unpack(bin: &Path) -> Result<Programs, Error> {
     let ebpf = EBPF.ok_or(Error::Missing("eBPF programs"))?;

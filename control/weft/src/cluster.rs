@@ -47,13 +47,16 @@ pub(crate) enum Error {
 }
 
 impl Cluster {
+    /// Refuses a number of nodes other than the cluster was made with; makes nothing.
+    pub(crate) fn check(path: &Path, nodes: Option<u8>) -> Result<Option<Self>, Error> {
+        let Some(cluster) = Self::read(path)? else { return Ok(None) };
+        let (present, wanted) = (cluster.nodes.len(), nodes.map_or(cluster.nodes.len(), usize::from));
+        if wanted == present { Ok(Some(cluster)) } else { Err(Error::OtherNodes { present, wanted }) }
+    }
+
     /// The record in the data directory, or a new one with `nodes` nodes.
     pub(crate) fn open(path: &Path, nodes: Option<u8>, hostname: &str) -> Result<Self, Error> {
-        if let Some(cluster) = Self::read(path)? {
-            let wanted = nodes.map_or(cluster.nodes.len(), usize::from);
-            if wanted != cluster.nodes.len() {
-                return Err(Error::OtherNodes { present: cluster.nodes.len(), wanted });
-            }
+        if let Some(cluster) = Self::check(path, nodes)? {
             return Ok(cluster);
         }
         let cluster = Self::new(nodes.unwrap_or(1), hostname);

@@ -37,12 +37,14 @@ pub(crate) struct Running {
 /// `weft server`: the control plane alone, until SIGTERM or SIGINT.
 pub(crate) fn command(paths: &Paths, args: &ServerArgs, log: &str) -> anyhow::Result<()> {
     logging::start(log)?;
+    let listener = listen(args.listen)?;
     let _claim = claim(paths)?;
     let cluster = Cluster::open(&paths.cluster_file(), None, &network::hostname())?;
     let advertise = network::machine_address()?.unwrap_or(cluster.underlay_gateway());
     crate::up::runtime()?.block_on(async {
         let shutdown = crate::up::shutdown_on_signal()?;
-        let running = start(paths, &cluster, args, advertise.into(), shutdown.clone()).await?;
+        let plane = Plane { paths, cluster: &cluster, args };
+        let running = plane.start(listener, advertise.into(), shutdown.clone()).await?;
         tracing::info!(port = running.port, "the control plane is up");
         crate::up::until_done(running.tasks, &shutdown).await
     })
@@ -57,37 +59,50 @@ pub(crate) fn claim(paths: &Paths) -> anyhow::Result<lock::Claim> {
     }
 }
 
-/// Starts every part; answers once the API serves.
-pub(crate) async fn start(
-    paths: &Paths,
-    cluster: &Cluster,
-    args: &ServerArgs,
-    advertise: IpAddr,
-    shutdown: CancellationToken,
-) -> anyhow::Result<Running> {
-    // Bind first: a port in use must be found before anything is made.
-    let listener = TcpListener::bind(args.listen)
-        .await
-        .with_context(|| format!("cannot listen at {} for the API", args.listen))?;
-    let port = listener.local_addr()?.port();
-    let authority = Arc::new(Authority::open(&paths.pki())?);
-    let config = api_config(paths, cluster, &authority, SocketAddr::new(advertise, port))?;
-    write_admin_kubeconfig(paths, &authority, port)?;
-    let store = open_store(paths, args).await?;
-    let server =
-        Arc::new(apiserver::Server::start(config, store).await.context("cannot start the API server")?);
+/// Takes the API's port.
+pub(crate) fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)
+        .with_context(|| format!("cannot listen at {address} for the API"))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
 
-    let mut tasks = JoinSet::new();
-    let serving = server.clone();
-    let stop = shutdown.clone();
-    tasks.spawn(async move { serving.serve(listener, stop).await.context("the API server failed") });
-    spawn_controllers(&mut tasks, cluster, args, &authority, &server, &shutdown);
-    let client = server.client("system:kube-scheduler", &["system:authenticated"]);
-    let stop = shutdown.clone();
-    tasks.spawn(async move {
-        scheduler::run(scheduler::Config::default(), client, stop).await.context("the scheduler failed")
-    });
-    Ok(Running { server, authority, port, tasks })
+/// What a control plane is started with.
+pub(crate) struct Plane<'a> {
+    pub(crate) paths: &'a Paths,
+    pub(crate) cluster: &'a Cluster,
+    pub(crate) args: &'a ServerArgs,
+}
+
+impl Plane<'_> {
+    /// Starts every part; answers once the API serves.
+    pub(crate) async fn start(
+        &self,
+        listener: std::net::TcpListener,
+        advertise: IpAddr,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Running> {
+        let listener = TcpListener::from_std(listener)?;
+        let port = listener.local_addr()?.port();
+        let authority = Arc::new(Authority::open(&self.paths.pki())?);
+        let config = api_config(self.paths, self.cluster, &authority, SocketAddr::new(advertise, port))?;
+        write_admin_kubeconfig(self.paths, &authority, port)?;
+        let store = open_store(self.paths, self.args).await?;
+        let server = apiserver::Server::start(config, store).await.context("cannot start the API server")?;
+        let server = Arc::new(server);
+
+        let mut tasks = JoinSet::new();
+        let serving = server.clone();
+        let stop = shutdown.clone();
+        tasks.spawn(async move { serving.serve(listener, stop).await.context("the API server failed") });
+        spawn_controllers(&mut tasks, self.cluster, self.args, &authority, &server, &shutdown);
+        let client = server.client("system:kube-scheduler", &["system:authenticated"]);
+        let stop = shutdown.clone();
+        tasks.spawn(async move {
+            scheduler::run(scheduler::Config::default(), client, stop).await.context("the scheduler failed")
+        });
+        Ok(Running { server, authority, port, tasks })
+    }
 }
 
 fn spawn_controllers(

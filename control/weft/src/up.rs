@@ -34,16 +34,18 @@ pub(crate) fn up(paths: &Paths, args: &UpArgs, log: &str) -> anyhow::Result<()> 
         return detach(paths, args);
     }
     let begin = Instant::now();
-    let _claim = server::claim(paths)?;
     // All that can be wrong is found before anything is made.
+    let listener = preflight(paths, args)?;
+    let _claim = server::claim(paths)?;
     let ready = ready_pipe();
     let cluster = Cluster::open(&paths.cluster_file(), args.nodes, &network::hostname())?;
     logging::start(log)?;
     let programs = artifacts::unpack(&paths.bin())?;
     runtime()?.block_on(async {
         let shutdown = shutdown_on_signal()?;
-        let mut running =
-            Up { paths, args, cluster: &cluster, shutdown: shutdown.clone() }.start(programs).await?;
+        let mut running = Up { paths, args, cluster: &cluster, shutdown: shutdown.clone() }
+            .start(listener, programs)
+            .await?;
         let server = running.server.clone();
         let admin = server.client("system:weft-up", &["system:masters", "system:authenticated"]);
         tokio::select! {
@@ -66,16 +68,19 @@ struct Up<'a> {
 
 impl Up<'_> {
     /// Starts the control plane and the nodes.
-    async fn start(&self, programs: artifacts::Programs) -> anyhow::Result<server::Running> {
+    async fn start(
+        &self,
+        listener: std::net::TcpListener,
+        programs: artifacts::Programs,
+    ) -> anyhow::Result<server::Running> {
         let machine = network::machine_address()?;
         let alone = self.cluster.nodes.len() == 1;
         let advertise = machine.filter(|_| alone).unwrap_or(self.cluster.underlay_gateway());
         if machine.is_none() || !alone {
             network::ensure_underlay(self.cluster)?;
         }
-        let server = &self.args.server;
-        let mut running =
-            server::start(self.paths, self.cluster, server, advertise.into(), self.shutdown.clone()).await?;
+        let plane = server::Plane { paths: self.paths, cluster: self.cluster, args: &self.args.server };
+        let mut running = plane.start(listener, advertise.into(), self.shutdown.clone()).await?;
         if let [name] = self.cluster.nodes.as_slice() {
             let node = self.node_here(&running, name, advertise, programs)?;
             let clients = Clients::in_process(&running.server, name);
@@ -112,6 +117,16 @@ impl Up<'_> {
             authority: running.authority.certificate().to_owned(),
         })
     }
+}
+
+/// Refuses what can't work, and takes the API's port; makes nothing.
+fn preflight(paths: &Paths, args: &UpArgs) -> anyhow::Result<std::net::TcpListener> {
+    artifacts::check()?;
+    if let Some(pid) = lock::holder(&paths.server_lock()) {
+        bail!("weft already runs with this data directory, as process {pid}");
+    }
+    Cluster::check(&paths.cluster_file(), args.nodes)?;
+    server::listen(args.server.listen)
 }
 
 /// What weft can't do without, each missing thing in one sentence.
@@ -250,7 +265,7 @@ fn detach(paths: &Paths, args: &UpArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     // Checked here, where the terminal is, and again by the child.
-    Cluster::open(&paths.cluster_file(), args.nodes, &network::hostname())?;
+    drop(preflight(paths, args)?);
     std::fs::create_dir_all(&paths.data)?;
     let log = std::fs::OpenOptions::new().create(true).append(true).open(paths.log_file())?;
     let (read, write) = nix::unistd::pipe().context("cannot make a pipe")?;
