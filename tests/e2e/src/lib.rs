@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: a cluster with the sample images, and manifests.
 
+pub mod traffic;
+
 use std::path::PathBuf;
 use std::time::Duration;
 

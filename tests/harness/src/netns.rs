@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 
 use anyhow::{Context as _, ensure};
 use nix::sched::{CloneFlags, setns};
@@ -52,6 +53,21 @@ impl Netns {
             command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(Into::into));
         }
         Ok(command)
+    }
+
+    /// A thread that runs within the namespace.
+    ///
+    /// # Errors
+    /// If the namespace's file can't be opened. A thread that can't enter it answers so as its own error.
+    pub fn thread<T: Send + 'static>(
+        &self,
+        body: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<JoinHandle<anyhow::Result<T>>> {
+        let namespace = std::fs::File::open(self.path()).context("open the namespace")?;
+        Ok(std::thread::spawn(move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).context("enter the namespace")?;
+            body()
+        }))
     }
 }
 
