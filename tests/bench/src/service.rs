@@ -112,7 +112,7 @@ impl<'a> Stage<'a> {
         let pods: Vec<Ipv4Addr> = list.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
         ensure!(pods.len() == BACKENDS, "expected {BACKENDS} pods with addresses, got {list:?}");
         let vip = cluster.kubectl(&["get", "service", "backend", "-o", "jsonpath={.spec.clusterIP}"])?.parse()?;
-        let backends = Backends::start(&pods, TARGET_PORT)?;
+        let backends = Backends::start(&cluster.hostname(), &pods, TARGET_PORT)?;
         let bridge = "weft0";
         ip(&["-n", cluster.netns.name(), "route", "replace", &format!("{PEER_VIP}/32"), "dev", bridge])?;
         let client = Client::new(&cluster.netns.path())?;
