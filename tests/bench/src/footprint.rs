@@ -97,7 +97,7 @@ spec:
 /// When weft said that every node is Ready; looked at every 20 ms.
 fn announced(cluster: &Cluster) -> anyhow::Result<Instant> {
     let said = wait_until("weft says that it is up", PATIENCE, || {
-        Ok(cluster.log_tail().contains("weft is up:").then(Instant::now))
+        Ok(cluster.says("weft is up:").then(Instant::now))
     });
     said.with_context(|| cluster.log_tail())
 }

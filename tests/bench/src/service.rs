@@ -113,7 +113,7 @@ impl<'a> Stage<'a> {
         ensure!(pods.len() == BACKENDS, "expected {BACKENDS} pods with addresses, got {list:?}");
         let vip =
             cluster.kubectl(&["get", "service", "backend", "-o", "jsonpath={.spec.clusterIP}"])?.parse()?;
-        let backends = Backends::start(&pods, TARGET_PORT)?;
+        let backends = Backends::start(&cluster.hostname(), &pods, TARGET_PORT)?;
         let bridge = "weft0";
         ip(&["-n", cluster.netns.name(), "route", "replace", &format!("{PEER_VIP}/32"), "dev", bridge])?;
         let client = Client::new(&cluster.netns.path())?;

@@ -111,7 +111,8 @@ fn processes(container: &str) -> anyhow::Result<Vec<String>> {
         }
         let stat = std::fs::read_to_string(path.join("stat"))?;
         // The name in brackets may hold spaces; the start is the 20th word behind it.
-        let start = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)).context("a start time")?;
+        let start =
+            stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19)).context("a start time")?;
         found.push(format!("{} {start}", path.display()));
     }
     found.sort();

@@ -1,10 +1,13 @@
 //! A cluster of the real binary in a network namespace of the test's own.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::sethostname;
 
 use crate::netns::Netns;
 use crate::{wait_until, weft_binary};
@@ -57,9 +60,26 @@ impl Cluster {
     pub fn spawn(&mut self) -> anyhow::Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log())?;
         let mut command = self.weft()?;
+        let hostname = self.hostname();
+        // A node is named after its host, and its cgroup after the node: clusters of one name would take each other's pods for
+        // left-overs.
+        // SAFETY: both are bare system calls, and the name was allocated before the fork.
+        unsafe {
+            command.pre_exec(move || {
+                unshare(CloneFlags::CLONE_NEWUTS)?;
+                sethostname(&hostname)?;
+                Ok(())
+            });
+        }
         command.arg("up").args(&self.extra).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.process = Some(command.spawn().context("start weft up")?);
         Ok(())
+    }
+
+    /// The machine's name, and so that of a single node. Short: names of devices are made from it.
+    pub fn hostname(&self) -> String {
+        let number = self.netns.name().rsplit('-').next().unwrap_or_default();
+        format!("w{:x}-{number}", std::process::id())
     }
 
     /// Waits until `kubectl wait` sees every node Ready.
@@ -109,6 +129,11 @@ impl Cluster {
 
     fn log(&self) -> PathBuf {
         self.data.path().join("up.log")
+    }
+
+    /// Whether weft has said something, anywhere in its log.
+    pub fn says(&self, text: &str) -> bool {
+        std::fs::read_to_string(self.log()).is_ok_and(|log| log.contains(text))
     }
 
     /// The last lines of what weft said.

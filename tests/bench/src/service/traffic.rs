@@ -22,11 +22,11 @@ pub(super) struct Backends {
 }
 
 impl Backends {
-    /// Starts them.
-    pub(super) fn start(pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
+    /// Starts them in the pods of a node.
+    pub(super) fn start(node: &str, pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
         let mut servers = Vec::new();
         for pod in pods {
-            let netns = netns_of(*pod)?;
+            let netns = netns_of(node, *pod)?;
             let address = SocketAddrV4::new(*pod, port);
             let listener = within(&netns, move || TcpListener::bind(address).context("listen in a pod"))??;
             let accepting = listener.try_clone()?;
@@ -56,12 +56,15 @@ fn serve(listener: &TcpListener, answer: [u8; 4]) {
     }
 }
 
-/// The network namespace that has an address, found among those of the sandboxes' inits.
-fn netns_of(address: Ipv4Addr) -> anyhow::Result<File> {
+/// The network namespace that has an address, found among those of the inits of a node's sandboxes.
+fn netns_of(node: &str, address: Ipv4Addr) -> anyhow::Result<File> {
+    // Another cluster on this machine may have the same addresses: an init is told where its sandbox's folder is.
+    let sandboxes = format!("/{node}/sandboxes/");
     for entry in fs::read_dir("/proc")? {
         let folder = entry?.path();
         // Processes come and go while this looks.
-        if fs::read_to_string(folder.join("comm")).is_ok_and(|name| name.trim() == "weft-init")
+        if fs::read_to_string(folder.join("cmdline"))
+            .is_ok_and(|line| line.starts_with("weft-init") && line.contains(&sandboxes))
             && let Ok(netns) = File::open(folder.join("ns/net"))
             && within(&netns, move || has(address))??
         {
