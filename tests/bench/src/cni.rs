@@ -20,7 +20,8 @@ const PODS: usize = 20;
 
 /// C1.
 pub(crate) fn run(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let state = tempfile::Builder::new().prefix("weft-bench-").tempdir().context("make a folder for leases")?;
+    let state =
+        tempfile::Builder::new().prefix("weft-bench-").tempdir().context("make a folder for leases")?;
     let sides = [ours(state.path())?, reference(state.path())?];
     let host = Netns::new("c1")?;
     let pods: Vec<Netns> = (0..PODS).map(|_| Netns::new("c1pod")).collect::<anyhow::Result<_>>()?;
@@ -30,11 +31,13 @@ pub(crate) fn run(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
     }
     let mut rows: [[Vec<Turns>; 2]; 4] = Default::default();
     for _ in 0..rounds {
-        let turns: Vec<(usize, [f64; 4])> =
-            there_and_back(sides.len()).map(|side| Ok((side, turn(&sides[side], &host, &pods)?))).collect::<anyhow::Result<_>>()?;
+        let turns: Vec<(usize, [f64; 4])> = there_and_back(sides.len())
+            .map(|side| Ok((side, turn(&sides[side], &host, &pods)?)))
+            .collect::<anyhow::Result<_>>()?;
         for (figure, sides) in rows.iter_mut().enumerate() {
             for (side, all) in sides.iter_mut().enumerate() {
-                let of: Vec<f64> = turns.iter().filter(|turn| turn.0 == side).map(|turn| turn.1[figure]).collect();
+                let of: Vec<f64> =
+                    turns.iter().filter(|turn| turn.0 == side).map(|turn| turn.1[figure]).collect();
                 all.push(Turns(of[0], of[1]));
             }
         }
@@ -104,7 +107,10 @@ fn turn(plugin: &Plugin, host: &Netns, pods: &[Netns]) -> anyhow::Result<[f64; 4
 fn call(plugin: &Plugin, verb: &str, host: &Netns, pod: &Netns) -> anyhow::Result<Vec<u8>> {
     let mut command = host.command(&plugin.program)?;
     command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod.name()).env("CNI_IFNAME", "eth0");
-    command.env("CNI_NETNS", pod.path()).env("CNI_PATH", REFERENCE).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command
+        .env("CNI_NETNS", pod.path())
+        .env("CNI_PATH", REFERENCE)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start a plugin")?;
     child.stdin.take().context("no input")?.write_all(plugin.config.to_string().as_bytes())?;
     let output = child.wait_with_output()?;
@@ -126,9 +132,16 @@ fn check_attached(pod: &Netns, answer: &[u8]) -> anyhow::Result<()> {
 }
 
 fn addresses(pod: &Netns) -> anyhow::Result<Vec<String>> {
-    let links: Value = serde_json::from_str(&ip(&["-j", "-n", pod.name(), "-4", "addr", "show", "scope", "global"])?)?;
-    let infos = links.as_array().into_iter().flatten().flat_map(|link| link["addr_info"].as_array().into_iter().flatten());
-    Ok(infos.map(|info| format!("{}/{}", info["local"].as_str().unwrap_or_default(), info["prefixlen"])).collect())
+    let links: Value =
+        serde_json::from_str(&ip(&["-j", "-n", pod.name(), "-4", "addr", "show", "scope", "global"])?)?;
+    let infos = links
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|link| link["addr_info"].as_array().into_iter().flatten());
+    Ok(infos
+        .map(|info| format!("{}/{}", info["local"].as_str().unwrap_or_default(), info["prefixlen"]))
+        .collect())
 }
 
 fn ip(args: &[&str]) -> anyhow::Result<String> {

@@ -32,8 +32,18 @@ pub(crate) fn start(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
         one_start(&mut samples).with_context(|| format!("start {} of {rounds}", round + 1))?;
     }
     Ok(vec![
-        Row::figure("F1 idle memory, control plane and node", estimate(&samples.idle_mb), "MB", Target::AtMost(60.0)),
-        Row::figure("F2 empty data directory → node Ready", estimate(&samples.ready), "s", Target::AtMost(1.0)),
+        Row::figure(
+            "F1 idle memory, control plane and node",
+            estimate(&samples.idle_mb),
+            "MB",
+            Target::AtMost(60.0),
+        ),
+        Row::figure(
+            "F2 empty data directory → node Ready",
+            estimate(&samples.ready),
+            "s",
+            Target::AtMost(1.0),
+        ),
         Row::figure("F2 first pod created → Running", estimate(&samples.running), "s", Target::None),
     ])
 }
@@ -51,7 +61,12 @@ fn one_start(samples: &mut Samples) -> anyhow::Result<()> {
     cluster.spawn()?;
     let ready = announced(&cluster)?.duration_since(begin);
     // What weft says of itself is believed only if a client sees the same at its first look.
-    let status = cluster.kubectl(&["get", "nodes", "-o", r#"jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}"#])?;
+    let status = cluster.kubectl(&[
+        "get",
+        "nodes",
+        "-o",
+        r#"jsonpath={.items[*].status.conditions[?(@.type=="Ready")].status}"#,
+    ])?;
     ensure!(status == "True", "weft said that it is up, but its node's Ready condition is {status:?}");
     let pid = cluster.process().context("no process")?.id();
     let idle = settled(pid)?;
@@ -59,7 +74,8 @@ fn one_start(samples: &mut Samples) -> anyhow::Result<()> {
     let watch = Watch::start(&cluster)?;
     cluster.apply(POD)?;
     let seen = watch.until(PATIENCE, "a pod is Running", |pods| pods.running().count() == 1)?;
-    let running = seen.last_running().context("no pod ran")?.duration_since(seen.first_seen().context("no pod")?);
+    let running =
+        seen.last_running().context("no pod ran")?.duration_since(seen.first_seen().context("no pod")?);
     samples.ready.push(ready.as_secs_f64());
     samples.idle_mb.push(idle);
     samples.running.push(running.as_secs_f64());

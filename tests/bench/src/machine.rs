@@ -15,19 +15,29 @@ pub(crate) fn describe() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let load = read("/proc/loadavg");
     let load = load.split(' ').next().unwrap_or_default();
-    format!("Linux {}, {cores} processors, load {load} before the first row.\n", read("/proc/sys/kernel/osrelease"))
+    format!(
+        "Linux {}, {cores} processors, load {load} before the first row.\n",
+        read("/proc/sys/kernel/osrelease")
+    )
 }
 
 /// Seconds that all processors together were busy since boot, interrupts included.
 pub(crate) fn busy_seconds() -> anyhow::Result<f64> {
     let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
-    parse_busy(&stat).map(|ticks| ticks / ticks_per_second()).context("/proc/stat has no line of all processors")
+    parse_busy(&stat)
+        .map(|ticks| ticks / ticks_per_second())
+        .context("/proc/stat has no line of all processors")
 }
 
 /// Ticks in user, nice, system, irq and softirq; idle, iowait and steal are no work of ours.
 fn parse_busy(stat: &str) -> Option<f64> {
-    let fields: Vec<f64> =
-        stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().map_while(|field| field.parse().ok()).collect();
+    let fields: Vec<f64> = stat
+        .lines()
+        .next()?
+        .strip_prefix("cpu ")?
+        .split_whitespace()
+        .map_while(|field| field.parse().ok())
+        .collect();
     [0, 1, 2, 5, 6].iter().map(|&index| fields.get(index)).sum()
 }
 
@@ -40,7 +50,8 @@ fn ticks_per_second() -> f64 {
 
 /// Seconds of processor time that this process used.
 pub(crate) fn own_seconds() -> anyhow::Result<f64> {
-    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).context("getrusage")?;
+    let usage =
+        nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).context("getrusage")?;
     let used = usage.user_time() + usage.system_time();
     let micros = u32::try_from(used.num_microseconds() % 1_000_000).context("a time is never negative")?;
     let seconds = u32::try_from(used.num_seconds()).context("this process is young")?;
@@ -51,7 +62,9 @@ pub(crate) fn own_seconds() -> anyhow::Result<f64> {
 pub(crate) fn resident_mb(root: u32) -> anyhow::Result<f64> {
     let mut parents: HashMap<u32, Vec<u32>> = HashMap::new();
     for entry in fs::read_dir("/proc").context("read /proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         if let Some(parent) = status_number(pid, "PPid:") {
             parents.entry(u32::try_from(parent).unwrap_or(0)).or_default().push(pid);
         }

@@ -49,7 +49,11 @@ const BENCHES: &[Bench] = &[
     Bench { ids: &["F1", "F2"], needs: CLUSTER, run: footprint::start },
     Bench { ids: &["K1"], needs: CLUSTER, run: pods::run },
     Bench { ids: &["C1"], needs: &["root", "ip"], run: cni::run },
-    Bench { ids: &["D1", "D2"], needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"], run: service::run },
+    Bench {
+        ids: &["D1", "D2"],
+        needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"],
+        run: service::run,
+    },
 ];
 
 fn main() -> ExitCode {
@@ -62,8 +66,12 @@ fn main() -> ExitCode {
     report::head(&machine::describe());
     let mut code = ExitCode::SUCCESS;
     for bench in BENCHES {
-        let wanted: Vec<&str> =
-            bench.ids.iter().copied().filter(|id| cli.names.is_empty() || cli.names.iter().any(|n| n == id)).collect();
+        let wanted: Vec<&str> = bench
+            .ids
+            .iter()
+            .copied()
+            .filter(|id| cli.names.is_empty() || cli.names.iter().any(|n| n == id))
+            .collect();
         if wanted.is_empty() || !require(&wanted.join(" "), bench.needs) {
             continue;
         }

@@ -26,14 +26,21 @@ pub(crate) fn run(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
     cluster.apply(&nginx("k1", 0))?;
     let mut took = Vec::new();
     for round in 0..rounds {
-        took.push(scale_up(&cluster).with_context(|| format!("round {} of {rounds}", round + 1))?.as_secs_f64());
+        took.push(
+            scale_up(&cluster).with_context(|| format!("round {} of {rounds}", round + 1))?.as_secs_f64(),
+        );
         cluster.kubectl(&["scale", "deployment/k1", "--replicas=0"])?;
         wait_until("every pod is gone", PATIENCE, || {
             Ok(cluster.kubectl(&["get", "pods", "-o", "name"])?.is_empty().then_some(()))
         })?;
     }
     cluster.purge()?;
-    Ok(vec![Row::figure("K1 50 nginx pods, first bound → last Running", estimate(&took), "s", Target::AtMost(3.5))])
+    Ok(vec![Row::figure(
+        "K1 50 nginx pods, first bound → last Running",
+        estimate(&took),
+        "s",
+        Target::AtMost(3.5),
+    )])
 }
 
 fn scale_up(cluster: &Cluster) -> anyhow::Result<Duration> {
@@ -41,7 +48,10 @@ fn scale_up(cluster: &Cluster) -> anyhow::Result<Duration> {
     cluster.kubectl(&["scale", "deployment/k1", &format!("--replicas={PODS}")])?;
     let seen = watch.until(PATIENCE, "every pod is Running", |pods| pods.running().count() == PODS)?;
     let listed = cluster.kubectl(&["get", "pods", "--field-selector=status.phase=Running", "-o", "name"])?;
-    ensure!(listed.lines().count() == PODS, "a list doesn't show the {PODS} Running pods that the watch showed");
+    ensure!(
+        listed.lines().count() == PODS,
+        "a list doesn't show the {PODS} Running pods that the watch showed"
+    );
     let (first, last) = (seen.first_bound().context("none bound")?, seen.last_running().context("none ran")?);
     Ok(last.duration_since(first))
 }
@@ -73,7 +83,8 @@ spec:
 
 /// The archive of a sample image.
 pub(crate) fn image(name: &str) -> anyhow::Result<PathBuf> {
-    let folder = std::env::var_os("WEFT_IMAGES").map_or_else(|| workspace().join("target").join("images"), PathBuf::from);
+    let folder = std::env::var_os("WEFT_IMAGES")
+        .map_or_else(|| workspace().join("target").join("images"), PathBuf::from);
     let path = folder.join(format!("{name}.tar"));
     ensure!(path.is_file(), "no {}; run `cargo xtask images`", path.display());
     Ok(path)
@@ -135,8 +146,10 @@ impl Watch {
     /// Starts it and waits until the API server has it.
     pub(crate) fn start(cluster: &Cluster) -> anyhow::Result<Self> {
         let mut command = cluster.kubectl_command(&["get", "pods", "--watch-only", "-v=6", "-o", COLUMNS])?;
-        let mut kubectl = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        let (out, log) = (kubectl.stdout.take().context("no output")?, kubectl.stderr.take().context("no log")?);
+        let mut kubectl =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let (out, log) =
+            (kubectl.stdout.take().context("no output")?, kubectl.stderr.take().context("no log")?);
         let pods = Arc::new(Mutex::new(Pods::default()));
         let watch = Self { kubectl, pods: Arc::clone(&pods) };
         std::thread::spawn(move || {
@@ -153,7 +166,12 @@ impl Watch {
     }
 
     /// Waits until the pods are as `accept` wants them; answers them.
-    pub(crate) fn until(&self, patience: Duration, what: &str, accept: impl Fn(&Pods) -> bool) -> anyhow::Result<Pods> {
+    pub(crate) fn until(
+        &self,
+        patience: Duration,
+        what: &str,
+        accept: impl Fn(&Pods) -> bool,
+    ) -> anyhow::Result<Pods> {
         wait_until(what, patience, || {
             let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
             Ok(accept(&pods).then(|| pods.clone()))
@@ -179,9 +197,14 @@ mod tests {
         let begin = Instant::now();
         let at = |millis| begin + Duration::from_millis(millis);
         let mut pods = Pods::default();
-        for (line, millis) in
-            [("a Pending ", 1), ("b Pending n1", 2), ("a Pending n1", 3), ("a Running n1", 4), ("b Running n1", 5), ("a Running n1", 9)]
-        {
+        for (line, millis) in [
+            ("a Pending ", 1),
+            ("b Pending n1", 2),
+            ("a Pending n1", 3),
+            ("a Running n1", 4),
+            ("b Running n1", 5),
+            ("a Running n1", 9),
+        ] {
             pods.note(line, at(millis));
         }
         assert_eq!(pods.first_seen(), Some(at(1)));

@@ -59,7 +59,13 @@ impl Row {
     }
 
     /// Ours against a peer or a floor; `peer` names it.
-    pub(crate) fn compared(name: &str, peer: &str, unit: &str, compared: &Comparison, target: Target) -> Self {
+    pub(crate) fn compared(
+        name: &str,
+        peer: &str,
+        unit: &str,
+        compared: &Comparison,
+        target: Target,
+    ) -> Self {
         let Comparison { left, right, ratio, same } = compared;
         // Where equal things don't look equal, the ratio is not to be trusted.
         let noisy = if same.holds(1.0) { "" } else { " (unsteady)" };

@@ -163,7 +163,8 @@ mod tests {
     #[test]
     fn a_difference_shows_as_a_ratio() {
         let left: Vec<Turns> = (0..11).map(|n| Turns(2.0 + f64::from(n), 2.0 + f64::from(n))).collect();
-        let right: Vec<Turns> = (0..11).map(|n| Turns(1.0 + f64::from(n) / 2.0, 1.0 + f64::from(n) / 2.0)).collect();
+        let right: Vec<Turns> =
+            (0..11).map(|n| Turns(1.0 + f64::from(n) / 2.0, 1.0 + f64::from(n) / 2.0)).collect();
         let compared = compare(&left, &right);
         assert_eq!(compared.ratio, Estimate { median: 2.0, low: 2.0, high: 2.0 });
         assert!(compared.same.holds(1.0));

@@ -17,9 +17,18 @@ pub(super) struct Rules<'a> {
 
 impl<'a> Rules<'a> {
     /// Loads the rules.
-    pub(super) fn load(netns: &'a Netns, vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
+    pub(super) fn load(
+        netns: &'a Netns,
+        vip: SocketAddrV4,
+        pods: &[Ipv4Addr],
+        port: u16,
+    ) -> anyhow::Result<Self> {
         let rules = Self { netns };
-        let mut restore = netns.command("iptables-restore")?.stdin(Stdio::piped()).spawn().context("run iptables-restore")?;
+        let mut restore = netns
+            .command("iptables-restore")?
+            .stdin(Stdio::piped())
+            .spawn()
+            .context("run iptables-restore")?;
         restore.stdin.take().context("no input")?.write_all(text(vip, pods, port).as_bytes())?;
         ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
         Ok(rules)
@@ -29,7 +38,10 @@ impl<'a> Rules<'a> {
 impl Drop for Rules<'_> {
     fn drop(&mut self) {
         for table in ["nat", "filter"] {
-            let removed = self.netns.command("nft").and_then(|mut nft| Ok(nft.args(["delete", "table", "ip", table]).status()?));
+            let removed = self
+                .netns
+                .command("nft")
+                .and_then(|mut nft| Ok(nft.args(["delete", "table", "ip", table]).status()?));
             if !removed.as_ref().is_ok_and(std::process::ExitStatus::success) {
                 eprintln!("cannot remove iptables' table {table}: {removed:?}");
             }
@@ -53,7 +65,10 @@ fn text(vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> String {
         };
         let name = format!("-m comment --comment \"default/backend -> {pod}:{port}\"");
         let _ = writeln!(endpoints, "-A KUBE-SVC-0 {name} {choice}-j KUBE-SEP-{index}");
-        let _ = writeln!(endpoints, "-A KUBE-SEP-{index} -s {pod}/32 -m comment --comment default/backend -j KUBE-MARK-MASQ");
+        let _ = writeln!(
+            endpoints,
+            "-A KUBE-SEP-{index} -s {pod}/32 -m comment --comment default/backend -j KUBE-MARK-MASQ"
+        );
         let _ = writeln!(
             endpoints,
             "-A KUBE-SEP-{index} -p tcp -m comment --comment default/backend -m tcp -j DNAT --to-destination {pod}:{port}"
@@ -112,7 +127,10 @@ mod tests {
         let rules = text(SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 10), 80), &pods, 8080);
         let mut left = 1.0;
         for (index, line) in rules.lines().filter(|line| line.starts_with("-A KUBE-SVC-0 -m")).enumerate() {
-            let given = line.split("--probability ").nth(1).map_or(1.0, |rest| rest.split(' ').next().unwrap().parse().unwrap());
+            let given = line
+                .split("--probability ")
+                .nth(1)
+                .map_or(1.0, |rest| rest.split(' ').next().unwrap().parse().unwrap());
             assert!((left * given - 0.25_f64).abs() < 1e-6, "backend {index}: {line}");
             left -= left * given;
         }

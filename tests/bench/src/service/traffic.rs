@@ -63,7 +63,8 @@ fn netns_of(node: &str, address: Ipv4Addr) -> anyhow::Result<File> {
     for entry in fs::read_dir("/proc")? {
         let folder = entry?.path();
         // Processes come and go while this looks.
-        if fs::read_to_string(folder.join("cmdline")).is_ok_and(|line| line.starts_with("weft-init") && line.contains(&sandboxes))
+        if fs::read_to_string(folder.join("cmdline"))
+            .is_ok_and(|line| line.starts_with("weft-init") && line.contains(&sandboxes))
             && let Ok(netns) = File::open(folder.join("ns/net"))
             && within(&netns, move || has(address))??
         {
@@ -75,7 +76,9 @@ fn netns_of(node: &str, address: Ipv4Addr) -> anyhow::Result<File> {
 
 fn has(address: Ipv4Addr) -> anyhow::Result<bool> {
     let mut all = nix::ifaddrs::getifaddrs().context("list addresses")?;
-    Ok(all.any(|one| one.address.and_then(|a| a.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::ip)) == Some(address)))
+    Ok(all.any(|one| {
+        one.address.and_then(|a| a.as_sockaddr_in().map(nix::sys::socket::SockaddrIn::ip)) == Some(address)
+    }))
 }
 
 /// Runs something on a thread that has entered a network namespace.
@@ -125,7 +128,8 @@ impl Client {
         within(&self.netns, move || {
             std::thread::scope(|scope| {
                 let load = &load;
-                let clients: Vec<_> = (0..load.clients).map(|number| scope.spawn(move || client(load, number))).collect();
+                let clients: Vec<_> =
+                    (0..load.clients).map(|number| scope.spawn(move || client(load, number))).collect();
                 let mut all = Outcome::default();
                 for client in clients {
                     let one = client.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a client panicked")))?;
