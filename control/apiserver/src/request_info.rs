@@ -168,7 +168,10 @@ impl Query {
 
     /// A boolean parameter, read as upstream does: present and neither `false` nor `0` is true.
     pub(crate) fn flag(&self, key: &str) -> bool {
-        self.values.get(key).and_then(|v| v.first()).is_some_and(|v| !v.eq_ignore_ascii_case("false") && v != "0")
+        self.values
+            .get(key)
+            .and_then(|v| v.first())
+            .is_some_and(|v| !v.eq_ignore_ascii_case("false") && v != "0")
     }
 }
 

@@ -30,7 +30,7 @@ struct Cli {
 }
 
 fn at_least_three(text: &str) -> Result<usize, String> {
-    let rounds: usize = text.parse().map_err(|error| format!("{text:?} is no number: {error}"))?;
+    let rounds: usize = text.parse().map_err(|error| format!("{text:?}: {error}"))?;
     if rounds >= 3 { Ok(rounds) } else { Err("a median needs 3 rounds or more".to_owned()) }
 }
 
