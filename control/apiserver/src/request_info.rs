@@ -168,7 +168,7 @@ impl Query {
 
     /// A boolean parameter, read as upstream does: present and neither `false` nor `0` is true.
     pub(crate) fn flag(&self, key: &str) -> bool {
-        self.values.get(key).and_then(|v| v.first()).is_some_and(|v| v != "false" && v != "0")
+        self.values.get(key).and_then(|v| v.first()).is_some_and(|v| !v.eq_ignore_ascii_case("false") && v != "0")
     }
 }
 
@@ -194,6 +194,7 @@ mod tests {
         assert_eq!(row(&i), ["list", "", "other", "pods", "", ""]);
         let i = info(Method::GET, "/api/v1/namespaces/other/pods/foo", "");
         assert_eq!(row(&i), ["get", "", "other", "pods", "", "foo"]);
+        assert_eq!(info(Method::GET, "/api/v1/pods", "watch=False").verb, "list");
         let i = info(Method::GET, "/api/v1/pods", "watch=true");
         assert_eq!(row(&i), ["watch", "", "", "pods", "", ""]);
         let i = info(Method::GET, "/api/v1/watch/namespaces/other/pods", "");

@@ -187,6 +187,7 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
 fn runtime_config(node: &Node) -> builtin::Config {
     let mut config = builtin::Config::new(&node.name, &node.paths.data, &node.paths.run);
     config.init_path = node.programs.init.clone();
+    config.cgroup_parent = node.paths.node_cgroup(&node.name);
     config.cni_bin_dirs = vec![node.programs.cni_bin.clone(), PathBuf::from("/opt/cni/bin")];
     config.cni_conf_dir = node.paths.node(&node.name).cni_conf();
     config
@@ -200,7 +201,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         service_cidr: node.cluster.service_cidr,
         node_local: vec![node.cluster.dns_ip()],
         pin_dir: paths.bpffs(),
-        node_cgroup: PathBuf::from("weft").join(&node.name),
+        node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
     }
 }

@@ -60,6 +60,12 @@ impl Paths {
         self.run.join("weft.pid")
     }
 
+    /// A node's cgroup, below the root of every hierarchy. Named as the run-time directory: two clusters on one machine may
+    /// both have a node called after it, and the purge of one must not end the pods of the other.
+    pub(crate) fn node_cgroup(&self, node: &str) -> PathBuf {
+        Path::new(self.run.file_name().unwrap_or("weft".as_ref())).join(node)
+    }
+
     pub(crate) fn node(&self, node: &str) -> NodePaths {
         NodePaths { data: self.data.join("nodes").join(node), run: self.run.join(node) }
     }
@@ -114,5 +120,7 @@ mod tests {
         assert_eq!(standard.run, Path::new("/run/weft"));
         assert_ne!(standard.run, other.run);
         assert_eq!(other.run, Paths::new(Path::new("/srv/weft")).run);
+        assert_eq!(standard.node_cgroup("a"), Path::new("weft/a"));
+        assert_ne!(standard.node_cgroup("a"), other.node_cgroup("a"));
     }
 }
