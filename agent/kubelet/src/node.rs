@@ -29,6 +29,8 @@ const REPORT: Duration = Duration::from_secs(300);
 /// First delay after a failed write; doubles up to the bound.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(7);
+/// So long after a restart a node that was Ready stays so while its network is taken over.
+const TAKE_OVER: Duration = Duration::from_secs(10);
 /// Images are listed anew this often; nobody waits for them.
 const IMAGES_LISTED: usize = 50;
 
@@ -45,12 +47,16 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             written = report(&shared, network, &mut conditions) => written,
         };
         let delay = match written {
-            Ok(()) => {
+            Ok(next) => {
                 retry = RETRY_FIRST;
-                REPORT
+                next
             }
             Err(error) => {
-                tracing::warn!(node = shared.config.node_name, error = api_error(&error), "cannot write the node's status");
+                tracing::warn!(
+                    node = shared.config.node_name,
+                    error = api_error(&error),
+                    "cannot write the node's status"
+                );
                 let delay = retry;
                 retry = (retry * 2).min(RETRY_MAX);
                 delay
@@ -64,8 +70,12 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// Writes the status; makes the object if it is not there. `before` keeps the conditions' times.
-async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>) -> Result<(), kube::Error> {
+/// Writes the status; makes the object if it is not there. `before` keeps the conditions' times. Answers when the next report is due.
+async fn report(
+    shared: &Shared,
+    network: bool,
+    before: &mut Vec<NodeCondition>,
+) -> Result<Duration, kube::Error> {
     let api: Api<Node> = Api::all(shared.client.clone());
     let name = &shared.config.node_name;
     let first = before.is_empty();
@@ -77,13 +87,17 @@ async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>)
             Ok(_) => {
                 announce(shared, &[], status.conditions.iter().flatten());
                 *before = status.conditions.unwrap_or_default();
-                return Ok(());
+                return Ok(REPORT);
             }
             Err(kube::Error::Api(answer)) if answer.code == 409 => {
                 let existing = api.get(name).await?;
                 *before = existing.status.and_then(|s| s.conditions).unwrap_or_default();
                 let patch = json!({"metadata": {"labels": shared.machine.labels(&shared.config)}});
                 api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
+                // The pods' network outlives the agent. Not Ready for a moment would take every pod from its Services.
+                if !network && before.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
+                    return Ok(TAKE_OVER);
+                }
             }
             Err(error) => return Err(error),
         }
@@ -94,7 +108,7 @@ async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>)
         Ok(_) => {
             announce(shared, before, status.conditions.iter().flatten());
             *before = status.conditions.unwrap_or_default();
-            Ok(())
+            Ok(REPORT)
         }
         Err(error) => {
             if matches!(&error, kube::Error::Api(answer) if answer.code == 404) {
@@ -130,7 +144,9 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
         metadata: ObjectMeta {
             name: Some(shared.config.node_name.clone()),
             labels: Some(shared.machine.labels(&shared.config)),
-            annotations: Some([("volumes.kubernetes.io/controller-managed-attach-detach".into(), "true".into())].into()),
+            annotations: Some(
+                [("volumes.kubernetes.io/controller-managed-attach-detach".into(), "true".into())].into(),
+            ),
             ..ObjectMeta::default()
         },
         spec: None,
@@ -155,8 +171,15 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
         ]),
         allocatable: Some(capacity.clone()),
         capacity: Some(capacity),
-        conditions: Some(conditions(network, runtime_error.as_ref().err().map(|e| chain(e)).as_deref(), before, now)),
-        daemon_endpoints: Some(NodeDaemonEndpoints { kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(PORT) }) }),
+        conditions: Some(conditions(
+            network,
+            runtime_error.as_ref().err().map(|e| chain(e)).as_deref(),
+            before,
+            now,
+        )),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(PORT) }),
+        }),
         node_info: Some(shared.machine.info.clone()),
         images: images.ok().map(Iterator::collect),
         ..NodeStatus::default()
@@ -164,7 +187,12 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
 }
 
 /// The node's conditions, with upstream's reasons and messages.
-fn conditions(network: bool, runtime_error: Option<&str>, before: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
+fn conditions(
+    network: bool,
+    runtime_error: Option<&str>,
+    before: &[NodeCondition],
+    now: Timestamp,
+) -> Vec<NodeCondition> {
     let problem = match (runtime_error, network) {
         (Some(error), _) => Some(format!("container runtime is down: {error}")),
         (None, false) => Some(
@@ -179,7 +207,12 @@ fn conditions(network: bool, runtime_error: Option<&str>, before: &[NodeConditio
         Some(problem) => ("Ready", false, "KubeletNotReady", problem),
     };
     let list = [
-        ("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available".to_owned()),
+        (
+            "MemoryPressure",
+            false,
+            "KubeletHasSufficientMemory",
+            "kubelet has sufficient memory available".to_owned(),
+        ),
         ("DiskPressure", false, "KubeletHasNoDiskPressure", "kubelet has no disk pressure".to_owned()),
         ("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available".to_owned()),
         ready,
