@@ -29,6 +29,8 @@ const REPORT: Duration = Duration::from_secs(300);
 /// First delay after a failed write; doubles up to the bound.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(7);
+/// So long after a restart a node that was Ready stays so while its network is taken over.
+const TAKE_OVER: Duration = Duration::from_secs(10);
 /// Images are listed anew this often; nobody waits for them.
 const IMAGES_LISTED: usize = 50;
 
@@ -45,9 +47,9 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
             written = report(&shared, network, &mut conditions) => written,
         };
         let delay = match written {
-            Ok(()) => {
+            Ok(next) => {
                 retry = RETRY_FIRST;
-                REPORT
+                next
             }
             Err(error) => {
                 tracing::warn!(
@@ -68,8 +70,12 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// Writes the status; makes the object if it is not there. `before` keeps the conditions' times.
-async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>) -> Result<(), kube::Error> {
+/// Writes the status; makes the object if it is not there. `before` keeps the conditions' times. Answers when the next report is due.
+async fn report(
+    shared: &Shared,
+    network: bool,
+    before: &mut Vec<NodeCondition>,
+) -> Result<Duration, kube::Error> {
     let api: Api<Node> = Api::all(shared.client.clone());
     let name = &shared.config.node_name;
     let first = before.is_empty();
@@ -81,13 +87,17 @@ async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>)
             Ok(_) => {
                 announce(shared, &[], status.conditions.iter().flatten());
                 *before = status.conditions.unwrap_or_default();
-                return Ok(());
+                return Ok(REPORT);
             }
             Err(kube::Error::Api(answer)) if answer.code == 409 => {
                 let existing = api.get(name).await?;
                 *before = existing.status.and_then(|s| s.conditions).unwrap_or_default();
                 let patch = json!({"metadata": {"labels": shared.machine.labels(&shared.config)}});
                 api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
+                // The pods' network outlives the agent. Not Ready for a moment would take every pod from its Services.
+                if !network && before.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
+                    return Ok(TAKE_OVER);
+                }
             }
             Err(error) => return Err(error),
         }
@@ -98,7 +108,7 @@ async fn report(shared: &Shared, network: bool, before: &mut Vec<NodeCondition>)
         Ok(_) => {
             announce(shared, before, status.conditions.iter().flatten());
             *before = status.conditions.unwrap_or_default();
-            Ok(())
+            Ok(REPORT)
         }
         Err(error) => {
             if matches!(&error, kube::Error::Api(answer) if answer.code == 404) {

@@ -117,7 +117,8 @@ fn new_namespaces(name: &str) -> anyhow::Result<Pid> {
 }
 
 fn link(cluster: &Cluster, index: usize, netns: &Path) -> anyhow::Result<()> {
-    let host = host_device(&cluster.nodes[index]);
+    let name = &cluster.nodes[index];
+    let host = host_device(name).with_context(|| format!("{name} has no place on the underlay"))?;
     let mut netlink = Netlink::open()?;
     let bridge = netlink.link(network::UNDERLAY_BRIDGE)?;
     let namespace = namespace::open(netns)?;
@@ -144,15 +145,19 @@ fn address_uplink(address: Ipv4Network, gateway: Ipv4Addr) -> anyhow::Result<()>
     Ok(())
 }
 
-/// The machine's end of a node's link: unique, and within the 15 bytes of a device's name.
-fn host_device(node: &str) -> String {
-    format!("weftu-{}", node.trim_start_matches("node-"))
+/// The machine's end of a node's link: unique, and within the 15 bytes of a device's name. A node that is the machine
+/// itself has none.
+fn host_device(node: &str) -> Option<String> {
+    let number: u8 = node.strip_prefix("node-")?.parse().ok()?;
+    Some(format!("weftu-{number}"))
 }
 
 /// Removes a node's namespaces and link. What is gone is no error.
 pub(crate) fn remove(paths: &Paths, name: &str) -> anyhow::Result<()> {
     let folder = paths.node(name).namespaces();
-    Netlink::open()?.delete_link_named(&host_device(name))?;
+    if let Some(device) = host_device(name) {
+        Netlink::open()?.delete_link_named(&device)?;
+    }
     for (kind, _) in KINDS {
         namespace::remove(&folder.join(kind))?;
     }
@@ -245,5 +250,16 @@ impl Supervisor {
                 process.signal(Signal::SIGTERM)?;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_numbered_nodes_have_a_link() {
+        assert_eq!(host_device("node-64").as_deref(), Some("weftu-64"));
+        assert_eq!(host_device("a-machine-with-a-long-name"), None);
     }
 }

@@ -91,7 +91,7 @@ impl Clients {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Tally::default();
         for thread in self.threads {
-            all.add(thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))??);
+            all.add(thread.join().map_err(|panic| anyhow::anyhow!("a client panicked: {panic:?}"))??);
         }
         Ok(all)
     }
@@ -168,7 +168,7 @@ impl PodClients {
         cluster.kubectl(&["exec", &self.pod, "--", "touch", STOP])?;
         let mut all = Tally::default();
         for reader in self.readers {
-            all.add(reader.join().map_err(|_| anyhow::anyhow!("a reader panicked"))??);
+            all.add(reader.join().map_err(|panic| anyhow::anyhow!("a reader panicked: {panic:?}"))??);
         }
         for mut process in self.processes {
             let status = process.wait()?;
