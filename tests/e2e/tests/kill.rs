@@ -64,11 +64,6 @@ fn twenty_times() -> anyhow::Result<()> {
         process.wait()?;
         expected.extend(writers.stop()?);
         let answered = clients.answered();
-<<<<<<< HEAD
-        wait_until("the ClusterIP answers while weft is dead", Duration::from_secs(5), || {
-            Ok((clients.answered() >= answered + 20).then_some(()))
-        })?;
-=======
         let waited = wait_until("the ClusterIP answers while weft is dead", Duration::from_secs(5), || {
             Ok((clients.answered() >= answered + 20).then_some(()))
         });
@@ -77,7 +72,6 @@ fn twenty_times() -> anyhow::Result<()> {
             let log = cluster.log_tail();
             return Err(error.context(format!("{} lost, at last {:?}\n{log}", lost.len(), lost.last())));
         }
->>>>>>> e2e-load
         cluster.up().with_context(|| format!("start after kill {round}"))?;
         let count = check(&cluster, &expected).with_context(|| format!("after kill {round}"))?;
         eprintln!("kill {round}: {count} objects as they were acknowledged");
