@@ -175,7 +175,7 @@ impl Writers {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = BTreeMap::new();
         for thread in self.threads {
-            all.extend(thread.join().map_err(|_| anyhow::anyhow!("a writer panicked"))??);
+            all.extend(thread.join().map_err(|panic| anyhow::anyhow!("a writer panicked: {panic:?}"))??);
         }
         Ok(all)
     }
@@ -243,7 +243,7 @@ fn check(cluster: &Cluster, expected: &BTreeMap<String, Written>) -> anyhow::Res
         runtime()?
             .block_on(async { Ok(config_maps(kubeconfig).await?.list(&ListParams::default()).await?.items) })
     })?;
-    let listed = listed.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+    let listed = listed.join().map_err(|panic| anyhow::anyhow!("the reader panicked: {panic:?}"))??;
     let mut stored: BTreeMap<String, ConfigMap> = BTreeMap::new();
     for object in listed {
         let name = object.metadata.name.clone().context("a name")?;
