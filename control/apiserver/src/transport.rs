@@ -1,6 +1,7 @@
 //! Owns how requests come in: HTTP/1.1 and HTTP/2 over TLS, and the transport within the process.
 
 pub(crate) mod tls;
+mod unread;
 
 use crate::api::Api;
 use crate::authn::{Peer, user_of_certificate};
@@ -93,8 +94,14 @@ async fn connection(api: Arc<Api>, acceptor: TlsAcceptor, stream: TcpStream, shu
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         let api = api.clone();
         request.extensions_mut().insert(peer.clone());
-        let request = request.map(|body| body.map_err(BoxError::from).boxed_unsync());
-        async move { Ok::<Response, Infallible>(api.handle(request).await) }
+        let (head, body) = request.into_parts();
+        let (unread, loan) = unread::lend(body);
+        let request = hyper::Request::from_parts(head, loan.boxed_unsync());
+        async move {
+            let response = api.handle(request).await;
+            unread.drain().await;
+            Ok::<Response, Infallible>(response)
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
