@@ -61,6 +61,18 @@ pub(crate) fn base64(text: &str) -> String {
     base64::engine::general_purpose::STANDARD.encode(text)
 }
 
+/// The folder's store. A server that was stopped lets go of it when its last task has ended, which may be a moment later.
+async fn open_store(dir: &tempfile::TempDir) -> EmbeddedStore {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        match EmbeddedStore::open(dir.path().join("store"), Options::default()) {
+            Ok(store) => return store,
+            Err(error) => assert!(std::time::Instant::now() < deadline, "{error:?}"),
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
 impl Cluster {
     pub(crate) async fn start() -> Self {
         Self::start_with(tempfile::tempdir().unwrap(), |_config| {}).await
@@ -68,7 +80,7 @@ impl Cluster {
 
     /// Starts on a folder, which may be that of a cluster before, with a configuration changed by `adapt`.
     pub(crate) async fn start_with(dir: tempfile::TempDir, adapt: impl FnOnce(&mut Config)) -> Self {
-        let store = EmbeddedStore::open(dir.path().join("store"), Options::default()).unwrap();
+        let store = open_store(&dir).await;
         let authority = Authority::new();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
