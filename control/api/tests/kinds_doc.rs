@@ -1,5 +1,4 @@
 //! `docs/kinds.md` says what each kind lacks; it is made from the code, and this test holds it to it.
-#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 use std::fmt::Write as _;
 use std::path::Path;
