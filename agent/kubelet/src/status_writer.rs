@@ -22,8 +22,48 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 pub(crate) struct Wanted {
     /// The status to be seen; `None` before the first.
     pub(crate) status: Option<Arc<PodStatus>>,
+    /// What the API has now, if somebody else wrote it since; see [`Seen`].
+    pub(crate) seen: Option<Seen>,
     /// Then delete the pod object: nothing of it is left on this node.
     pub(crate) delete: bool,
+}
+
+/// A status as the source saw it. The node controller marks the pods of a silent node as not ready; when the node is
+/// back, what this kubelet wrote before no longer stands and must be written again.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    /// The pod's resource version, to tell another's write from an echo of our own.
+    pub(crate) version: u64,
+    /// The status at that version.
+    pub(crate) status: Arc<PodStatus>,
+}
+
+impl Seen {
+    /// `None` if the API server doesn't number its versions; then nothing can be told from an echo.
+    pub(crate) fn of(pod: &Pod) -> Option<Self> {
+        Some(Self { version: version(pod)?, status: Arc::new(pod.status.clone()?) })
+    }
+}
+
+/// What the API has by our own last write.
+#[derive(Debug, Default)]
+struct Written {
+    status: Map<String, Value>,
+    version: u64,
+}
+
+impl Written {
+    /// Takes over what somebody else wrote after us.
+    fn learn(&mut self, seen: &Seen) {
+        if seen.version > self.version {
+            *self = Self { status: as_object(&seen.status), version: seen.version };
+        }
+    }
+}
+
+/// Resource versions are numbers that grow (KEP-5504).
+fn version(pod: &Pod) -> Option<u64> {
+    pod.metadata.resource_version.as_ref()?.parse().ok()
 }
 
 /// Follows `wanted` until the sender is gone or the pod is.
@@ -34,7 +74,8 @@ pub(crate) async fn run(
     mut wanted: watch::Receiver<Wanted>,
 ) {
     let api: Api<Pod> = Api::namespaced(shared.client.clone(), &id.namespace);
-    let mut written = known.map(|status| as_object(&status)).unwrap_or_default();
+    let status = known.map(|status| as_object(&status)).unwrap_or_default();
+    let mut written = Written { status, version: 0 };
     let mut retry = RETRY_FIRST;
     loop {
         let goal = wanted.borrow_and_update().clone();
@@ -68,14 +109,19 @@ async fn reach(
     api: &Api<Pod>,
     id: &PodId,
     goal: &Wanted,
-    written: &mut Map<String, Value>,
+    written: &mut Written,
 ) -> Result<Reached, kube::Error> {
+    if let Some(seen) = &goal.seen {
+        written.learn(seen);
+    }
     if let Some(status) = &goal.status {
         let target = as_object(status);
-        if let Some(patch) = difference(written, &target) {
+        if let Some(patch) = difference(&written.status, &target) {
             let body = json!({"metadata": {"uid": id.uid}, "status": patch});
             match api.patch_status(&id.name, &PatchParams::default(), &Patch::Strategic(body)).await {
-                Ok(_) => *written = target,
+                Ok(pod) => {
+                    *written = Written { status: target, version: version(&pod).unwrap_or(written.version) };
+                }
                 Err(error) if is_gone(api, id, &error).await? => return Ok(Reached::Gone),
                 Err(error) => return Err(error),
             }
@@ -191,6 +237,21 @@ mod tests {
             difference(&a, &b).unwrap(),
             json!({"podIP": "2", "reason": null, "conditions": [{"type": "Ready", "status": "True", "reason": null}]})
         );
+    }
+
+    #[test]
+    fn what_others_wrote_is_written_over_and_an_echo_is_not() {
+        let status = |ready: &str| -> PodStatus {
+            serde_json::from_value(json!({"conditions": [{"type": "Ready", "status": ready}]})).unwrap()
+        };
+        let seen = |version, ready| Seen { version, status: Arc::new(status(ready)) };
+        let target = as_object(&status("True"));
+        let mut written = Written { status: target.clone(), version: 7 };
+        written.learn(&seen(6, "False"));
+        assert_eq!(difference(&written.status, &target), None, "an older state is an echo");
+        written.learn(&seen(8, "False"));
+        let patch = difference(&written.status, &target).unwrap();
+        assert_eq!(patch, json!({"conditions": [{"type": "Ready", "status": "True"}]}));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::probes::{Kind as ProbeKind, Probes, Subject, Verdict};
 use crate::shared::Shared;
 use crate::start::{self, Failure};
 use crate::status;
-use crate::status_writer::{self, Wanted};
+use crate::status_writer::{self, Seen, Wanted};
 use crate::terminating;
 use crate::volumes::{self, Mounted};
 
@@ -282,6 +282,9 @@ impl Worker {
     /// The source has news of the pod.
     fn updated(&mut self) {
         let update = self.update.borrow_and_update().clone();
+        if let Some(seen) = Seen::of(&update.pod) {
+            self.writer.send_modify(|wanted| wanted.seen = Some(seen));
+        }
         self.pod = Arc::new(with_own_status(&update.pod, self.status.as_ref()));
         self.keeper_pod.send_replace(self.pod.clone());
         let ending = if update.removed {
