@@ -16,32 +16,34 @@ use core::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of every layout in this crate. A change of any type is a new number, and with it new map names.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Names of the maps; the number is [`LAYOUT`]. The programs repeat them as literals (an attribute takes no constant);
 /// the loader fails if one is missing.
 pub mod names {
     /// [`ServiceKey`](super::ServiceKey) to [`ServiceValue`](super::ServiceValue).
-    pub const SERVICES: &str = "weft_svc_1";
+    pub const SERVICES: &str = "weft_svc_2";
     /// [`SlotKey`](super::SlotKey) to [`BackendKey`](super::BackendKey).
-    pub const SLOTS: &str = "weft_slot_1";
+    pub const SLOTS: &str = "weft_slot_2";
     /// [`BackendKey`](super::BackendKey) to [`BackendValue`](super::BackendValue).
-    pub const BACKENDS: &str = "weft_back_1";
+    pub const BACKENDS: &str = "weft_back_2";
     /// [`Address`](super::Address) to `u32`: addresses of this node that answer NodePorts.
-    pub const NODE_ADDRESSES: &str = "weft_addr_1";
+    pub const NODE_ADDRESSES: &str = "weft_addr_2";
     /// Index 0 to [`NodeConfig`](super::NodeConfig).
-    pub const CONFIG: &str = "weft_conf_1";
+    pub const CONFIG: &str = "weft_conf_2";
     /// [`SocketKey`](super::SocketKey) to [`SocketValue`](super::SocketValue), least recently used dropped.
-    pub const SOCKETS: &str = "weft_sock_1";
+    pub const SOCKETS: &str = "weft_sock_2";
     /// [`FlowKey`](super::FlowKey) to [`FlowValue`](super::FlowValue), least recently used dropped.
-    pub const FLOWS: &str = "weft_flow_1";
+    pub const FLOWS: &str = "weft_flow_2";
     /// [`AffinityKey`](super::AffinityKey) to [`AffinityValue`](super::AffinityValue), least recently used dropped.
-    pub const AFFINITY: &str = "weft_aff_1";
+    pub const AFFINITY: &str = "weft_aff_2";
     /// [`DropReason`](super::DropReason) as index to a counter per CPU.
-    pub const DROPS: &str = "weft_drop_1";
+    pub const DROPS: &str = "weft_drop_2";
+    /// Prefix trie of [`SourceKey`](super::SourceKey) to `u32`: clients that may use a list of backends.
+    pub const SOURCES: &str = "weft_src_2";
     /// All of them.
-    pub const ALL: [&str; 9] =
-        [SERVICES, SLOTS, BACKENDS, NODE_ADDRESSES, CONFIG, SOCKETS, FLOWS, AFFINITY, DROPS];
+    pub const ALL: [&str; 10] =
+        [SERVICES, SLOTS, BACKENDS, NODE_ADDRESSES, CONFIG, SOCKETS, FLOWS, AFFINITY, DROPS, SOURCES];
 }
 
 /// Bounds of the maps. Those of Services are limits (elements are allocated as they come); those of
@@ -61,12 +63,16 @@ pub mod sizes {
     pub const FLOWS: u32 = 32_768;
     /// Clients of Services with affinity, and unconnected UDP sockets.
     pub const AFFINITY: u32 = 16_384;
+    /// Ranges of clients over all Services.
+    pub const SOURCES: u32 = 65_536;
 }
 
 /// IPPROTO_TCP.
 pub const TCP: u8 = 6;
 /// IPPROTO_UDP.
 pub const UDP: u8 = 17;
+/// IPPROTO_SCTP.
+pub const SCTP: u8 = 132;
 
 /// Traffic that starts on this node or in its pods.
 pub const SCOPE_INTERNAL: u8 = 0;
@@ -95,6 +101,12 @@ const _: () = assert!(size_of::<ServiceKey>() == 20 && offset_of!(ServiceKey, po
 
 /// Keep the client's address: only endpoints of this node are in the list (externalTrafficPolicy Local).
 pub const SERVICE_KEEP_SOURCE: u32 = 1;
+/// Only clients in [`names::SOURCES`] may use it (loadBalancerSourceRanges); others' packets are dropped.
+pub const SERVICE_CHECK_SOURCE: u32 = 2;
+/// The list is a Maglev table: the slot is a hash of the flow, the same on every node.
+pub const SERVICE_HASHED: u32 = 4;
+/// Without a backend, packets are dropped instead of refused: another node has one (externalTrafficPolicy Local).
+pub const SERVICE_DROP_EMPTY: u32 = 8;
 
 /// Where a Service's traffic goes.
 #[derive(
@@ -112,6 +124,31 @@ pub struct ServiceValue {
     pub flags: u32,
 }
 const _: () = assert!(size_of::<ServiceValue>() == 16);
+
+/// A client of a list, without the length of its range.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct SourceData {
+    /// The list, in network order: a trie compares from the first byte on.
+    pub list: [u8; 4],
+    /// The client's address, or the range's first.
+    pub address: Address,
+}
+
+/// A range of clients of a list, as a prefix trie wants it.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct SourceKey {
+    /// Bits that count: 32 for the list, then those of the address (96 more for IPv4, which stands as mapped).
+    pub prefix_bits: u32,
+    /// What they are bits of.
+    pub data: SourceData,
+}
+const _: () = assert!(size_of::<SourceKey>() == 24 && offset_of!(SourceKey, data) == 4);
 
 /// A place in a list of backends.
 #[derive(

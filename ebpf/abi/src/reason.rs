@@ -24,14 +24,22 @@ pub enum DropReason {
     RewriteFailed = 9,
     /// The flow could not be recorded.
     FlowTableFull = 10,
+    /// The Service's source ranges do not name the client.
+    SourceNotAllowed = 11,
+    /// This node has no endpoint, another has (externalTrafficPolicy Local).
+    NoLocalEndpoints = 12,
+    /// No NetworkPolicy allows the packet into the pod.
+    PolicyIngress = 13,
+    /// No NetworkPolicy allows the packet out of the pod.
+    PolicyEgress = 14,
 }
 
 impl DropReason {
     /// Entries of the counters' map; index 0 is unused.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 15;
 
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 14] = [
         Self::SocketNoEndpoints,
         Self::SocketUnknownPort,
         Self::PacketNoEndpoints,
@@ -42,6 +50,10 @@ impl DropReason {
         Self::NoRoute,
         Self::RewriteFailed,
         Self::FlowTableFull,
+        Self::SourceNotAllowed,
+        Self::NoLocalEndpoints,
+        Self::PolicyIngress,
+        Self::PolicyEgress,
     ];
 
     /// The name in metrics.
@@ -58,6 +70,10 @@ impl DropReason {
             Self::NoRoute => "no_route",
             Self::RewriteFailed => "rewrite_failed",
             Self::FlowTableFull => "flow_table_full",
+            Self::SourceNotAllowed => "source_not_allowed",
+            Self::NoLocalEndpoints => "no_local_endpoints",
+            Self::PolicyIngress => "policy_ingress",
+            Self::PolicyEgress => "policy_egress",
         }
     }
 }

@@ -22,6 +22,8 @@ pub trait Tables {
     fn backend(&self, key: &BackendKey) -> Option<BackendValue>;
     /// Whether the node answers NodePorts at this address.
     fn is_node_address(&self, address: &Address) -> bool;
+    /// Whether a client may use a list of backends whose Service checks its clients.
+    fn source_allowed(&self, list: u32, client: &Address) -> bool;
     /// What a client had last.
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue>;
     /// Remembers what a client has. Best effort: a full table forgets the oldest.

@@ -15,6 +15,7 @@ struct Memory {
     slots: HashMap<SlotKey, BackendKey>,
     backends: HashMap<BackendKey, BackendValue>,
     node: HashSet<Address>,
+    sources: HashSet<(u32, Address)>,
     affinity: RefCell<HashMap<AffinityKey, AffinityValue>>,
     random: Cell<u32>,
     now: Cell<u32>,
@@ -32,6 +33,9 @@ impl Tables for Memory {
     }
     fn is_node_address(&self, address: &Address) -> bool {
         self.node.contains(address)
+    }
+    fn source_allowed(&self, list: u32, client: &Address) -> bool {
+        self.sources.contains(&(list, *client))
     }
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {
         self.affinity.borrow().get(key).copied()

@@ -2,6 +2,7 @@
 
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
@@ -9,24 +10,26 @@ use weft_ebpf_logic::Tables;
 /// BPF_F_NO_PREALLOC: memory follows the number of Services, not the bound.
 const NO_PREALLOC: u32 = 1;
 
-#[map(name = "weft_svc_1")]
+#[map(name = "weft_svc_2")]
 static SERVICES: HashMap<ServiceKey, ServiceValue> = HashMap::pinned(sizes::SERVICES, NO_PREALLOC);
-#[map(name = "weft_slot_1")]
+#[map(name = "weft_slot_2")]
 static SLOTS: HashMap<SlotKey, BackendKey> = HashMap::pinned(sizes::SLOTS, NO_PREALLOC);
-#[map(name = "weft_back_1")]
+#[map(name = "weft_back_2")]
 static BACKENDS: HashMap<BackendKey, BackendValue> = HashMap::pinned(sizes::BACKENDS, NO_PREALLOC);
-#[map(name = "weft_addr_1")]
+#[map(name = "weft_addr_2")]
 static NODE_ADDRESSES: HashMap<Address, u32> = HashMap::pinned(sizes::NODE_ADDRESSES, NO_PREALLOC);
-#[map(name = "weft_conf_1")]
+#[map(name = "weft_conf_2")]
 static CONFIG: Array<NodeConfig> = Array::pinned(1, 0);
-#[map(name = "weft_sock_1")]
+#[map(name = "weft_sock_2")]
 pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::pinned(sizes::SOCKETS, 0);
-#[map(name = "weft_flow_1")]
+#[map(name = "weft_flow_2")]
 pub static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::pinned(sizes::FLOWS, 0);
-#[map(name = "weft_aff_1")]
+#[map(name = "weft_aff_2")]
 static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::pinned(sizes::AFFINITY, 0);
-#[map(name = "weft_drop_1")]
+#[map(name = "weft_drop_2")]
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(DropReason::COUNT, 0);
+#[map(name = "weft_src_2")]
+static SOURCES: LpmTrie<SourceData, u32> = LpmTrie::pinned(sizes::SOURCES, NO_PREALLOC);
 
 /// The node's configuration; `None` until the agent has written it.
 #[inline(always)]
@@ -65,6 +68,11 @@ impl Tables for Kernel {
     #[inline(always)]
     fn is_node_address(&self, address: &Address) -> bool {
         NODE_ADDRESSES.get_ptr(address).is_some()
+    }
+    #[inline(always)]
+    fn source_allowed(&self, list: u32, client: &Address) -> bool {
+        let data = SourceData { list: list.to_be_bytes(), address: *client };
+        SOURCES.get(Key::new(32 + 128, data)).is_some()
     }
     #[inline(always)]
     fn affinity(&self, key: &AffinityKey) -> Option<AffinityValue> {

@@ -29,7 +29,7 @@ fn services_outlive_the_agent_and_a_new_one_adopts_them() {
     let mut first = place.start().unwrap();
     first.service(10, 30080, &[pod]).unwrap();
     let (ledger, before) = (first.reconciler.ledger().clone(), pins(&place.pins));
-    assert_eq!(before.len(), 9 + 8 + 4, "{before:?}");
+    assert_eq!(before.len(), weft_ebpf_abi::names::ALL.len() + 8 + 4, "{before:?}");
     drop(first);
 
     let outside = SocketAddr::from((NODE, 30080));
