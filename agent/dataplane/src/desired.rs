@@ -83,7 +83,7 @@ fn add_frontends(out: &mut Desired, service: &Service, port: &ServicePort) {
         add(*address, port.port, SCOPE_INTERNAL, service.internal_local, 0);
     }
     let keep = if service.external_local { SERVICE_KEEP_SOURCE } else { 0 };
-    let node_port = (port.node_port != 0).then_some((Address::ANY, port.node_port));
+    let node_port = (port.node_port != 0).then_some((Address::ANY_V4, port.node_port));
     for (address, number) in service.external.iter().map(|a| (*a, port.port)).chain(node_port) {
         add(address, number, SCOPE_INTERNAL, false, 0);
         add(address, number, SCOPE_EXTERNAL, service.external_local, keep);

@@ -236,8 +236,11 @@ fn backend_text(key: &BackendKey) -> String {
 }
 
 fn service_text(key: &ServiceKey) -> String {
-    let address =
-        if key.address == Address::ANY { "node".to_owned() } else { IpAddr::from(key.address).to_string() };
+    let address = if key.address == Address::ANY_V4 {
+        "node".to_owned()
+    } else {
+        IpAddr::from(key.address).to_string()
+    };
     let scope = if key.scope == SCOPE_EXTERNAL { " from outside" } else { "" };
     if key.protocol == 0 {
         return format!("{address} otherwise refused");

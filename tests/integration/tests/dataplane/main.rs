@@ -4,6 +4,7 @@
 mod adoption;
 mod agent;
 mod edge;
+mod entries;
 mod overlay;
 mod packets;
 mod place;
