@@ -147,7 +147,9 @@ fn restarted(cluster: &Cluster, node: &str, old: Pid) -> anyhow::Result<()> {
 /// Twenty more answers.
 fn goes_on(clients: &Clients, what: &str) -> anyhow::Result<()> {
     let answered = clients.answered();
-    wait_until(what, Duration::from_secs(10), || Ok((clients.answered() >= answered + 20).then_some(())))
+    let waited =
+        wait_until(what, Duration::from_secs(15), || Ok((clients.answered() >= answered + 20).then_some(())));
+    waited.with_context(|| format!("after {answered} answers; lost: {:?}", clients.losses()))
 }
 
 fn seeded() -> anyhow::Result<StdRng> {
