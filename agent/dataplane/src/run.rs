@@ -1,21 +1,16 @@
 //! The running dataplane: watches, synchronisation, devices.
 
-use std::collections::HashSet;
-use std::hash::Hash;
+mod absorb;
+
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, StreamExt};
 use ipnetwork::Ipv4Network;
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, watcher};
-use kube::{Api, Client};
+use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
@@ -28,10 +23,10 @@ use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
-use crate::tables::{Tables, service_name, slice_name};
+use crate::tables::Tables;
 
-/// Annotation with the time of the change that a slice carries on.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+use self::absorb::{Relists, sources};
+
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
 /// First and longest wait before failed operations are tried again.
@@ -81,36 +76,6 @@ pub enum Error {
     Devices(#[from] weft_cni_netlink::Error),
 }
 
-#[expect(
-    clippy::large_enum_variant,
-    reason = "an event is taken apart as soon as it comes; a box would be one allocation more"
-)]
-enum Event {
-    Service(watcher::Event<Service>),
-    Slice(watcher::Event<EndpointSlice>),
-    Node(watcher::Event<Node>),
-}
-
-/// A source's list in progress: what was there before and has not been named again is gone.
-#[derive(Debug)]
-struct Relist<K> {
-    known: bool,
-    seen: HashSet<K>,
-}
-
-impl<K: Eq + Hash> Relist<K> {
-    fn new() -> Self {
-        Self { known: false, seen: HashSet::new() }
-    }
-
-    /// Ends the list; returns those of `before` that it did not name.
-    fn finish(&mut self, before: Vec<K>) -> Vec<K> {
-        self.known = true;
-        let seen = std::mem::take(&mut self.seen);
-        before.into_iter().filter(|k| !seen.contains(k)).collect()
-    }
-}
-
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
 /// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
@@ -150,9 +115,7 @@ pub async fn run_with_metrics(
         devices: Devices::default(),
         metrics,
         programmed,
-        services: Relist::new(),
-        slices: Relist::new(),
-        nodes: Relist::new(),
+        relists: Relists::default(),
         triggers: Vec::new(),
         retry: RETRY_FIRST,
     };
@@ -207,9 +170,7 @@ struct Dataplane {
     devices: Devices,
     metrics: Metrics,
     programmed: watch::Sender<bool>,
-    services: Relist<crate::tables::ServiceName>,
-    slices: Relist<(String, String)>,
-    nodes: Relist<String>,
+    relists: Relists,
     /// Times of the changes that wait to reach the maps.
     triggers: Vec<Timestamp>,
     retry: Duration,
@@ -223,7 +184,7 @@ impl Dataplane {
         self.refresh_devices()?;
         let mut drops = tokio::time::interval(DROPS_EVERY);
         loop {
-            let lagging = self.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -255,13 +216,9 @@ impl Dataplane {
         }
     }
 
-    fn all_known(&self) -> bool {
-        self.services.known && self.slices.known && self.nodes.known
-    }
-
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
     fn sync(&mut self) {
-        if !self.all_known() {
+        if !self.relists.all_known() {
             return;
         }
         if self.overlay.is_dirty()
@@ -316,90 +273,6 @@ impl Dataplane {
         self.devices = devices;
         Ok(())
     }
-
-    fn absorb(&mut self, event: Event) {
-        let before = self.all_known();
-        match event {
-            Event::Service(event) => self.absorb_service(event),
-            Event::Slice(event) => self.absorb_slice(event),
-            Event::Node(event) => self.absorb_node(event),
-        }
-        if !before && self.all_known() {
-            self.reconciler.sources_are_known();
-        }
-    }
-
-    fn absorb_service(&mut self, event: watcher::Event<Service>) {
-        let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
-            watcher::Event::Init => {
-                self.services.seen.clear();
-                return;
-            }
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.services.seen.extend(service_name(&object));
-                tables.apply_service(&object).into_iter().collect()
-            }
-            watcher::Event::Delete(object) => {
-                service_name(&object).and_then(|name| tables.delete_service(&name)).into_iter().collect()
-            }
-            watcher::Event::InitDone => {
-                let gone = self.services.finish(tables.service_names());
-                gone.iter().filter_map(|name| tables.delete_service(name)).collect()
-            }
-        };
-        self.reconciler.mark(changed);
-    }
-
-    fn absorb_slice(&mut self, event: watcher::Event<EndpointSlice>) {
-        let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
-            watcher::Event::Init => {
-                self.slices.seen.clear();
-                return;
-            }
-            watcher::Event::InitApply(object) => {
-                self.slices.seen.extend(slice_name(&object));
-                tables.apply_slice(&object)
-            }
-            watcher::Event::Apply(object) => {
-                let changed = tables.apply_slice(&object);
-                if !changed.is_empty() {
-                    self.triggers.extend(trigger_time(&object));
-                }
-                changed
-            }
-            watcher::Event::Delete(object) => slice_name(&object)
-                .and_then(|(namespace, name)| tables.delete_slice(&namespace, &name))
-                .into_iter()
-                .collect(),
-            watcher::Event::InitDone => {
-                let gone = self.slices.finish(tables.slice_names());
-                gone.iter().filter_map(|(namespace, name)| tables.delete_slice(namespace, name)).collect()
-            }
-        };
-        self.reconciler.mark(changed);
-    }
-
-    fn absorb_node(&mut self, event: watcher::Event<Node>) {
-        match event {
-            watcher::Event::Init => self.nodes.seen.clear(),
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.nodes.seen.extend(object.metadata.name.clone());
-                self.overlay.apply_node(&object);
-            }
-            watcher::Event::Delete(object) => {
-                if let Some(name) = &object.metadata.name {
-                    self.overlay.delete_node(name);
-                }
-            }
-            watcher::Event::InitDone => {
-                for name in self.nodes.finish(self.overlay.node_names()) {
-                    self.overlay.delete_node(&name);
-                }
-            }
-        }
-    }
 }
 
 /// Routes and neighbours come and go without a change of devices.
@@ -409,31 +282,4 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
         E::Link(_) | E::Address(_) | E::Lost => true,
         E::Route | E::Neighbour(_) => false,
     })
-}
-
-fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
-    slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
-}
-
-/// The three watches as one stream. A watch that fails is tried again with a growing wait, and lists anew if it must.
-fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
-    fn source<K>(
-        api: Api<K>,
-        wrap: fn(watcher::Event<K>) -> Event,
-        what: &'static str,
-    ) -> BoxStream<'static, Event>
-    where
-        K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
-    {
-        let events = watcher(api, watcher::Config::default()).default_backoff();
-        let good = events.filter_map(move |event| async move {
-            event.inspect_err(|error| tracing::warn!(%error, what, "watch failed, will be tried again")).ok()
-        });
-        good.map(wrap).boxed()
-    }
-    let mut all = SelectAll::new();
-    all.push(source(Api::all(client.clone()), Event::Service, "services"));
-    all.push(source(Api::all(client.clone()), Event::Slice, "endpointslices"));
-    all.push(source(Api::all(client.clone()), Event::Node, "nodes"));
-    all
 }
