@@ -7,6 +7,7 @@
 //! [`run`] is the whole of it and tells when Services are live; [`cleanup`] leaves nothing.
 
 pub mod desired;
+pub mod maglev;
 pub mod maps;
 mod metrics;
 pub mod node;

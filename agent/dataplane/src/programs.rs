@@ -89,12 +89,13 @@ fn mismatch(what: &'static str) -> ProgramError {
 }
 
 fn layout(table: Table) -> (usize, usize) {
-    use weft_ebpf_abi::{Address, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey};
+    use weft_ebpf_abi::{Address, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey, SourceKey};
     match table {
         Table::Services => (size_of::<ServiceKey>(), size_of::<ServiceValue>()),
         Table::Slots => (size_of::<SlotKey>(), size_of::<BackendKey>()),
         Table::Backends => (size_of::<BackendKey>(), size_of::<BackendValue>()),
         Table::NodeAddresses => (size_of::<Address>(), size_of::<u32>()),
+        Table::Sources => (size_of::<SourceKey>(), size_of::<u32>()),
     }
 }
 
@@ -122,7 +123,7 @@ impl Programs {
     pub fn maps(&self) -> Result<KernelMaps, ProgramError> {
         let mut maps = KernelMaps::default();
         for table in Table::ALL {
-            let Some(Map::HashMap(data)) = self.ebpf.map(table.name()) else {
+            let Some(Map::HashMap(data) | Map::LpmTrie(data)) = self.ebpf.map(table.name()) else {
                 return Err(mismatch(table.name()));
             };
             let (key_bytes, value_bytes) = layout(table);

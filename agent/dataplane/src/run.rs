@@ -243,7 +243,7 @@ impl Dataplane {
         let started = Instant::now();
         let report = self.reconciler.sync();
         let now = Timestamp::now();
-        let (took, services) = (started.elapsed(), self.reconciler.services());
+        let (took, services) = (started.elapsed(), self.reconciler.totals().services);
         self.metrics.synced(took, now.as_duration().as_secs_f64(), report.failed, services);
         tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
         if !self.reconciler.is_dirty() {

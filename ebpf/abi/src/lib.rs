@@ -81,7 +81,7 @@ pub const SCOPE_EXTERNAL: u8 = 1;
 
 /// An address and port that is a Service.
 ///
-/// NodePorts have the unspecified address: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
+/// NodePorts have the unspecified address of their family: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
 /// Port 0 and protocol 0 mark a cluster address as a Service's: what it does not serve is refused.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,

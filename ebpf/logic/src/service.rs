@@ -44,7 +44,7 @@ pub fn find<T: Tables>(tables: &T, to: &Destination) -> Found {
         return Found::Service(value);
     }
     if (to.loopback_is_node && to.address.is_v4_loopback()) || tables.is_node_address(&to.address) {
-        key.address = Address::ANY;
+        key.address = to.address.any_of_family();
         return match tables.service(&key) {
             Some(value) => Found::Service(value),
             None => Found::Nothing,

@@ -64,7 +64,7 @@ fn with_backends(count: u8, protocol: u8, affinity_seconds: u32) -> (Memory, Ser
     let value = ServiceValue { list: 1, count: u32::from(count), affinity_seconds, flags: 0 };
     memory.services.insert(key(VIP, 80, protocol, SCOPE_INTERNAL), value);
     memory.services.insert(key(VIP, 0, 0, SCOPE_INTERNAL), ServiceValue { count: 0, ..value });
-    memory.services.insert(key(Address::ANY, 30080, protocol, SCOPE_INTERNAL), value);
+    memory.services.insert(key(Address::ANY_V4, 30080, protocol, SCOPE_INTERNAL), value);
     for i in 0..count {
         memory.slots.insert(SlotKey { list: 1, index: u32::from(i) }, backend(i, protocol));
         let known = BackendValue { generation: u32::from(i) + 1, flags: BACKEND_ACTIVE, owner: 0 };

@@ -137,6 +137,8 @@ impl Dataplane {
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 self.relists.nodes.seen.extend(object.metadata.name.clone());
                 self.overlay.apply_node(&object);
+                let changed = self.reconciler.tables.apply_node(&object);
+                self.reconciler.mark(changed);
             }
             watcher::Event::Delete(object) => {
                 if let Some(name) = &object.metadata.name {
