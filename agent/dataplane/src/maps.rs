@@ -26,6 +26,18 @@ impl Table {
     pub const ALL: [Self; 5] =
         [Self::Services, Self::Slots, Self::Backends, Self::NodeAddresses, Self::Sources];
 
+    /// The name in metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Slots => "slots",
+            Self::Backends => "backends",
+            Self::NodeAddresses => "node_addresses",
+            Self::Sources => "sources",
+        }
+    }
+
     /// How many entries fit.
     #[must_use]
     pub const fn capacity(self) -> u32 {

@@ -120,7 +120,7 @@ impl Planner {
         self.contests.take_disturbed()
     }
 
-    /// Plans the removal of all that no Service wants. To be called once all sources are known.
+    /// Plans the removal of addresses and lists that no Service wants. To be called once all sources are known.
     #[must_use]
     pub fn plan_prune(&self) -> Vec<Op> {
         let services = self.ledger.services.keys().filter(|k| !self.owner_of.contains_key(k));
@@ -130,9 +130,14 @@ impl Planner {
         }
         let sources = self.ledger.sources.iter().filter(|(l, _)| !self.claimed.contains(l));
         ops.extend(sources.flat_map(|(_, ranges)| ranges).map(|key| Op::DeleteSource(*key)));
-        let backends = self.ledger.backends.keys().filter(|k| !self.references.contains_key(k));
-        ops.extend(backends.map(|k| Op::DeleteBackend(*k)));
         ops
+    }
+
+    /// Likewise of backends; to be called when no list leads to one that its Service no longer wants.
+    #[must_use]
+    pub fn plan_prune_backends(&self) -> Vec<Op> {
+        let backends = self.ledger.backends.keys().filter(|k| !self.references.contains_key(k));
+        backends.map(|k| Op::DeleteBackend(*k)).collect()
     }
 
     /// Plans the node's own addresses.

@@ -23,6 +23,9 @@ const MAX_FAILURES_PER_BATCH: usize = 16;
 /// waits for the next synchronisation.
 const MAX_ROUNDS: usize = 4;
 
+/// Failures of a Service that are taken for a passing trouble.
+const FAILURES_WAITED_FOR: u32 = 3;
+
 /// Why a Service is not in the maps as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unprogrammed {
@@ -39,6 +42,8 @@ pub struct Unprogrammed {
 pub struct Report {
     /// Operations that succeeded.
     pub applied: usize,
+    /// Everything was compared with what Services want.
+    pub full: bool,
     /// Operations that failed, or waited for one that did.
     pub failed: usize,
 }
@@ -56,7 +61,16 @@ pub struct Reconciler<M> {
     health: HashMap<ServiceName, Health>,
     health_changes: BTreeSet<ServiceName>,
     node_addresses: BTreeSet<Address>,
-    prune: bool,
+    prune: Prune,
+}
+
+/// What is still to be removed because no Service wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prune {
+    Nothing,
+    /// Backends: a Service that failed may still lead to one.
+    Backends,
+    All,
 }
 
 impl<M: MapSet> Reconciler<M> {
@@ -74,7 +88,7 @@ impl<M: MapSet> Reconciler<M> {
             health: HashMap::new(),
             health_changes: BTreeSet::new(),
             node_addresses,
-            prune: false,
+            prune: Prune::Nothing,
         })
     }
 
@@ -85,7 +99,7 @@ impl<M: MapSet> Reconciler<M> {
 
     /// All sources are known: the next synchronisation also removes what nobody wants.
     pub fn sources_are_known(&mut self) {
-        self.prune = true;
+        self.prune = Prune::All;
     }
 
     /// Sets the addresses at which the node answers NodePorts.
@@ -96,7 +110,19 @@ impl<M: MapSet> Reconciler<M> {
     /// Whether the maps lag behind the tables.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
-        self.prune || !self.dirty.is_empty() || self.node_addresses != self.planner.ledger.node_addresses
+        self.prune != Prune::Nothing
+            || !self.dirty.is_empty()
+            || self.node_addresses != self.planner.ledger.node_addresses
+    }
+
+    /// Whether everything is in the maps but for Services that failed more than once: those are shown, and retried, but need
+    /// not be waited for.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let failing = |name| self.unprogrammed.get(name).is_some_and(|u| u.failures >= FAILURES_WAITED_FOR);
+        self.prune != Prune::All
+            && self.dirty.iter().all(failing)
+            && self.node_addresses == self.planner.ledger.node_addresses
     }
 
     /// Counts over all Services.
@@ -132,7 +158,7 @@ impl<M: MapSet> Reconciler<M> {
 
     /// Brings the maps to what the tables say. What fails stays dirty.
     pub fn sync(&mut self) -> Report {
-        let mut report = Report::default();
+        let mut report = Report { full: self.prune == Prune::All, ..Report::default() };
         for _ in 0..MAX_ROUNDS {
             let failed = self.sync_services(&mut report);
             let disturbed = self.planner.take_disturbed();
@@ -145,12 +171,28 @@ impl<M: MapSet> Reconciler<M> {
         }
         let addresses = self.planner.plan_node_addresses(&self.node_addresses);
         self.apply(addresses.into_iter().map(|op| (0, op)).collect(), &mut report);
-        if self.prune && self.dirty.is_empty() {
-            let ops = self.planner.plan_prune();
-            let failed = self.apply(ops.into_iter().map(|op| (0, op)).collect(), &mut report);
-            self.prune = !failed.is_empty();
-        }
+        self.prune(&mut report);
         report
+    }
+
+    /// A Service that fails keeps nothing else from being pruned: all have been planned, so what they want is known.
+    fn prune(&mut self, report: &mut Report) {
+        let settled = self.dirty.is_empty();
+        let mut remove = |this: &mut Self, ops: Vec<Op>| {
+            this.apply(ops.into_iter().map(|op| (0, op)).collect(), report).is_empty()
+        };
+        if self.prune == Prune::All {
+            let ops = self.planner.plan_prune();
+            if remove(self, ops) {
+                self.prune = Prune::Backends;
+            }
+        }
+        if self.prune == Prune::Backends && settled {
+            let ops = self.planner.plan_prune_backends();
+            if remove(self, ops) {
+                self.prune = Prune::Nothing;
+            }
+        }
     }
 
     /// One round over the Services that changed. Returns those that failed.

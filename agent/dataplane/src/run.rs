@@ -2,7 +2,8 @@
 
 mod absorb;
 
-use std::net::Ipv4Addr;
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,13 +18,15 @@ use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
 use crate::maps::MapError;
+use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
-use crate::tables::Tables;
+use crate::serve::{self, Checks, ProxyConfig, Shared};
+use crate::tables::{ServiceName, Tables};
 
 use self::absorb::{Relists, sources};
 
@@ -32,8 +35,8 @@ const MAX_EVENTS_PER_SYNC: usize = 4_096;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
-/// How often drop counters are read into the metrics.
-const DROPS_EVERY: Duration = Duration::from_secs(10);
+/// Changes whose way to the maps is being timed; more wait only behind Services that fail.
+const MAX_TRIGGERS: usize = 4_096;
 
 /// What the dataplane of a node is told.
 #[derive(Clone, Debug)]
@@ -54,6 +57,8 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Addresses of NodePorts, health and metrics.
+    pub proxy: ProxyConfig,
 }
 
 /// Why the dataplane does not run.
@@ -107,19 +112,27 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    metrics.count_drops(programs.drop_counters()?);
+    let proxy = Arc::new(config.proxy.clone());
+    let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let mut dataplane = Dataplane {
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
         identity,
         devices: Devices::default(),
-        metrics,
+        checks: Checks::new(Arc::clone(&proxy), Arc::clone(&shared)),
+        shared: Arc::clone(&shared),
+        proxy: Arc::clone(&proxy),
         programmed,
         relists: Relists::default(),
-        triggers: Vec::new(),
+        triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    dataplane.run(client, shutdown).await
+    tokio::select! {
+        outcome = dataplane.run(client, shutdown) => outcome,
+        () = serve::serve(&proxy, shared) => Ok(()),
+    }
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
@@ -168,11 +181,13 @@ struct Dataplane {
     overlay: Overlay,
     identity: NodeConfig,
     devices: Devices,
-    metrics: Metrics,
+    shared: Arc<Shared>,
+    checks: Checks,
+    proxy: Arc<ProxyConfig>,
     programmed: watch::Sender<bool>,
     relists: Relists,
-    /// Times of the changes that wait to reach the maps.
-    triggers: Vec<Timestamp>,
+    /// Times of the changes that wait to reach the maps, and whose they are.
+    triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
 }
 
@@ -182,7 +197,6 @@ impl Dataplane {
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
-        let mut drops = tokio::time::interval(DROPS_EVERY);
         loop {
             let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
             tokio::select! {
@@ -205,12 +219,6 @@ impl Dataplane {
                     self.refresh_devices()?;
                 }
                 () = tokio::time::sleep(self.retry), if lagging => {}
-                _ = drops.tick() => {
-                    for (reason, count) in self.programs.drops()? {
-                        self.metrics.dropped(reason, count);
-                    }
-                    continue;
-                }
             }
             self.sync();
         }
@@ -234,7 +242,7 @@ impl Dataplane {
         } else {
             self.retry = RETRY_FIRST;
         }
-        if !self.reconciler.is_dirty() {
+        if self.reconciler.is_settled() {
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
         }
     }
@@ -242,15 +250,35 @@ impl Dataplane {
     fn sync_maps(&mut self) {
         let started = Instant::now();
         let report = self.reconciler.sync();
-        let now = Timestamp::now();
-        let (took, services) = (started.elapsed(), self.reconciler.totals().services);
-        self.metrics.synced(took, now.as_duration().as_secs_f64(), report.failed, services);
+        let took = started.elapsed();
         tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
-        if !self.reconciler.is_dirty() {
-            for trigger in self.triggers.drain(..) {
-                self.metrics.programmed(now.duration_since(trigger).as_secs_f64());
-            }
+        let (totals, unprogrammed) = (self.reconciler.totals(), self.reconciler.unprogrammed());
+        let metrics = &self.shared.metrics;
+        metrics.synced(&Synced {
+            took,
+            full: report.full,
+            failed: report.failed,
+            unprogrammed: unprogrammed.len(),
+            totals,
+        });
+        for table in Table::ALL {
+            metrics.holds(table, self.reconciler.entries(table));
         }
+        // A Service that fails says so itself; the proxy keeps up as long as others get through.
+        if report.failed == 0 || unprogrammed.len() < totals.services {
+            self.shared.health.lock().updated();
+        }
+        let now = Timestamp::now();
+        self.triggers.retain(|(service, trigger)| {
+            let waits = unprogrammed.contains_key(service);
+            if !waits {
+                metrics.programmed(now.duration_since(*trigger).as_secs_f64());
+            }
+            waits
+        });
+        let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
+        self.triggers.drain(..excess);
+        self.checks.apply(self.reconciler.take_health_changes());
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
@@ -268,7 +296,9 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        self.reconciler.set_node_addresses(devices.addresses.iter().map(|ip| Address::from(*ip)).collect());
+        let addresses = devices.addresses.iter().map(|ip| IpAddr::from(*ip));
+        let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
+        self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);
         self.devices = devices;
         Ok(())

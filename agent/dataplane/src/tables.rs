@@ -188,10 +188,16 @@ impl Tables {
         self.zone.as_deref()
     }
 
+    /// Whether a Node is this node's own.
+    #[must_use]
+    pub fn is_own(&self, node: &core::Node) -> bool {
+        node.metadata.name.as_deref() == Some(&self.node_name)
+    }
+
     /// Enters this node's own labels; returns the Services whose choice of endpoints depends on them, if they changed.
     /// That looks at all of them, and happens once in a node's life.
     pub fn apply_node(&mut self, node: &core::Node) -> Vec<ServiceName> {
-        if node.metadata.name.as_deref() != Some(&self.node_name) {
+        if !self.is_own(node) {
             return Vec::new();
         }
         let zone = node.metadata.labels.as_ref().and_then(|l| l.get(ZONE_LABEL)).filter(|z| !z.is_empty());

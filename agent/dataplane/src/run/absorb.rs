@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::hash::Hash;
+use std::time::Instant;
 
 use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll};
@@ -79,6 +80,13 @@ impl Dataplane {
         }
     }
 
+    fn mark(&mut self, changed: Vec<ServiceName>) {
+        if !changed.is_empty() {
+            self.shared.health.lock().queued(Instant::now());
+            self.reconciler.mark(changed);
+        }
+    }
+
     fn absorb_service(&mut self, event: watcher::Event<Service>) {
         let tables = &mut self.reconciler.tables;
         let changed: Vec<_> = match event {
@@ -98,7 +106,8 @@ impl Dataplane {
                 gone.iter().filter_map(|name| tables.delete_service(name)).collect()
             }
         };
-        self.reconciler.mark(changed);
+        self.shared.metrics.services_changed(changed.len());
+        self.mark(changed);
     }
 
     fn absorb_slice(&mut self, event: watcher::Event<EndpointSlice>) {
@@ -114,9 +123,10 @@ impl Dataplane {
             }
             watcher::Event::Apply(object) => {
                 let changed = tables.apply_slice(&object);
-                if !changed.is_empty() {
-                    self.triggers.extend(trigger_time(&object));
-                }
+                let waiting = changed.iter().cloned();
+                self.triggers.extend(
+                    trigger_time(&object).into_iter().flat_map(|at| waiting.clone().map(move |s| (s, at))),
+                );
                 changed
             }
             watcher::Event::Delete(object) => slice_name(&object)
@@ -128,7 +138,8 @@ impl Dataplane {
                 gone.iter().filter_map(|(namespace, name)| tables.delete_slice(namespace, name)).collect()
             }
         };
-        self.reconciler.mark(changed);
+        self.shared.metrics.endpoints_changed(changed.len());
+        self.mark(changed);
     }
 
     fn absorb_node(&mut self, event: watcher::Event<Node>) {
@@ -137,8 +148,11 @@ impl Dataplane {
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 self.relists.nodes.seen.extend(object.metadata.name.clone());
                 self.overlay.apply_node(&object);
-                let changed = self.reconciler.tables.apply_node(&object);
-                self.reconciler.mark(changed);
+                if self.reconciler.tables.is_own(&object) {
+                    self.shared.health.lock().set_node(&object);
+                    let changed = self.reconciler.tables.apply_node(&object);
+                    self.mark(changed);
+                }
             }
             watcher::Event::Delete(object) => {
                 if let Some(name) = &object.metadata.name {

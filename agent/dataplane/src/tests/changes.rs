@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::{apply, service, settle, slice, tables};
+use crate::maps::faulty::FaultyMaps;
 use crate::maps::memory::MemoryMaps;
-use crate::reconcile::Reconciler;
+use crate::maps::{MapSet, Table};
+use crate::reconcile::{Reconciler, dangling};
 
 #[test]
 fn the_cost_of_a_change_is_its_size() {
@@ -92,4 +94,56 @@ fn what_the_node_answers_itself_is_no_service() {
     apply(&mut reconciler, &dns);
     settle(&mut reconciler);
     assert_eq!(reconciler.render().unwrap(), "maps empty\n");
+}
+
+/// Maps that hold a Service which is gone and one that has other endpoints now.
+fn left_behind() -> MemoryMaps {
+    let mut first = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
+    apply(&mut first, &service("web", "10.43.0.1"));
+    apply(&mut first, &slice("web", 0..20));
+    let mut doomed = service("old", "10.43.0.2");
+    doomed["spec"]["ports"][0]["nodePort"] = 30081.into();
+    apply(&mut first, &doomed);
+    apply(&mut first, &slice("old", 60..70));
+    settle(&mut first);
+    first.maps
+}
+
+#[test]
+fn what_is_left_goes_although_operations_fail() {
+    for seed in 1..=50 {
+        let maps = FaultyMaps::new(left_behind(), seed * 7_919, 20);
+        let mut second = Reconciler::adopt(tables(), maps).unwrap();
+        apply(&mut second, &service("web", "10.43.0.1"));
+        apply(&mut second, &slice("web", 30..40));
+        second.sources_are_known();
+        settle(&mut second);
+        let ledger = second.ledger();
+        assert_eq!((ledger.services.len(), ledger.backends.len()), (4, 10), "{}", second.render().unwrap());
+        assert!(second.is_settled());
+    }
+}
+
+/// The agent of a node goes on, and says whose error it is.
+#[test]
+fn a_service_that_never_fits_keeps_nothing_waiting() {
+    let mut second = Reconciler::adopt(tables(), left_behind()).unwrap();
+    let full = second.maps.dump(Table::Slots).unwrap().len();
+    second.maps.capacity.insert(Table::Slots, full);
+    apply(&mut second, &service("web", "10.43.0.1"));
+    apply(&mut second, &slice("web", 30..1_000));
+    second.sources_are_known();
+    for round in 1..5 {
+        second.sync();
+        assert_eq!(dangling(second.ledger()), Vec::<String>::new());
+        assert!(second.is_dirty());
+        assert_eq!(second.is_settled(), round >= 3, "round {round}");
+    }
+    let text = second.render().unwrap();
+    assert!(!text.contains("10.43.0.2") && text.contains("10.43.0.1:80/TCP list"), "{text}");
+    assert_eq!(second.unprogrammed().len(), 1);
+    // Backends stay as long as the failing Service may lead to them.
+    apply(&mut second, &slice("web", 30..40));
+    settle(&mut second);
+    assert_eq!((second.ledger().backends.len(), second.unprogrammed().len()), (10, 0));
 }
