@@ -4,8 +4,12 @@
 mod adoption;
 mod agent;
 mod edge;
+mod entries;
+mod errors;
+mod frames;
 mod overlay;
 mod packets;
+mod paths;
 mod place;
 mod sockets;
 
