@@ -105,7 +105,7 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> (u32
     (attr.count.min(count), result)
 }
 
-/// Reads all entries of a hash map, as keys and values one behind the other.
+/// Reads all entries of a hash map or trie, as keys and values one behind the other.
 pub(crate) fn read_all(
     map: BorrowedFd<'_>,
     key_bytes: usize,
@@ -114,14 +114,15 @@ pub(crate) fn read_all(
     // More than the longest chain of a bucket that is ever expected; doubled when the kernel says it is not.
     let mut chunk = 4_096_usize;
     let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
-    let mut position: Option<u32> = None;
+    // A hash map's position is the number of a bucket, a trie's the last key.
+    let mut position: Option<Vec<u8>> = None;
+    let mut next = vec![0_u8; key_bytes.max(size_of::<u32>())];
     loop {
         let mut keys = vec![0_u8; chunk * key_bytes];
         let mut values = vec![0_u8; chunk * value_bytes];
-        let mut next = 0_u32;
         let mut attr = BatchAttr {
-            in_batch: position.as_ref().map_or(0, |p| std::ptr::from_ref(p) as u64),
-            out_batch: std::ptr::from_mut(&mut next) as u64,
+            in_batch: position.as_ref().map_or(0, |p| address(p)),
+            out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: u32::try_from(chunk).unwrap_or(u32::MAX),
@@ -144,7 +145,7 @@ pub(crate) fn read_all(
         if end {
             return Ok((all_keys, all_values));
         }
-        position = Some(next);
+        position = Some(next.clone());
     }
 }
 
