@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 use std::hash::Hash;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, StreamExt};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
@@ -45,14 +45,14 @@ const DROPS_EVERY: Duration = Duration::from_secs(10);
 pub struct Config {
     /// Name of the Node.
     pub node_name: String,
-    /// The node's address on the network that joins the nodes.
-    pub node_ip: Ipv4Addr,
-    /// Addresses of all pods.
-    pub cluster_cidr: Ipv4Network,
-    /// Addresses of all Services.
-    pub service_cidr: Ipv4Network,
+    /// The node's address on the network that joins the nodes: its end of the tunnels.
+    pub node_ip: IpAddr,
+    /// Addresses of all pods: a range for each family that the cluster has.
+    pub cluster_cidr: Vec<IpNetwork>,
+    /// Addresses of all Services, likewise.
+    pub service_cidr: Vec<IpNetwork>,
     /// Service addresses that the node answers itself (cluster DNS): neither translated nor refused.
-    pub node_local: Vec<Ipv4Addr>,
+    pub node_local: Vec<IpAddr>,
     /// Where links and maps are pinned: a bpffs, mounted there if it is not. Services live as long as that mount.
     pub pin_dir: PathBuf,
     /// The node's cgroup below cgroup2's root: `weft/<node>`. Processes below it are served, wherever their network namespace is.
@@ -148,6 +148,7 @@ pub async fn run_with_metrics(
         reconciler,
         identity,
         devices: Devices::default(),
+        families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         metrics,
         programmed,
         services: Relist::new(),
@@ -205,6 +206,8 @@ struct Dataplane {
     overlay: Overlay,
     identity: NodeConfig,
     devices: Devices,
+    /// Whether a family is IPv6, for each that pods have.
+    families: Vec<bool>,
     metrics: Metrics,
     programmed: watch::Sender<bool>,
     services: Relist<crate::tables::ServiceName>,
@@ -298,7 +301,9 @@ impl Dataplane {
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
     fn refresh_devices(&mut self) -> Result<(), Error> {
-        let devices = node::devices()?;
+        let mut devices = node::devices()?;
+        // An address of a family that pods lack answers no NodePort.
+        devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
         if devices == self.devices {
             return Ok(());
         }

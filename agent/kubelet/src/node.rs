@@ -156,6 +156,9 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
 
 async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition], Timestamp)) -> NodeStatus {
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
+    let ips = shared.config.node_ips();
+    let mut addresses: Vec<_> = ips.iter().map(|ip| address("InternalIP", ip.to_string())).collect();
+    addresses.push(address("Hostname", shared.config.node_name.clone()));
     let capacity = shared.machine.capacity();
     let runtime_error = shared.runtime.list_images().await;
     let images = runtime_error.as_ref().map(|list| {
@@ -165,10 +168,7 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
         })
     });
     NodeStatus {
-        addresses: Some(vec![
-            address("InternalIP", shared.config.node_ip.to_string()),
-            address("Hostname", shared.config.node_name.clone()),
-        ]),
+        addresses: Some(addresses),
         allocatable: Some(capacity.clone()),
         capacity: Some(capacity),
         conditions: Some(conditions(

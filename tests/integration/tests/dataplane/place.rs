@@ -1,7 +1,7 @@
 //! A node in a network namespace, with a pod on its bridge and a client outside, joined by veth pairs.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -170,7 +170,8 @@ fn enter(path: &Path) {
 }
 
 /// Answers every TCP connection and datagram at `address` in a namespace with `name`, as long as the test lives.
-pub(crate) fn serve(netns: &Netns, address: Ipv4Addr, name: &'static str) -> SocketAddr {
+pub(crate) fn serve(netns: &Netns, address: impl Into<IpAddr>, name: &'static str) -> SocketAddr {
+    let address = address.into();
     let (tcp, udp) = within(netns, || {
         let tcp = TcpListener::bind((address, 0)).unwrap();
         let udp = UdpSocket::bind(tcp.local_addr().unwrap()).unwrap();
