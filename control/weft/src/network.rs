@@ -199,7 +199,7 @@ impl Task {
         let mut netlink = Netlink::open()?;
         let bridge = netlink.ensure_bridge(POD_BRIDGE, mtu_bytes)?;
         netlink.add_address(bridge.index, Ipv4Network::new(gateway, range.prefix())?.into())?;
-        weft_cni_netlink::masquerade::ensure(self.cluster_cidr)?;
+        weft_cni_netlink::masquerade::ensure(&[self.cluster_cidr.into()], &[])?;
         let conf = json!({
             "cniVersion": "1.1.0",
             "name": "weft",
