@@ -103,7 +103,11 @@ async fn report(
         }
     }
     let status = status(shared, (network, before, now)).await;
-    let body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    let mut body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    // The schema merges addresses by type, and a node of two families has two of one type: the list goes as a whole.
+    if let Some(addresses) = body.pointer_mut("/status/addresses").and_then(Value::as_array_mut) {
+        addresses.push(json!({"$patch": "replace"}));
+    }
     match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(body)).await {
         Ok(_) => {
             announce(shared, before, status.conditions.iter().flatten());

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1 as core;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use serde_json::json;
 use tokio::sync::watch;
-use weft_cni_netlink::{Address, Class, Netlink, Route};
+use weft_cni_netlink::{Address, Class, Netlink, Route, sysctl};
 
 use crate::agent::Node;
 use crate::cluster::Cluster;
@@ -25,9 +25,8 @@ pub(crate) const OVERLAY: &str = "weft.vx";
 /// Bridge that joins the nodes of this machine.
 pub(crate) const UNDERLAY_BRIDGE: &str = "weftu0";
 const UNDERLAY_MTU_BYTES: u32 = 1500;
-const FORWARDING_V4: &str = "/proc/sys/net/ipv4/ip_forward";
-/// Settings of IPv6 for each device, and `all`.
-const IPV6: &str = "/proc/sys/net/ipv6/conf";
+/// Whether the machine does without IPv6.
+const IPV6_OFF: &str = "/proc/sys/net/ipv6/conf/all/disable_ipv6";
 
 /// The machine's host name.
 pub(crate) fn hostname() -> String {
@@ -38,10 +37,10 @@ pub(crate) fn hostname() -> String {
 /// Refuses an IPv6 cluster on a machine without IPv6.
 pub(crate) fn check_families(cluster: &Cluster) -> anyhow::Result<()> {
     let Some(range) = cluster.cluster_cidr.family(true) else { return Ok(()) };
-    let off = std::fs::read_to_string(format!("{IPV6}/all/disable_ipv6"));
+    let off = std::fs::read_to_string(IPV6_OFF);
     anyhow::ensure!(
         off.is_ok_and(|off| off.trim() == "0"),
-        "pods shall have addresses of {range}, and IPv6 is turned off on this machine ({IPV6}/all/disable_ipv6)"
+        "pods shall have addresses of {range}, and IPv6 is turned off on this machine ({IPV6_OFF})"
     );
     Ok(())
 }
@@ -136,34 +135,10 @@ pub(crate) fn prepare_node(node: &Node, paths: &NodePaths) -> anyhow::Result<()>
 
 fn turn_on_forwarding(cluster: &Cluster) -> anyhow::Result<()> {
     if cluster.cluster_cidr.family(false).is_some() {
-        std::fs::write(FORWARDING_V4, "1").context("cannot turn on IPv4 forwarding")?;
+        sysctl::forward_ipv4().context("cannot turn on IPv4 forwarding")?;
     }
-    let all = format!("{IPV6}/all/forwarding");
-    let is_on = || std::fs::read_to_string(&all).is_ok_and(|value| value.trim() == "1");
-    if cluster.cluster_cidr.family(true).is_none() || is_on() {
-        return Ok(());
-    }
-    keep_advertisements().context("cannot keep IPv6 router advertisements")?;
-    std::fs::write(&all, "1").context("cannot turn on IPv6 forwarding")
-}
-
-/// A device that takes router advertisements stops at them once its machine forwards, unless it is told to go on
-/// (`accept_ra` 2): the machine would lose its own default route.
-fn keep_advertisements() -> std::io::Result<()> {
-    for device in std::fs::read_dir(IPV6)? {
-        let device = device?;
-        let name = device.file_name();
-        if ["all", "default", "lo"].iter().any(|other| name == *other) {
-            continue;
-        }
-        let setting = device.path().join("accept_ra");
-        match std::fs::read_to_string(&setting) {
-            Ok(value) if value.trim() == "1" => std::fs::write(&setting, "2")?,
-            Ok(_) => {}
-            // The device went away.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+    if cluster.cluster_cidr.family(true).is_some() {
+        sysctl::forward_ipv6().context("cannot turn on IPv6 forwarding")?;
     }
     Ok(())
 }
@@ -273,7 +248,7 @@ impl Task {
         for range in ranges.iter() {
             netlink.add_address(bridge.index, IpNetwork::new(ranges::nth(range, 1), range.prefix())?)?;
         }
-        self.masquerade()?;
+        weft_cni_netlink::masquerade::ensure(&self.cluster_cidr.iter().collect::<Vec<_>>(), &[])?;
         let conf = json!({
             "cniVersion": "1.1.0",
             "name": "weft",
@@ -286,13 +261,6 @@ impl Task {
             }],
         });
         Ok(pki::write(&self.conf, &serde_json::to_string_pretty(&conf)?, 0o644)?)
-    }
-
-    fn masquerade(&self) -> anyhow::Result<()> {
-        if let Some(IpNetwork::V4(range)) = self.cluster_cidr.family(false) {
-            weft_cni_netlink::masquerade::ensure(range)?;
-        }
-        Ok(())
     }
 }
 
