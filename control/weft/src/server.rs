@@ -194,7 +194,7 @@ fn api_config(
             issuer: format!("https://kubernetes.default.svc.{DOMAIN}"),
             audiences: Vec::new(),
         },
-        service_cidr: cluster.service_cidr.to_string().parse()?,
+        service_cidrs: vec![cluster.service_cidr.to_string().parse()?],
         node_port_range: 30000..=32767,
         kubelet_client: Some(apiserver::KubeletClient {
             identity: pem(kubelet),
