@@ -207,7 +207,11 @@ fn api_config(
             issuer: format!("https://kubernetes.default.svc.{DOMAIN}"),
             audiences: Vec::new(),
         },
-        service_cidr: cluster.service_cidr.primary.to_string().parse()?,
+        service_cidrs: cluster
+            .service_cidr
+            .iter()
+            .map(|range| range.to_string().parse())
+            .collect::<Result<_, _>>()?,
         node_port_range: 30000..=32767,
         kubelet_client: Some(apiserver::KubeletClient {
             identity: pem(kubelet),

@@ -4,14 +4,8 @@ use anyhow::Context as _;
 use weft_tests_e2e::{cluster, eventually, sleeper};
 use weft_tests_harness::cluster::Cluster;
 
-const FLAGS: [&str; 6] = [
-    "--nodes",
-    "2",
-    "--cluster-cidr",
-    "10.42.0.0/16,fd42::/56",
-    "--service-cidr",
-    "10.43.0.0/16,fd43::/112",
-];
+const FLAGS: [&str; 6] =
+    ["--nodes", "2", "--cluster-cidr", "10.42.0.0/16,fd42::/56", "--service-cidr", "10.43.0.0/16,fd43::/112"];
 
 /// A server on each node that says its own name, at port 80 of both families, and a headless Service over both.
 fn servers() -> String {
@@ -74,15 +68,10 @@ fn list(cluster: &Cluster, kind: &str, path: &str) -> anyhow::Result<Vec<String>
 fn nodes_have_ranges_and_addresses(cluster: &Cluster) -> anyhow::Result<()> {
     let mut ranges = list(cluster, "nodes", "{.spec.podCIDR} {.spec.podCIDRs}")?;
     ranges.sort();
-    let of = |number: u8, six: &str| {
-        format!("10.42.{number}.0/24 [\"10.42.{number}.0/24\",\"{six}\"]")
-    };
+    let of = |number: u8, six: &str| format!("10.42.{number}.0/24 [\"10.42.{number}.0/24\",\"{six}\"]");
     assert_eq!(ranges, [of(0, "fd42::/64"), of(1, "fd42:0:0:1::/64")]);
     let internal = "{.metadata.name} {.status.addresses[?(@.type==\"InternalIP\")].address}";
-    assert_eq!(
-        list(cluster, "nodes", internal)?,
-        ["node-1 10.44.0.2 fd44::2", "node-2 10.44.0.3 fd44::3"]
-    );
+    assert_eq!(list(cluster, "nodes", internal)?, ["node-1 10.44.0.2 fd44::2", "node-2 10.44.0.3 fd44::3"]);
     Ok(())
 }
 
