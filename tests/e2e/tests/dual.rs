@@ -169,7 +169,7 @@ fn names_have_both_kinds_of_records(cluster: &Cluster) -> anyhow::Result<()> {
 
 /// To the machine that the nodes are on, which knows no way back to a pod.
 fn egress_bears_the_nodes_address(cluster: &Cluster) -> anyhow::Result<()> {
-    use std::io::{Read as _, Write as _};
+    use std::io::{BufRead as _, BufReader, Write as _};
     for (listen, node) in [("10.44.0.1", "10.44.0.3"), ("fd44::1", "fd44::3")] {
         let address: std::net::IpAddr = listen.parse()?;
         let (tell, port) = std::sync::mpsc::channel();
@@ -177,8 +177,9 @@ fn egress_bears_the_nodes_address(cluster: &Cluster) -> anyhow::Result<()> {
             let listener = std::net::TcpListener::bind((address, 0))?;
             tell.send(listener.local_addr()?.port())?;
             let (mut stream, from) = listener.accept()?;
-            let mut request = [0; 16];
-            stream.read_exact(&mut request)?;
+            // Whole, or the kernel would answer the rest with a reset.
+            let mut request = BufReader::new(&stream).lines();
+            while request.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
             stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom outside\n")?;
             Ok(from.ip())
         })?;
