@@ -14,8 +14,10 @@ mod link;
 pub mod masquerade;
 pub mod namespace;
 mod neighbour;
+mod nft;
 mod route;
 mod socket;
+pub mod sysctl;
 
 pub use address::Address;
 pub use error::{Class, Error};

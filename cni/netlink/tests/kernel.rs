@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use weft_cni_netlink::{
-    FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, Vxlan, masquerade, namespace,
+    FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, Vxlan, masquerade, namespace, sysctl,
 };
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
@@ -42,13 +42,13 @@ fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
         netlink.set_hairpin(port.index, true).unwrap();
         assert_eq!(netlink.link("ve-a").unwrap().master, Some(bridge.index));
 
-        let local = Ipv4Addr::new(10, 9, 0, 1);
+        let local = Ipv4Addr::new(10, 9, 0, 1).into();
         let vxlan =
             Vxlan { name: "vx-a", vni: 77, port: 8472, local, mac: Mac([2, 0, 0, 0, 0, 1]), mtu_bytes: 1350 };
         netlink.create_vxlan(&vxlan).unwrap();
         let vx = netlink.link("vx-a").unwrap();
         assert_eq!((vx.kind.as_str(), vx.mtu_bytes, vx.up), ("vxlan", 1350, true));
-        let entry = FdbEntry { index: vx.index, mac, remote: Ipv4Addr::new(10, 9, 0, 2) };
+        let entry = FdbEntry { index: vx.index, mac, remote: Ipv4Addr::new(10, 9, 0, 2).into() };
         netlink.put_fdb(&entry).unwrap();
         assert!(netlink.fdb(vx.index).unwrap().contains(&entry));
         let neighbour = Neighbour { index: vx.index, address: "10.8.1.0".parse().unwrap(), mac };
@@ -74,7 +74,7 @@ fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
 }
 
 #[test]
-fn the_masquerade_rule_is_replaced_and_removed() {
+fn the_masquerade_rules_are_replaced_and_removed() {
     if !require("netlink::masquerade", &["root", "ip", "nft"]) {
         return;
     }
@@ -83,18 +83,53 @@ fn the_masquerade_rule_is_replaced_and_removed() {
         let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
-    within(&netns, || {
-        masquerade::ensure("10.42.0.0/16".parse().unwrap()).unwrap();
-        masquerade::ensure("10.42.0.0/16".parse().unwrap()).unwrap();
-    });
-    let present = rules();
-    let rule = "ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 masquerade";
-    assert_eq!(present.matches(rule).count(), 1, "{present}");
+    let ensure = |pods: &[&str], exceptions: &[&str]| {
+        let parse = |all: &[&str]| all.iter().map(|one| one.parse().unwrap()).collect::<Vec<_>>();
+        let (pods, exceptions) = (parse(pods), parse(exceptions));
+        within(&netns, || masquerade::ensure(&pods, &exceptions).unwrap());
+        rules()
+    };
+    ensure(&["10.42.0.0/16"], &[]);
+    let v4 = "ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 masquerade fully-random";
+    let present = ensure(&["10.42.0.0/16"], &[]);
+    assert_eq!(present.matches(v4).count(), 1, "{present}");
+    assert!(!present.contains("ip6"), "{present}");
+
+    let present = ensure(&["10.42.0.0/16", "fd00:42::/48"], &["fd00:99::/32", "192.0.2.0/24"]);
+    let v6 = "ip6 saddr fd00:42::/48 ip6 daddr != fd00:42::/48 ip6 daddr != fd00:99::/32 masquerade";
+    let v4 = "ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 ip daddr != 192.0.2.0/24 masquerade";
+    assert_eq!((present.matches(v4).count(), present.matches(v6).count()), (1, 1), "{present}");
+    let present = ensure(&["fd00:42::/48"], &[]);
+    assert!(!present.contains("10.42") && present.contains("fd00:42::/48 masquerade"), "{present}");
     within(&netns, || {
         masquerade::remove().unwrap();
         masquerade::remove().unwrap();
     });
     assert_eq!(rules(), "");
+}
+
+#[test]
+fn forwarding_ipv6_keeps_what_devices_hear_from_routers() {
+    if !require("netlink::forwarding", &["root", "ip", "ipv6"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    within(&netns, || {
+        let conf = |name: &str| format!("/proc/sys/net/ipv6/conf/{name}");
+        let read = |name: &str| std::fs::read_to_string(conf(name)).unwrap().trim().to_owned();
+        Netlink::open().unwrap().ensure_bridge("up-a", 1500).unwrap();
+        Netlink::open().unwrap().ensure_bridge("br-a", 1500).unwrap();
+        sysctl::refuse_routers("br-a").unwrap();
+        sysctl::refuse_routers("not-there").unwrap();
+        for _ in 0..2 {
+            sysctl::forward_ipv4().unwrap();
+            sysctl::forward_ipv6().unwrap();
+        }
+        assert_eq!(read("all/forwarding"), "1");
+        assert_eq!((read("up-a/accept_ra").as_str(), read("br-a/accept_ra").as_str()), ("2", "0"));
+        assert_eq!(std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap().trim(), "1");
+        assert!(sysctl::use_ipv6("not-there").is_err());
+    });
 }
 
 #[test]

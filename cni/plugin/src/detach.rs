@@ -1,7 +1,7 @@
 //! DEL and GC: what belongs to an owner goes, the lease last; what is gone already is no error.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use weft_cni_ipam::{Lease, Owner};
 use weft_cni_netlink::{Class, Neighbour, Netlink};
@@ -12,7 +12,7 @@ use crate::{leases, names};
 
 pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
     let leases = leases(config)?;
-    let held: Vec<Ipv4Addr> =
+    let held: Vec<IpAddr> =
         leases.all()?.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
     unlink(config, owner, &held)?;
     leases.release(owner)?;
@@ -27,7 +27,8 @@ pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
         valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
     let is_valid =
         |lease: &Lease| valid.contains(&(lease.owner.container.as_str(), lease.owner.ifname.as_str()));
-    let stale: Vec<Owner> = leases(config)?
+    // An owner has a lease of each family.
+    let stale: HashSet<Owner> = leases(config)?
         .all()?
         .into_iter()
         .filter(|lease| !is_valid(lease))
@@ -39,14 +40,14 @@ pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
 }
 
 /// Removes an owner's pair, and the neighbours that the host has for its addresses.
-pub(crate) fn unlink(config: &Config, owner: &Owner, addresses: &[Ipv4Addr]) -> Result<(), PluginError> {
+pub(crate) fn unlink(config: &Config, owner: &Owner, addresses: &[IpAddr]) -> Result<(), PluginError> {
     let mut host = Netlink::open()?;
     host.delete_link_named(&names::host_interface(&config.name, owner))?;
     match host.link(&config.bridge) {
         Ok(bridge) => {
             for address in addresses {
-                let (index, mac) = (bridge.index, names::mac(*address));
-                host.delete_neighbour(&Neighbour { index, address: (*address).into(), mac })?;
+                let (index, mac) = (bridge.index, names::mac([*address]));
+                host.delete_neighbour(&Neighbour { index, address: *address, mac })?;
             }
             Ok(())
         }

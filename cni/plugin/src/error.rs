@@ -51,13 +51,6 @@ pub(crate) enum PluginError {
     /// A device doesn't come up.
     #[error("the device {0} does not come up")]
     NotRunning(String),
-    /// Forwarding can't be turned on.
-    #[error("cannot turn on IPv4 forwarding")]
-    Forwarding {
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// CHECK found something else.
     #[error("the network is not as ADD left it: {0}")]
     Check(String),
@@ -85,14 +78,16 @@ impl PluginError {
         match self {
             Self::Call(_) => Code::InvalidEnvironment,
             Self::Config(error) => error.code(),
-            Self::Input { .. } | Self::Forwarding { .. } => Code::Io,
+            Self::Input { .. } => Code::Io,
             Self::NotInVersion { .. } => Code::IncompatibleVersion,
             Self::Missing(_) => Code::InvalidConfig,
             Self::Netns { .. } => Code::UnknownContainer,
             Self::Address(weft_cni_ipam::Error::Exhausted) => Code::TryAgain,
-            Self::Address(weft_cni_ipam::Error::NotInPool(_) | weft_cni_ipam::Error::Taken(_)) => {
-                Code::InvalidConfig
-            }
+            Self::Address(
+                weft_cni_ipam::Error::NotInPool(_)
+                | weft_cni_ipam::Error::Taken(_)
+                | weft_cni_ipam::Error::Second(_),
+            ) => Code::InvalidConfig,
             Self::Address(weft_cni_ipam::Error::Io { .. }) => Code::Io,
             Self::Kernel(error) => match error.class() {
                 Class::Retry => Code::TryAgain,

@@ -80,8 +80,9 @@ fn check_spoken(command: Command, version: Version) -> Result<(), PluginError> {
     Ok(())
 }
 
-fn pool(config: &Config) -> Pool {
-    Pool::new(config.ipam.subnet, config.ipam.gateway)
+/// A pool for each range, in their order.
+fn pools(config: &Config) -> Vec<Pool> {
+    config.ipam.ranges.iter().map(|range| Pool::new(range.subnet, range.gateway)).collect()
 }
 
 fn leases(config: &Config) -> Result<Leases, PluginError> {
@@ -90,10 +91,13 @@ fn leases(config: &Config) -> Result<Leases, PluginError> {
 
 /// Whether the next ADD can be served.
 fn status(config: &Config) -> Result<(), PluginError> {
-    let taken = leases(config).and_then(|leases| Ok(leases.all()?.len()));
     let unavailable = |source: PluginError| PluginError::Unavailable { source: Box::new(source) };
-    if taken.map_err(unavailable)? >= pool(config).size() as usize {
-        return Err(unavailable(weft_cni_ipam::Error::Exhausted.into()));
+    let taken = leases(config).and_then(|leases| Ok(leases.all()?)).map_err(unavailable)?;
+    for pool in pools(config) {
+        let held = taken.iter().filter(|lease| pool.holds(lease.address)).count();
+        if held as u128 >= pool.size() {
+            return Err(unavailable(weft_cni_ipam::Error::Exhausted.into()));
+        }
     }
     Netlink::open().map_err(|error| unavailable(error.into()))?;
     Ok(())

@@ -1,14 +1,14 @@
 //! The network's configuration, as a plugin gets it on standard input.
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::call::is_identifier;
-use crate::{Code, Version};
+use crate::range::RawIpam;
+use crate::{Code, Ipam, Version};
 
 /// A configuration that has been checked.
 #[derive(Clone, Debug)]
@@ -33,19 +33,10 @@ pub struct Config {
     pub valid_attachments: Option<Vec<Attachment>>,
 }
 
-/// Where addresses come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipam {
-    /// The pods' subnet.
-    pub subnet: Ipv4Network,
-    /// The bridge's address in it.
-    pub gateway: Ipv4Addr,
-}
-
 /// What the caller adds for one container (capability `ips`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct RuntimeConfig {
-    /// The addresses that the container must get; at most one of IPv4 is served.
+    /// The addresses that the container must get; one of each family at most.
     #[serde(default)]
     pub ips: Vec<IpNetwork>,
 }
@@ -111,14 +102,11 @@ struct Raw {
     valid_attachments: Option<Vec<Attachment>>,
 }
 
-#[derive(Deserialize)]
-struct RawIpam {
-    subnet: Option<Ipv4Network>,
-    gateway: Option<Ipv4Addr>,
-}
-
 /// What IPv4 asks of every link (RFC 791), and the most that a packet can be.
 const MTU_BYTES: std::ops::RangeInclusive<u32> = 576..=65535;
+
+/// What IPv6 asks of every link (RFC 8200 §5).
+const IPV6_MTU_BYTES: u32 = 1280;
 
 /// Ethernet's.
 const DEFAULT_MTU_BYTES: u32 = 1500;
@@ -159,17 +147,9 @@ impl Config {
         if !MTU_BYTES.contains(&mtu_bytes) {
             return Err(invalid("mtu", "not within 576 and 65535"));
         }
-        let ipam = raw.ipam.ok_or_else(missing("ipam"))?;
-        let subnet = ipam.subnet.ok_or_else(missing("ipam.subnet"))?;
-        if subnet.prefix() > 30 {
-            return Err(invalid("ipam.subnet", "has no room for a gateway and a pod"));
-        }
-        if subnet.ip() != subnet.network() {
-            return Err(invalid("ipam.subnet", "has host bits set"));
-        }
-        let gateway = ipam.gateway.ok_or_else(missing("ipam.gateway"))?;
-        if !subnet.contains(gateway) || gateway == subnet.network() || gateway == subnet.broadcast() {
-            return Err(invalid("ipam.gateway", "not an address of the subnet"));
+        let ipam = raw.ipam.ok_or_else(missing("ipam"))?.check()?;
+        if ipam.ranges.iter().any(|range| range.subnet.is_ipv6()) && mtu_bytes < IPV6_MTU_BYTES {
+            return Err(invalid("mtu", "less than the 1280 that IPv6 needs"));
         }
         let state_dir = raw.state_dir.filter(|path| path.is_absolute());
         Ok(Self {
@@ -177,7 +157,7 @@ impl Config {
             name,
             bridge,
             mtu_bytes,
-            ipam: Ipam { subnet, gateway },
+            ipam,
             state_dir: state_dir.ok_or_else(|| invalid("stateDir", "not an absolute path"))?,
             runtime: raw.runtime_config,
             prev_result: raw.prev_result,
@@ -213,8 +193,38 @@ mod tests {
     #[test]
     fn reads_what_the_agent_writes() {
         let config = read(&good()).unwrap();
-        assert_eq!(config.ipam.subnet.to_string(), "10.42.1.0/24");
+        assert_eq!(config.ipam.ranges[0].subnet.to_string(), "10.42.1.0/24");
         assert_eq!((config.bridge.as_str(), config.mtu_bytes), ("weft0", 1450));
+    }
+
+    #[test]
+    fn reads_a_range_of_each_family() {
+        let v4 = json!({"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"});
+        let v6 = json!({"subnet": "fd00:42:0:1::/64", "gateway": "fd00:42:0:1::1"});
+        let with = |ipam: Value| {
+            let mut config = good();
+            config["ipam"] = ipam;
+            read(&config)
+        };
+        assert_eq!(with(json!({"ranges": [v4]})).unwrap().ipam, read(&good()).unwrap().ipam);
+        let both = with(json!({"ranges": [v6, v4]})).unwrap().ipam.ranges;
+        assert_eq!(both.iter().map(|range| range.subnet.is_ipv6()).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(with(v6.clone()).unwrap().ipam.ranges, [both[0]]);
+        for mistake in [
+            json!({"ranges": []}),
+            json!({"ranges": [v4, v4]}),
+            json!({"ranges": [v4, v6, v4]}),
+            json!({"ranges": [{"subnet": "10.42.1.0/24"}]}),
+            json!({"ranges": [v6], "subnet": "10.42.1.0/24"}),
+            json!({"subnet": "fd00::/127", "gateway": "fd00::1"}),
+            json!({"subnet": "fd00::/64", "gateway": "fd00::"}),
+            json!({"subnet": "fd00::/64", "gateway": "10.42.1.1"}),
+        ] {
+            assert_eq!(with(mistake.clone()).unwrap_err().code(), Code::InvalidConfig, "{mistake}");
+        }
+        let mut narrow = good();
+        (narrow["ipam"], narrow["mtu"]) = (v6, json!(1279));
+        assert_eq!(read(&narrow).unwrap_err().code(), Code::InvalidConfig);
     }
 
     #[test]

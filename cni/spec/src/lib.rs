@@ -4,11 +4,13 @@
 mod call;
 mod config;
 mod error;
+mod range;
 mod result;
 mod version;
 
 pub use call::{Call, CallError, Command};
-pub use config::{Attachment, Config, ConfigError, Ipam, RuntimeConfig};
+pub use config::{Attachment, Config, ConfigError, RuntimeConfig};
 pub use error::{Code, ErrorReport};
+pub use range::{Ipam, Range};
 pub use result::{AddResult, Interface, IpConfig, Route, VersionResult};
 pub use version::{SUPPORTED, UnknownVersion, Version};

@@ -1,8 +1,8 @@
 //! What a plugin answers on success, in the form of each version.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -36,9 +36,9 @@ pub struct Interface {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IpConfig {
     /// The address and its subnet's prefix length.
-    pub address: Ipv4Network,
+    pub address: IpNetwork,
     /// The way out.
-    pub gateway: Ipv4Addr,
+    pub gateway: IpAddr,
     /// Which of the interfaces has it.
     pub interface: usize,
 }
@@ -47,9 +47,9 @@ pub struct IpConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Where to.
-    pub destination: Ipv4Network,
+    pub destination: IpNetwork,
     /// Through whom.
-    pub gateway: Ipv4Addr,
+    pub gateway: IpAddr,
 }
 
 impl AddResult {
@@ -63,7 +63,7 @@ impl AddResult {
                 let mut value =
                     json!({"address": ip.address.to_string(), "gateway": ip.gateway, "interface": ip.interface});
                 if version < Version::V1_0_0 {
-                    value["version"] = json!("4");
+                    value["version"] = json!(if ip.address.is_ipv4() { "4" } else { "6" });
                 }
                 value
             })
@@ -120,12 +120,12 @@ mod tests {
             }],
             ips: vec![IpConfig {
                 address: "10.42.1.7/24".parse().unwrap(),
-                gateway: Ipv4Addr::new(10, 42, 1, 1),
+                gateway: "10.42.1.1".parse().unwrap(),
                 interface: 0,
             }],
             routes: vec![Route {
                 destination: "0.0.0.0/0".parse().unwrap(),
-                gateway: Ipv4Addr::new(10, 42, 1, 1),
+                gateway: "10.42.1.1".parse().unwrap(),
             }],
         };
         let old = result.to_json(Version::V0_4_0);

@@ -25,6 +25,16 @@ pub(crate) fn conf(node: &Node) -> Value {
     })
 }
 
+/// The same with a range of each family, with room for 13 pods.
+pub(crate) fn dual(node: &Node) -> Value {
+    let mut config = conf(node);
+    config["ipam"] = json!({"ranges": [
+        {"subnet": "10.42.1.0/28", "gateway": "10.42.1.1"},
+        {"subnet": "fd00:42:0:1::/64", "gateway": "fd00:42:0:1::1"},
+    ]});
+    config
+}
+
 /// What asks the same of the reference plugins.
 pub(crate) fn reference(node: &Node) -> Value {
     json!({
@@ -45,9 +55,13 @@ impl Node {
 
     /// Makes what the first ADD of a node makes and later ones find.
     pub(crate) fn warm_up(&self) {
+        self.warm_up_with(&conf(self));
+    }
+
+    pub(crate) fn warm_up_with(&self, config: &Value) {
         let pod = bare_pod();
-        self.ok("ADD", "warm", Some(&pod), &conf(self));
-        self.ok("DEL", "warm", Some(&pod), &conf(self));
+        self.ok("ADD", "warm", Some(&pod), config);
+        self.ok("DEL", "warm", Some(&pod), config);
     }
 
     fn start(&self, verb: &str, id: &str, netns: &str, input: &str) -> Child {
@@ -128,8 +142,13 @@ impl Node {
             .lines()
             .filter_map(|line| Some(line.split_whitespace().nth(1)?.to_owned()))
             .collect();
-        let rest = [&["-4", "-o", "addr"][..], &["-4", "neigh", "show", "nud", "permanent"]].map(show);
-        format!("{links:?}\n{}", rest.concat())
+        let rest = [
+            &["-4", "-o", "addr"][..],
+            &["-4", "neigh", "show", "nud", "permanent"],
+            &["-6", "-o", "addr", "show", "scope", "global"],
+            &["-6", "neigh", "show", "nud", "permanent"],
+        ];
+        format!("{links:?}\n{}", rest.map(show).concat())
     }
 
     /// How many addresses are held.
@@ -139,7 +158,7 @@ impl Node {
         let folders = boots.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
         let names =
             folders.flat_map(|boot| std::fs::read_dir(boot).unwrap()).map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_str().unwrap().parse::<std::net::Ipv4Addr>().is_ok()).count()
+        names.filter(|name| name.to_str().unwrap().parse::<IpAddr>().is_ok()).count()
     }
 }
 
@@ -190,4 +209,11 @@ pub(crate) fn addresses_of(result: &Value) -> Vec<String> {
     let ips = result["ips"].as_array().unwrap();
     let address = |ip: &Value| ip["address"].as_str().unwrap().split('/').next().unwrap().to_owned();
     ips.iter().map(address).collect()
+}
+
+/// A switch of a namespace, by its path below `/proc/sys/net`.
+pub(crate) fn sysctl(netns: &Netns, name: &str) -> String {
+    let path = format!("/proc/sys/net/{name}");
+    let value = namespace::within(&netns.path(), || std::fs::read_to_string(path).unwrap()).unwrap();
+    value.trim().to_owned()
 }
