@@ -226,7 +226,7 @@ pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
     let socket = owned(fd);
     // SAFETY: all zeros are a valid address.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
     address.sll_protocol = ETH_P_ARP.to_be();
     address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
     let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).map_err(io::Error::other)?;
