@@ -11,6 +11,7 @@ mod overlay;
 mod packets;
 mod paths;
 mod place;
+mod services;
 mod sockets;
 
 /// What every test here needs.

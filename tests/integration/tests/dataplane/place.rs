@@ -157,6 +157,18 @@ impl Running {
         self.sync()
     }
 
+    /// Enters a Service or an EndpointSlice.
+    pub(crate) fn apply(&mut self, object: Value) -> anyhow::Result<()> {
+        let tables = &mut self.reconciler.tables;
+        let changed: Vec<_> = if object.get("endpoints").is_some() {
+            tables.apply_slice(&serde_json::from_value(object)?)
+        } else {
+            tables.apply_service(&serde_json::from_value(object)?).into_iter().collect()
+        };
+        self.reconciler.mark(changed);
+        self.sync()
+    }
+
     pub(crate) fn sync(&mut self) -> anyhow::Result<()> {
         let report = self.reconciler.sync();
         anyhow::ensure!(report.failed == 0 && !self.reconciler.is_dirty(), "{report:?}");
