@@ -26,9 +26,9 @@ const LEAST_MTU_BYTES: u32 = 1_280;
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
-    match ctx.load(12) {
-        Ok(V4::ETHERTYPE) => ingress::<V4>(&ctx),
-        Ok(V6::ETHERTYPE) => ingress::<V6>(&ctx),
+    match ethertype(&ctx) {
+        V4::ETHERTYPE => ingress::<V4>(&ctx),
+        V6::ETHERTYPE => ingress::<V6>(&ctx),
         _ => PASS,
     }
 }
@@ -36,11 +36,18 @@ pub fn weft_ingress(ctx: TcContext) -> i32 {
 /// Packets that the node's own processes send: answers of a backend that is the node itself.
 #[classifier]
 pub fn weft_egress(ctx: TcContext) -> i32 {
-    match ctx.load(12) {
-        Ok(V4::ETHERTYPE) => egress::<V4>(&ctx),
-        Ok(V6::ETHERTYPE) => egress::<V6>(&ctx),
+    match ethertype(&ctx) {
+        V4::ETHERTYPE => egress::<V4>(&ctx),
+        V6::ETHERTYPE => egress::<V6>(&ctx),
         _ => PASS,
     }
+}
+
+#[inline(always)]
+fn ethertype(ctx: &TcContext) -> [u8; 2] {
+    // SAFETY: the kernel hands in a valid context. The low half holds the type in network order.
+    let [a, b, _, _] = unsafe { (*raw(ctx)).protocol }.to_ne_bytes();
+    [a, b]
 }
 
 /// What becomes of a packet.
@@ -180,8 +187,8 @@ fn established(packet: &Packet, entry: &FlowValue) -> Known {
 fn touch(packet: &Packet, entry: &FlowValue) {
     let now = Kernel.now_seconds();
     let closing = packet.key.protocol == TCP && packet.flags & (FIN | RST) != 0;
-    if let Some(live) = FLOWS.get_ptr_mut(packet.key)
-        && entry.last_seen != now
+    if entry.last_seen != now
+        && let Some(live) = FLOWS.get_ptr_mut(packet.key)
     {
         // SAFETY: an aligned word of an element; a lost race writes the same second.
         unsafe { (*live).last_seen = now };
