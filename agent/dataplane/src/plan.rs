@@ -122,6 +122,10 @@ impl Planner {
         self.ledger.record(op);
         if let Op::PutBackend(key, _) = op {
             self.pending.remove(key);
+            if self.pending.is_empty() {
+                // What the first synchronisation took is not needed again.
+                self.pending = HashMap::new();
+            }
         }
         if let Op::DeleteService(key) = op {
             self.owner_of.remove(key);
@@ -249,7 +253,7 @@ impl Planner {
             self.references
                 .entry(*key)
                 .and_modify(|users| users.set(id, *known))
-                .or_insert(Users::One(id, *known));
+                .or_insert_with(|| Users::one(id, *known));
         }
         let gone = owned.backends.iter().filter(|key| !desired.backends.contains_key(key));
         let mut left = Vec::new();

@@ -94,19 +94,26 @@ impl Totals {
     }
 }
 
-/// The Services that know a backend: nearly always one.
+/// The Services that know a backend: nearly always one, and then it takes 16 bytes.
 #[derive(Debug)]
 pub(super) enum Users {
-    One(Id, Known),
+    One { owner: u64, id: Id, active: bool },
     Many(Vec<(Id, Known)>),
 }
 
 impl Users {
+    pub(super) fn one(id: Id, Known { owner, active }: Known) -> Self {
+        Self::One { owner, id, active }
+    }
+
     /// Enters what a Service knows of it.
     pub(super) fn set(&mut self, id: Id, known: Known) {
         match self {
-            Self::One(user, old) if *user == id => *old = known,
-            Self::One(user, old) => *self = Self::Many(vec![(*user, *old), (id, known)]),
+            Self::One { id: user, .. } if *user == id => *self = Self::one(id, known),
+            Self::One { owner, id: user, active } => {
+                let first = Known { owner: *owner, active: *active };
+                *self = Self::Many(vec![(*user, first), (id, known)]);
+            }
             Self::Many(users) => match users.iter_mut().find(|(user, _)| *user == id) {
                 Some((_, old)) => *old = known,
                 None => users.push((id, known)),
@@ -117,7 +124,7 @@ impl Users {
     /// Removes a Service; says whether nobody is left.
     pub(super) fn remove(&mut self, id: Id) -> bool {
         match self {
-            Self::One(user, _) => *user == id,
+            Self::One { id: user, .. } => *user == id,
             Self::Many(users) => {
                 users.retain(|(user, _)| *user != id);
                 users.is_empty()
@@ -128,7 +135,7 @@ impl Users {
     /// What all of them know: it is active if it is for one, and then that one says whose it is.
     pub(super) fn sum(&self) -> Known {
         match self {
-            Self::One(_, known) => *known,
+            Self::One { owner, active, .. } => Known { owner: *owner, active: *active },
             Self::Many(users) => {
                 let best = users.iter().max_by_key(|(user, known)| (known.active, std::cmp::Reverse(*user)));
                 best.map_or(Known { owner: 0, active: false }, |(_, known)| *known)

@@ -31,10 +31,10 @@ fn protocol(name: Option<&str>) -> Option<u8> {
     }
 }
 
-fn ordered(mut addresses: Vec<Address>) -> Vec<Address> {
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses
+fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
+    items.sort_unstable();
+    items.dedup();
+    items
 }
 
 /// `None` for what no proxy serves: headless, ExternalName, another proxy's.
@@ -68,9 +68,9 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
         created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
-        cluster,
-        balancer,
-        external,
+        cluster: cluster.into(),
+        balancer: balancer.into(),
+        external: external.into(),
     })
 }
 
@@ -84,12 +84,9 @@ fn balancer_addresses(object: &core::Service) -> impl Iterator<Item = Address> {
 
 /// Ranges of clients. One that can't be read allows nobody: the API refuses it, so this is not from there.
 /// Ranges of one family only keep out all clients of the other.
-fn sources(spec: &core::ServiceSpec) -> Option<Vec<Range>> {
+fn sources(spec: &core::ServiceSpec) -> Option<Box<[Range]>> {
     let texts = spec.load_balancer_source_ranges.as_ref().filter(|r| !r.is_empty())?;
-    let mut ranges: Vec<_> = texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect();
-    ranges.sort_unstable();
-    ranges.dedup();
-    Some(ranges)
+    Some(ordered(texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect()).into())
 }
 
 fn range(network: IpNetwork) -> Range {
@@ -115,7 +112,7 @@ fn number(port: i32) -> u16 {
 
 fn port(port: &core::ServicePort) -> Option<ServicePort> {
     Some(ServicePort {
-        name: port.name.clone().unwrap_or_default(),
+        name: port.name.as_deref().unwrap_or_default().into(),
         port: u16::try_from(port.port).ok()?,
         node_port: port.node_port.map_or(0, number),
         protocol: protocol(port.protocol.as_deref())?,
@@ -125,7 +122,7 @@ fn port(port: &core::ServicePort) -> Option<ServicePort> {
 pub(super) fn slice(object: &discovery::EndpointSlice, family: Family, node_name: &str) -> Slice {
     let ports = object.ports.iter().flatten().filter_map(|p| {
         let number = u16::try_from(p.port?).ok()?;
-        Some((p.name.clone().unwrap_or_default(), protocol(p.protocol.as_deref())?, number))
+        Some((p.name.as_deref().unwrap_or_default().into(), protocol(p.protocol.as_deref())?, number))
     });
     let endpoints = object.endpoints.iter().flatten().filter_map(|e| {
         let uid = e.target_ref.as_ref().and_then(|t| t.uid.as_deref()).unwrap_or("");
