@@ -3,13 +3,13 @@
 mod absorb;
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{FutureExt, StreamExt};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::watch;
@@ -43,14 +43,14 @@ const MAX_TRIGGERS: usize = 4_096;
 pub struct Config {
     /// Name of the Node.
     pub node_name: String,
-    /// The node's address on the network that joins the nodes.
-    pub node_ip: Ipv4Addr,
-    /// Addresses of all pods.
-    pub cluster_cidr: Ipv4Network,
-    /// Addresses of all Services.
-    pub service_cidr: Ipv4Network,
+    /// The node's address on the network that joins the nodes: its end of the tunnels.
+    pub node_ip: IpAddr,
+    /// Addresses of all pods: a range for each family that the cluster has.
+    pub cluster_cidr: Vec<IpNetwork>,
+    /// Addresses of all Services, likewise.
+    pub service_cidr: Vec<IpNetwork>,
     /// Service addresses that the node answers itself (cluster DNS): neither translated nor refused.
-    pub node_local: Vec<Ipv4Addr>,
+    pub node_local: Vec<IpAddr>,
     /// Where links and maps are pinned: a bpffs, mounted there if it is not. Services live as long as that mount.
     pub pin_dir: PathBuf,
     /// The node's cgroup below cgroup2's root: `weft/<node>`. Processes below it are served, wherever their network namespace is.
@@ -124,6 +124,7 @@ pub async fn run_with_metrics(
         checks: Checks::new(Arc::clone(&proxy), Arc::clone(&shared)),
         shared: Arc::clone(&shared),
         proxy: Arc::clone(&proxy),
+        families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
         relists: Relists::default(),
         triggers: VecDeque::new(),
@@ -184,6 +185,8 @@ struct Dataplane {
     shared: Arc<Shared>,
     checks: Checks,
     proxy: Arc<ProxyConfig>,
+    /// Whether a family is IPv6, for each that pods have.
+    families: Vec<bool>,
     programmed: watch::Sender<bool>,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
@@ -283,7 +286,9 @@ impl Dataplane {
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
     fn refresh_devices(&mut self) -> Result<(), Error> {
-        let devices = node::devices()?;
+        let mut devices = node::devices()?;
+        // An address of a family that pods lack answers no NodePort.
+        devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
         if devices == self.devices {
             return Ok(());
         }

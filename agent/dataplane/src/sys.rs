@@ -212,3 +212,26 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
+
+/// A packet socket for ARP on one device, non-blocking.
+pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
+    const ETH_P_ARP: u16 = 0x0806;
+    let protocol = i32::from(ETH_P_ARP.to_be());
+    // SAFETY: socket takes three integers and returns a new descriptor or -1.
+    let fd = unsafe {
+        libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = owned(fd);
+    // SAFETY: all zeros are a valid address.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
+    address.sll_protocol = ETH_P_ARP.to_be();
+    address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).map_err(io::Error::other)?;
+    // SAFETY: the address is valid for the size given, and the socket is open.
+    let bound = unsafe { libc::bind(fd, std::ptr::from_ref(&address).cast(), size) };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}

@@ -92,9 +92,9 @@ fn config(place: &Place) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
-        node_ip: NODE,
-        cluster_cidr: "10.42.0.0/16".parse().unwrap(),
-        service_cidr: "10.43.0.0/16".parse().unwrap(),
+        node_ip: NODE.into(),
+        cluster_cidr: vec!["10.42.0.0/16".parse().unwrap()],
+        service_cidr: vec!["10.43.0.0/16".parse().unwrap()],
         node_local: vec![],
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
