@@ -108,6 +108,8 @@ pub struct Service {
     pub external: Box<[Address]>,
     /// Ports.
     pub ports: Box<[ServicePort]>,
+    /// Ranges of ports that lead to the same ports of the endpoints (annotation `weft.dev/port-ranges`).
+    pub ranges: Box<[PortRange]>,
     /// Seconds of affinity by client; 0 for none.
     pub affinity_seconds: u32,
     /// internalTrafficPolicy is Local.
@@ -131,6 +133,17 @@ pub struct ServicePort {
     pub node_port: u16,
     /// `TCP`, `UDP` or `SCTP`.
     pub protocol: u8,
+}
+
+/// A range of ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortRange {
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: u8,
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
 }
 
 /// A slice of endpoints, all of one family.
