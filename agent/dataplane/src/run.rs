@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
+use crate::abandon::{Search, Searches};
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
@@ -115,7 +116,9 @@ pub async fn run_with_metrics(
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
+    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
     let mut dataplane = Dataplane {
+        searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
@@ -184,6 +187,7 @@ struct Dataplane {
     devices: Devices,
     shared: Arc<Shared>,
     checks: Checks,
+    searches: Searches,
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
@@ -221,6 +225,7 @@ impl Dataplane {
                     }
                     self.refresh_devices()?;
                 }
+                () = self.searches.progress() => continue,
                 () = tokio::time::sleep(self.retry), if lagging => {}
             }
             self.sync();
@@ -282,6 +287,7 @@ impl Dataplane {
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
+        self.searches.add(self.reconciler.take_left());
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
@@ -301,7 +307,7 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        let addresses = devices.addresses.iter().map(|ip| IpAddr::from(*ip));
+        let addresses = devices.addresses.iter().copied();
         let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
         self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);

@@ -8,6 +8,7 @@
 )]
 
 mod address;
+pub mod diag;
 mod error;
 mod event;
 pub mod hostport;
