@@ -222,6 +222,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         pin_dir: paths.bpffs(),
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
+        proxy: dataplane::ProxyConfig::default(),
     }
 }
 
