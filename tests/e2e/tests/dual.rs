@@ -104,6 +104,7 @@ fn all_of(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
     every_pod_reaches_every_other(cluster, families)?;
     a_pod_knows_its_addresses(cluster, families)?;
     names_have_records_of_each_family(cluster, families)?;
+    a_service_answers_at_each_address(cluster, families)?;
     egress_bears_the_nodes_address(cluster, families)
 }
 
@@ -212,6 +213,55 @@ fn names_have_records_of_each_family(cluster: &Cluster, families: &Families) -> 
         assert!(wanted.iter().all(|ip| said.contains(*ip)), "{wanted:?}: {said}");
     }
     Ok(())
+}
+
+/// From pods on either node, and at the nodes' ports from outside.
+fn a_service_answers_at_each_address(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
+    cluster.apply(
+        "apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  type: NodePort
+  ipFamilyPolicy: PreferDualStack
+  selector: {app: web}
+  ports: [{port: 80, nodePort: 30080}]
+",
+    )?;
+    let addresses = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"])?;
+    let addresses: Vec<&str> = addresses.split(' ').collect();
+    assert_eq!(addresses.len(), families.pods.len(), "{addresses:?}");
+    for address in &addresses {
+        for from in ["client-1", "client-2"] {
+            let host = if address.contains(':') { format!("[{address}]") } else { (*address).to_owned() };
+            let url = format!("http://{host}/hostname");
+            // At once where the maps have it; a client may come before them.
+            eventually(cluster, &["exec", from, "--", "wget", "-qO-", &url], |name| {
+                name.starts_with("web-")
+            })?;
+        }
+    }
+    for node in families.nodes.iter().flat_map(|node| node.split(' ')) {
+        let answer = ask(cluster, std::net::SocketAddr::new(node.parse()?, 30080));
+        let answer = answer.with_context(|| format!("the node's port at {node}"))?;
+        assert!(answer.contains("web-"), "{node}: {answer}");
+    }
+    Ok(())
+}
+
+/// Asks a server for its name, from the machine that the nodes are on.
+fn ask(cluster: &Cluster, server: std::net::SocketAddr) -> anyhow::Result<String> {
+    use std::io::{Read as _, Write as _};
+    let asked = cluster.netns.thread(move || {
+        let patience = std::time::Duration::from_secs(5);
+        let mut stream = std::net::TcpStream::connect_timeout(&server, patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.write_all(b"GET /hostname HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    asked.join().map_err(|_panic| anyhow::anyhow!("the client broke down"))?
 }
 
 /// To the machine that the nodes are on, which knows no way back to a pod.
