@@ -204,8 +204,11 @@ impl Dataplane {
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
+        let mut due = None;
         loop {
             let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            // Fixed when it begins: events that change nothing must not put it off.
+            due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -216,20 +219,28 @@ impl Dataplane {
                     }
                 }
                 changed = changes.next() => {
-                    let mut relevant = concerns_devices(&changed?);
+                    let mut relevant = self.take_in(&changed?);
                     while let Some(more) = changes.next().now_or_never() {
-                        relevant |= concerns_devices(&more?);
+                        relevant |= self.take_in(&more?);
                     }
                     if !relevant {
+                        // A repair of the overlay waits for the retry: somebody may go on taking entries away.
                         continue;
                     }
                     self.refresh_devices()?;
                 }
                 () = self.searches.progress() => continue,
-                () = tokio::time::sleep(self.retry), if lagging => {}
+                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {}
             }
+            due = None;
             self.sync();
         }
+    }
+
+    /// Tells the overlay of the kernel's changes; answers whether devices or addresses are among them.
+    fn take_in(&mut self, events: &[weft_cni_netlink::Event]) -> bool {
+        events.iter().for_each(|event| self.overlay.observe(event));
+        concerns_devices(events)
     }
 
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
@@ -321,6 +332,6 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
     use weft_cni_netlink::Event as E;
     events.iter().any(|event| match event {
         E::Link(_) | E::Address(_) | E::Lost => true,
-        E::Route | E::Neighbour(_) => false,
+        E::Route { .. } | E::Neighbour(_) => false,
     })
 }

@@ -24,7 +24,7 @@ pub mod sysctl;
 
 pub use address::Address;
 pub use error::{Class, Error};
-pub use event::{Event, Events};
+pub use event::{Event, Events, NeighbourChange};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use neighbour::{FdbEntry, Neighbour};
 pub use route::Route;
