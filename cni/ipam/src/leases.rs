@@ -6,7 +6,6 @@
 //! in a folder named by the boot; folders of earlier boots are removed by the first ADD.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
@@ -24,6 +23,9 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 const LAST: &str = "last";
 const LAST_6: &str = "last6";
 
+/// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing as leases do.
+const PORTS: &str = "ports";
+
 /// A container's interface.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
@@ -31,6 +33,13 @@ pub struct Owner {
     pub container: String,
     /// The interface's name. Holds no `/`.
     pub ifname: String,
+}
+
+impl Owner {
+    /// As links point to it.
+    fn to_target(&self) -> String {
+        format!("{}/{}", self.container, self.ifname)
+    }
 }
 
 /// An address and who holds it.
@@ -79,38 +88,69 @@ pub enum Error {
     },
 }
 
-/// The leases of one network on this node, locked against other processes for as long as this lives.
-#[derive(Debug)]
+/// An address that ports of the node lead to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// The address.
+    pub address: IpAddr,
+    /// The node's device by which it is reached.
+    pub device: String,
+    /// Whose address it is.
+    pub owner: Owner,
+}
+
+/// The leases of one network on this node. Reading and giving back take no lock: each lease changes in one step.
+#[derive(Clone, Debug)]
 pub struct Leases {
+    state: PathBuf,
     folder: PathBuf,
-    _lock: Flock<File>,
+}
+
+/// Keeps other processes from acquiring addresses and mapping ports for as long as it lives.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
 }
 
 impl Leases {
-    /// Opens the leases of this boot below `state`, and forgets those of earlier boots.
+    /// The leases of this boot below `state`.
     ///
     /// # Errors
-    /// If the folder can't be made or read.
+    /// If the boot has no name.
     pub fn open(state: &Path) -> Result<Self, Error> {
         let boot = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
-        Self::open_for(state, boot.trim())
+        Ok(Self::open_for(state, boot.trim()))
     }
 
-    fn open_for(state: &Path, boot: &str) -> Result<Self, Error> {
-        fs::create_dir_all(state).map_err(failed("create", state))?;
-        let path = state.join("lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(failed("open", &path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
+    fn open_for(state: &Path, boot: &str) -> Self {
+        Self { state: state.to_path_buf(), folder: state.join(format!("boot-{boot}")) }
+    }
+
+    /// Locks the leases, and makes their folder if it is missing, in place of those of earlier boots.
+    ///
+    /// # Errors
+    /// If the folder can't be made.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        let path = self.state.join("lock");
+        let open = || File::options().create(true).append(true).open(&path);
+        let file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&self.state).map_err(failed("create", &self.state))?;
+                open()
+            }
+            other => other,
+        };
+        let file = file.map_err(failed("open", &path))?;
+        let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
             op: "lock",
             path: path.clone(),
             source: errno.into(),
         })?;
-        let folder = state.join(format!("boot-{boot}"));
-        if !folder.is_dir() {
-            forget_earlier_boots(state)?;
-            fs::create_dir(&folder).map_err(failed("create", &folder))?;
+        if !self.folder.is_dir() {
+            forget_earlier_boots(&self.state)?;
+            fs::create_dir(&self.folder).map_err(failed("create", &self.folder))?;
         }
-        Ok(Self { folder, _lock: lock })
+        Ok(Lock { _file: file })
     }
 
     /// All leases.
@@ -118,23 +158,50 @@ impl Leases {
     /// # Errors
     /// If the folder can't be read.
     pub fn all(&self) -> Result<Vec<Lease>, Error> {
-        let mut leases = Vec::new();
-        for entry in fs::read_dir(&self.folder).map_err(failed("read", &self.folder))? {
-            let name = entry.map_err(failed("read", &self.folder))?.file_name();
-            let Some(address) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            if let Some(owner) = self.owner(&name)? {
-                leases.push(Lease { address, owner });
-            }
-        }
-        Ok(leases)
+        let named = entries(&self.folder)?;
+        let leases = named.into_iter().filter_map(|(name, owner)| Some((name.parse().ok()?, owner)));
+        Ok(leases.map(|(address, owner)| Lease { address, owner }).collect())
     }
 
-    fn owner(&self, name: &OsStr) -> Result<Option<Owner>, Error> {
-        let path = self.folder.join(name);
-        let target = fs::read_link(&path).map_err(failed("read", &path))?;
-        let owner = target.to_str().and_then(|target| target.split_once('/'));
-        Ok(owner
-            .map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
+    /// All addresses that ports of the node lead to.
+    ///
+    /// # Errors
+    /// If the folder can't be read.
+    pub fn mapped(&self) -> Result<Vec<Mapped>, Error> {
+        let read = |(name, owner): (String, Owner)| {
+            let (address, device) = name.split_once('@')?;
+            Some(Mapped { address: address.parse().ok()?, device: device.to_owned(), owner })
+        };
+        Ok(entries(&self.folder.join(PORTS))?.into_iter().filter_map(read).collect())
+    }
+
+    /// Notes that ports will lead to an address: before they do, so that a kill leaves no port that nobody knows of.
+    ///
+    /// # Errors
+    /// If the note can't be written.
+    pub fn note_mapped(&self, mapped: &Mapped, _locked: &Lock) -> Result<(), Error> {
+        let folder = self.folder.join(PORTS);
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed("create", &folder)(error));
+            }
+            _ => {}
+        }
+        let path = self.mapped_path(mapped);
+        remove(&path)?;
+        symlink(mapped.owner.to_target(), &path).map_err(failed("create", &path))
+    }
+
+    /// Forgets that ports led to an address: after they do no more.
+    ///
+    /// # Errors
+    /// If the note can't be removed.
+    pub fn forget_mapped(&self, mapped: &Mapped, _locked: &Lock) -> Result<(), Error> {
+        remove(&self.mapped_path(mapped))
+    }
+
+    fn mapped_path(&self, mapped: &Mapped) -> PathBuf {
+        self.folder.join(PORTS).join(format!("{}@{}", mapped.address, mapped.device))
     }
 
     /// An address of each pool for an owner: the wanted one if given, the one it holds already, or the next that is free.
@@ -144,6 +211,7 @@ impl Leases {
     /// # Errors
     /// If a pool has none left, or a wanted one can't be had.
     pub fn acquire(&self, pools: &[Pool], owner: &Owner, wanted: &[IpAddr]) -> Result<Vec<Acquired>, Error> {
+        let _lock = self.lock()?;
         let leases = self.all()?;
         if let Some(stray) = wanted.iter().find(|wanted| !pools.iter().any(|pool| pool.holds(**wanted))) {
             return Err(Error::NotInPool(*stray));
@@ -216,7 +284,7 @@ impl Leases {
 
     fn write(&self, address: IpAddr, owner: &Owner) -> Result<(), Error> {
         let path = self.folder.join(address.to_string());
-        symlink(format!("{}/{}", owner.container, owner.ifname), &path).map_err(failed("create", &path))
+        symlink(owner.to_target(), &path).map_err(failed("create", &path))
     }
 
     fn remove(&self, address: IpAddr) -> Result<(), Error> {
@@ -233,6 +301,32 @@ impl Leases {
         remove(&path)?;
         symlink(address.to_string(), &path).map_err(failed("create", &path))
     }
+}
+
+/// The links of a folder, each with the owner that it points to; none if the folder is missing.
+fn entries(folder: &Path) -> Result<Vec<(String, Owner)>, Error> {
+    let listed = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed("read", folder))?,
+    };
+    let mut entries = Vec::new();
+    for entry in listed {
+        let entry = entry.map_err(failed("read", folder))?;
+        // What isn't ours to read has no such name.
+        let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
+        let target = match fs::read_link(entry.path()) {
+            // A folder, or given back at this moment.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+                continue;
+            }
+            other => other.map_err(failed("read", &entry.path()))?,
+        };
+        let owner = target.to_str().and_then(|target| target.split_once('/'));
+        entries.extend(owner.map(|(container, ifname)| {
+            (name, Owner { container: container.to_owned(), ifname: ifname.to_owned() })
+        }));
+    }
+    Ok(entries)
 }
 
 fn remove(path: &Path) -> Result<(), Error> {

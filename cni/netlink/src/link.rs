@@ -114,6 +114,21 @@ impl Netlink {
         }
     }
 
+    /// The device of a number.
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link_at(&mut self, index: u32) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let subject = index.to_string();
+        let about = About { op: "find the device", subject: &subject };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
     /// The bridge of a name, made and set up if it is missing.
     ///
     /// # Errors

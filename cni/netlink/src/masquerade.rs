@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! table ip weft {
-//!     chain masquerade {
+//!     chain leaving {
 //!         type nat hook postrouting priority srcnat; policy accept;
 //!         ip saddr <pods> ip daddr != <pods> ip daddr != <exception> masquerade fully-random
 //!     }
@@ -12,25 +12,17 @@
 //! ```
 
 use ipnetwork::IpNetwork;
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
-use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, Expressions, Hook, HookNumber, InetHookNumber, NfTablesMessage, Operator,
-    RuleAttribute, RuleMessage, TableAttribute, TableMessage,
-};
+use netlink_packet_netfilter::nftables::{Expressions, InetHookNumber};
 
-use crate::nft::{self, Change, FAMILIES, Family, Field};
-use crate::{Class, Error};
+use crate::Error;
+use crate::nft::{self, Base, Change, FAMILIES, Family, Field};
 
 const TABLE: &str = "weft";
-const CHAIN: &str = "masquerade";
+/// No word of nft's language, so that what it lists can be loaded again.
+const CHAIN: &str = "leaving";
 
 /// `NF_IP_PRI_NAT_SRC`: behind the decisions of filters.
-const PRIORITY: u32 = 100;
-
-/// `NFTA_MASQ_FLAGS`.
-const FLAGS: u16 = 1;
-/// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`: two flows that race for the same port don't lose each other's packets.
-const FULLY_RANDOM: u32 = 1 << 4;
+const BASE: Base = Base { kind: "nat", hook: InetHookNumber::PostRouting, priority: 100 };
 
 /// Puts the rules for the pods' ranges in place of whatever the tables held: what goes from one of them to none of them, and
 /// to none of the exceptions, is masqueraded. A family without a range has no table. All or nothing, and no packet sees it
@@ -39,9 +31,10 @@ const FULLY_RANDOM: u32 = 1 << 4;
 /// # Errors
 /// If the kernel refuses (no nftables, not root).
 pub fn ensure(pods: &[IpNetwork], exceptions: &[IpNetwork]) -> Result<(), Error> {
-    let changes: Vec<Change> =
-        FAMILIES.into_iter().flat_map(|family| family_changes(family, pods, exceptions)).collect();
-    nft::batch("put the masquerade rules", &changes)
+    let changes = FAMILIES.into_iter().flat_map(|family| {
+        family_changes(family, pods, exceptions).into_iter().map(move |change| (family, change))
+    });
+    nft::batch_all("put the masquerade rules", changes.collect())
 }
 
 /// Removes the tables. One that is gone is no error.
@@ -49,63 +42,29 @@ pub fn ensure(pods: &[IpNetwork], exceptions: &[IpNetwork]) -> Result<(), Error>
 /// # Errors
 /// If the kernel refuses.
 pub fn remove() -> Result<(), Error> {
-    let removed = FAMILIES.map(|family| {
-        let change = (family, NfTablesMessage::DeleteTable(table()), 0);
-        match nft::batch("remove the masquerade rules", &[change]) {
-            Err(error) if error.class() == Class::NotFound => Ok(()),
-            other => other,
-        }
-    });
-    removed.into_iter().collect()
-}
-
-fn table() -> TableMessage {
-    TableMessage { attributes: vec![TableAttribute::Name(TABLE.to_owned())] }
+    nft::remove_tables("remove the masquerade rules", TABLE)
 }
 
 fn family_changes(family: Family, pods: &[IpNetwork], exceptions: &[IpNetwork]) -> Vec<Change> {
     let within = |networks: &[IpNetwork]| -> Vec<IpNetwork> {
-        networks.iter().copied().filter(|network| Family::of(network) == family).collect()
+        networks.iter().copied().filter(|network| Family::of(network.ip()) == family).collect()
     };
     let (pods, exceptions) = (within(pods), within(exceptions));
     // The table is made before it is deleted, so that the deletion can't miss.
-    let mut changes = vec![
-        (family, NfTablesMessage::NewTable(table()), NLM_F_CREATE),
-        (family, NfTablesMessage::DeleteTable(table()), 0),
-    ];
+    let mut changes = vec![nft::new_table(TABLE, 0), nft::delete_table(TABLE)];
     if pods.is_empty() {
         return changes;
     }
-    changes.push((family, NfTablesMessage::NewTable(table()), NLM_F_CREATE));
-    changes.push((family, NfTablesMessage::NewChain(chain()), NLM_F_CREATE));
+    changes.push(nft::new_table(TABLE, 0));
+    changes.push(nft::new_chain(TABLE, CHAIN, Some(BASE)));
     let rules = pods.iter().map(|from| rule(*from, pods.iter().chain(&exceptions)));
-    changes.extend(rules.map(|rule| (family, NfTablesMessage::NewRule(rule), NLM_F_CREATE | NLM_F_APPEND)));
+    changes.extend(rules.map(|rule| nft::new_rule(TABLE, CHAIN, rule)));
     changes
 }
 
-fn chain() -> ChainMessage {
-    ChainMessage {
-        attributes: vec![
-            ChainAttribute::Table(TABLE.to_owned()),
-            ChainAttribute::Name(CHAIN.to_owned()),
-            ChainAttribute::Type("nat".to_owned()),
-            ChainAttribute::Hook(vec![
-                Hook::Number(HookNumber::Inet(InetHookNumber::PostRouting)),
-                Hook::Priority(PRIORITY),
-            ]),
-        ],
-    }
-}
-
-fn rule<'a>(from: IpNetwork, not_to: impl Iterator<Item = &'a IpNetwork>) -> RuleMessage {
-    let mut expressions: Vec<Expressions> = nft::address(Field::Source, Operator::Equal, from).into();
-    expressions.extend(not_to.flat_map(|to| nft::address(Field::Destination, Operator::NotEqual, *to)));
-    expressions.push(nft::expression("masq", vec![nft::number(FLAGS, FULLY_RANDOM)]));
-    RuleMessage {
-        attributes: vec![
-            RuleAttribute::Table(TABLE.to_owned()),
-            RuleAttribute::Chain(CHAIN.to_owned()),
-            RuleAttribute::Expressions(expressions.into_iter().map(Into::into).collect()),
-        ],
-    }
+fn rule<'a>(from: IpNetwork, not_to: impl Iterator<Item = &'a IpNetwork>) -> Vec<Expressions> {
+    let mut expressions = nft::address_within(Field::Source, true, from);
+    expressions.extend(not_to.flat_map(|to| nft::address_within(Field::Destination, false, *to)));
+    expressions.push(nft::masquerade());
+    expressions
 }

@@ -67,12 +67,12 @@ pub fn use_ipv6(device: &str) -> Result<(), Error> {
     set(&conf.join("accept_dad"), b"0")
 }
 
-/// Whether a switch of IPv6 has a value; for checks.
+/// Lets this host send from loopback addresses out of a device; who answers must be kept from using them by other means.
 ///
 /// # Errors
-/// If it can't be read.
-pub fn ipv6_is(device: &str, switch: &str, value: &str) -> Result<bool, Error> {
-    Ok(read(&Path::new(IPV6).join(device).join(switch))?.trim_ascii() == value.as_bytes())
+/// If the switch can't be written.
+pub fn route_loopback(device: &str) -> Result<(), Error> {
+    set(&Path::new(IPV4).join("conf").join(device).join("route_localnet"), b"1")
 }
 
 /// Writes a value unless it is there already: reading takes no lock, writing may.

@@ -5,8 +5,10 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
+use weft_cni_netlink::hostport::HostPort;
 use weft_cni_netlink::{
-    FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, Vxlan, masquerade, namespace, sysctl,
+    Class, FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, Shape, VethEnd, Vxlan, hostport, masquerade,
+    namespace, sysctl,
 };
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
@@ -106,6 +108,104 @@ fn the_masquerade_rules_are_replaced_and_removed() {
         masquerade::remove().unwrap();
     });
     assert_eq!(rules(), "");
+}
+
+#[test]
+fn host_ports_are_added_found_and_removed() {
+    if !require("netlink::hostport", &["root", "ip", "nft"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let rules = || {
+        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let port = |host: Option<&str>, port, pod: &str| HostPort {
+        host: host.map(|host| host.parse().unwrap()),
+        port,
+        protocol: 6,
+        pod: pod.parse().unwrap(),
+        pod_port: 80,
+    };
+    let all = [
+        port(None, 8080, "10.42.1.7"),
+        port(Some("192.0.2.1"), 8081, "10.42.1.7"),
+        port(None, 8080, "fd00::7"),
+        port(Some("2001:db8::1"), 8081, "fd00::7"),
+    ];
+    within(&netns, || {
+        assert_eq!(hostport::missing(&all).unwrap(), all);
+        for _ in 0..2 {
+            hostport::add(&all, "weft0").unwrap();
+        }
+        assert_eq!(hostport::missing(&all).unwrap(), []);
+        let taken = hostport::add(&[port(None, 8080, "10.42.1.8")], "weft0").unwrap_err();
+        assert_eq!(taken.class(), Class::Exists, "{taken:?}");
+        hostport::add(&[port(None, 8082, "10.42.1.8")], "weft0").unwrap();
+    });
+    let present = rules();
+    for wanted in [
+        "type inet_proto . inet_service : ipv4_addr . inet_service",
+        "tcp . 8080 : 10.42.1.7 . 80",
+        "192.0.2.1 . tcp . 8081 : 10.42.1.7 . 80",
+        "tcp . 8080 : fd00::7 . 80",
+        "2001:db8::1 . tcp . 8081 : fd00::7 . 80",
+        "dnat ip to ip daddr . meta l4proto . th dport map @addressed",
+        "fib daddr type local dnat ip6 to meta l4proto . th dport map @any",
+        "iifname @near meta mark set meta mark | 0x00100000",
+        "iifname != \"lo\" ip daddr 127.0.0.0/8 drop",
+        "meta mark & 0x00100000 == 0x00100000 masquerade fully-random",
+    ] {
+        assert!(present.contains(wanted), "no {wanted} in {present}");
+    }
+    // What nft lists, it can load again.
+    std::fs::write(format!("/tmp/{}.nft", netns.name()), &present).unwrap();
+    let file = format!("/tmp/{}.nft", netns.name());
+    let loaded = netns.command("nft").unwrap().args(["-c", "-f", &file]).output().unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    within(&netns, || {
+        for _ in 0..2 {
+            hostport::remove(&["10.42.1.7".parse().unwrap(), "fd00::7".parse().unwrap()]).unwrap();
+            hostport::forget_device("weft0").unwrap();
+        }
+        assert_eq!(hostport::missing(&all).unwrap(), all);
+    });
+    let left = rules();
+    assert!(left.contains("tcp . 8082 : 10.42.1.8 . 80") && !left.contains("8081"), "{left}");
+    assert!(!left.contains("weft0"), "{left}");
+    within(&netns, || {
+        hostport::remove_all().unwrap();
+        hostport::remove_all().unwrap();
+    });
+    assert_eq!(rules(), "");
+}
+
+#[test]
+fn a_rate_is_bounded() {
+    if !require("netlink::shape", &["root", "ip", "tc"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let index = within(&netns, || {
+        let mut netlink = Netlink::open().unwrap();
+        let end = |name| VethEnd { name, mac: None, mtu_bytes: 1500 };
+        netlink.create_veth(&end("ve-a"), &end("ve-b"), None).unwrap();
+        let index = netlink.link("ve-a").unwrap().index;
+        assert_eq!(netlink.shaped(index).unwrap(), None);
+        for bytes_per_second in [125_000, 8_000_000_000] {
+            let shape = Shape { bytes_per_second, burst_bytes: 4000, queue_bytes: 20_000 };
+            netlink.shape(index, &shape).unwrap();
+            assert_eq!(netlink.shaped(index).unwrap(), Some(bytes_per_second));
+        }
+        let shape = Shape { bytes_per_second: 125_000, burst_bytes: 4000, queue_bytes: 20_000 };
+        netlink.shape(index, &shape).unwrap();
+        index
+    });
+    assert!(index > 0);
+    let shown = netns.command("tc").unwrap().args(["qdisc", "show", "dev", "ve-a"]).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("tbf 77ef: root") && shown.contains("rate 1Mbit burst 4000b"), "{shown}");
 }
 
 #[test]

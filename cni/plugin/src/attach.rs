@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use weft_cni_ipam::{Acquired, Owner};
 use weft_cni_netlink::{Class, Link, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, namespace, sysctl};
-use weft_cni_spec::{AddResult, Call, Config, Interface, IpConfig, Range};
+use weft_cni_spec::{AddResult, Bandwidth, Call, Config, Fabric, Interface, IpConfig, Range};
 
+use crate::capabilities::{self, Ends};
 use crate::error::PluginError;
 use crate::{detach, leases, names, pools};
 
@@ -17,6 +18,7 @@ use crate::{detach, leases, names, pools};
 struct Made {
     leases: Vec<Acquired>,
     pair: bool,
+    ports: bool,
 }
 
 /// An address of the pod, and the range that it is of.
@@ -36,6 +38,7 @@ impl Placed {
 /// One attachment while it is being made.
 struct Attachment<'a> {
     config: &'a Config,
+    fabric: &'a Fabric,
     owner: &'a Owner,
     addresses: Vec<Placed>,
     mac: Mac,
@@ -44,24 +47,34 @@ struct Attachment<'a> {
     sandbox: String,
 }
 
-pub(crate) fn add(call: &Call, config: &Config, owner: &Owner) -> Result<AddResult, PluginError> {
+pub(crate) fn add(
+    call: &Call,
+    config: &Config,
+    fabric: &Fabric,
+    owner: &Owner,
+) -> Result<AddResult, PluginError> {
+    if config.prev_result.is_some() {
+        return Err(PluginError::NotFirst);
+    }
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
     let netns =
         namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
-    let wanted: Vec<IpAddr> = config.runtime.ips.iter().map(IpNetwork::ip).collect();
-    // The lock is let go at once: the kernel serves several ADDs at the same time.
-    let acquired = leases(config)?.acquire(&pools(config), owner, &wanted)?;
-    let placed = config.ipam.ranges.iter().zip(&acquired);
+    let mut wanted: Vec<IpAddr> = config.runtime.ips.iter().map(IpNetwork::ip).collect();
+    wanted.extend(call.args.ips.iter().filter(|ip| !config.runtime.ips.iter().any(|one| one.ip() == **ip)));
+    let acquired = leases(config)?.acquire(&pools(fabric), owner, &wanted)?;
+    let placed = fabric.ipam.ranges.iter().zip(&acquired);
+    let mac = config.runtime.mac.or(call.args.mac).map(|mac| Mac(mac.0));
     let attachment = Attachment {
         config,
+        fabric,
         owner,
         addresses: placed.map(|(range, one)| Placed { range: *range, address: one.address }).collect(),
-        mac: names::mac(acquired.iter().map(|one| one.address)),
+        mac: mac.unwrap_or_else(|| names::mac(acquired.iter().map(|one| one.address))),
         host_name: names::host_interface(&config.name, owner),
         netns,
         sandbox: path.display().to_string(),
     };
-    let mut made = Made { leases: acquired, pair: false };
+    let mut made = Made { leases: acquired, pair: false, ports: false };
     attachment.make(&mut made).map_err(|failed| match attachment.undo(&made) {
         Ok(()) => failed,
         Err(source) => PluginError::Undo { failed: Box::new(failed), source: Box::new(source) },
@@ -72,7 +85,7 @@ impl Attachment<'_> {
     fn make(&self, made: &mut Made) -> Result<AddResult, PluginError> {
         let mut host = Netlink::open()?;
         let bridge = self.bridge(&mut host)?;
-        let mtu_bytes = self.config.mtu_bytes;
+        let mtu_bytes = self.fabric.mtu_bytes;
         let ends = (
             VethEnd { name: &self.host_name, mac: None, mtu_bytes },
             VethEnd { name: &self.owner.ifname, mac: Some(self.mac), mtu_bytes },
@@ -86,27 +99,28 @@ impl Attachment<'_> {
             let pod = Neighbour { index: bridge.index, address: placed.address, mac: self.mac };
             host.put_neighbour(&pod)?;
         }
-        self.configure_pod(&port, &bridge)?;
+        let mut pod = self.configure_pod(&port, &bridge)?;
+        self.add_capabilities(&mut host, &port, &mut pod, made)?;
         // From the pod outwards, as each depends on the one before.
         wait_until_running(&mut host, &self.host_name)?;
-        wait_until_running(&mut host, &self.config.bridge)?;
+        wait_until_running(&mut host, &self.fabric.bridge)?;
         Ok(self.result(&bridge, &port))
     }
 
     /// The node's bridge, made if it is missing, with the gateways' addresses on it.
     fn bridge(&self, host: &mut Netlink) -> Result<Link, PluginError> {
-        let name = &self.config.bridge;
+        let name = &self.fabric.bridge;
         let mut bridge = match host.link(name) {
             Err(error) if error.class() == Class::NotFound => {
-                host.ensure_bridge(name, self.config.mtu_bytes)?
+                host.ensure_bridge(name, self.fabric.mtu_bytes)?
             }
             other => other?,
         };
-        let gateways = self.config.ipam.ranges.iter().map(|range| range.gateway);
+        let gateways = self.fabric.ipam.ranges.iter().map(|range| range.gateway);
         // Unless it is set, a bridge takes the lowest of its ports' addresses, and changes it with them.
         let mac = names::mac(gateways);
         // Likewise its size: without this it is that of Ethernet whenever it has no port.
-        let mtu_bytes = self.config.mtu_bytes;
+        let mtu_bytes = self.fabric.mtu_bytes;
         if bridge.mac != Some(mac) || bridge.mtu_bytes != mtu_bytes || !bridge.up {
             // First, as what follows is how the next ADD sees that all is done.
             sysctl::refuse_routers(name)?;
@@ -117,7 +131,7 @@ impl Attachment<'_> {
             )?;
             bridge.mac = mac;
         }
-        for range in &self.config.ipam.ranges {
+        for range in &self.fabric.ipam.ranges {
             if range.subnet.is_ipv4() {
                 sysctl::forward_ipv4()?;
             } else {
@@ -128,7 +142,7 @@ impl Attachment<'_> {
         Ok(bridge)
     }
 
-    fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<(), PluginError> {
+    fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
         let mut pod = namespace::during(self.netns.as_fd(), || {
             self.switch_pod()?;
             Netlink::open()
@@ -147,7 +161,27 @@ impl Attachment<'_> {
             }
             pod.put_route(&Route { gateway: Some(gateway), ..Route::new(placed.everywhere(), index) })?;
         }
-        wait_until_running(&mut pod, &self.owner.ifname)
+        wait_until_running(&mut pod, &self.owner.ifname)?;
+        Ok(pod)
+    }
+
+    /// Last, as they lead packets to a pod that must be able to answer.
+    fn add_capabilities(
+        &self,
+        host: &mut Netlink,
+        port: &Link,
+        pod: &mut Netlink,
+        made: &mut Made,
+    ) -> Result<(), PluginError> {
+        let asked = &self.config.runtime;
+        if asked.bandwidth != Bandwidth::default() {
+            let inside = pod.link(&self.owner.ifname)?;
+            let mut ends = Ends { host, port: Some(port), pod, inside: &inside };
+            capabilities::shape(self.config, &mut ends)?;
+        }
+        made.ports = !asked.ports.is_empty();
+        let addresses: Vec<IpAddr> = self.addresses.iter().map(|placed| placed.address).collect();
+        capabilities::map_ports(self.config, self.owner, &addresses, &self.fabric.bridge)
     }
 
     /// The switches of the pod's end, before it is set up; within the pod's namespace.
@@ -165,7 +199,7 @@ impl Attachment<'_> {
         let interface = |name: &str, mac: String, sandbox: Option<String>| Interface {
             name: name.to_owned(),
             mac,
-            mtu_bytes: self.config.mtu_bytes,
+            mtu_bytes: self.fabric.mtu_bytes,
             sandbox,
         };
         let written = |link: &Link| link.mac.map(|mac| mac.to_string()).unwrap_or_default();
@@ -186,14 +220,18 @@ impl Attachment<'_> {
             ],
             ips: self.addresses.iter().map(ip).collect(),
             routes: self.addresses.iter().map(route).collect(),
+            dns: self.config.dns.clone(),
         }
     }
 
     /// Takes back what this call has made, and nothing that was there before.
     fn undo(&self, made: &Made) -> Result<(), PluginError> {
+        if made.ports {
+            capabilities::unmap_ports(self.config, self.owner)?;
+        }
         if made.pair {
             let addresses: Vec<IpAddr> = self.addresses.iter().map(|placed| placed.address).collect();
-            detach::unlink(self.config, self.owner, &addresses)?;
+            detach::unlink(self.config, self.fabric, self.owner, &addresses)?;
         }
         Ok(leases(self.config)?.give_back(&made.leases)?)
     }

@@ -7,13 +7,14 @@ use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_cni_ipam::Owner;
 use weft_cni_netlink::{Address, Class, Link, Netlink, namespace};
-use weft_cni_spec::{Call, Config};
+use weft_cni_spec::{Call, Config, Fabric};
 
 use crate::attach::everywhere;
+use crate::capabilities::{self, Ends};
 use crate::error::PluginError;
 use crate::{leases, names};
 
-pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), PluginError> {
+pub(crate) fn check(call: &Call, config: &Config, fabric: &Fabric, owner: &Owner) -> Result<(), PluginError> {
     let prev = config.prev_result.as_ref().ok_or(PluginError::Missing("prevResult"))?;
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
     let netns =
@@ -23,7 +24,7 @@ pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), P
     let held: Vec<IpAddr> =
         held.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
     let mut host = Netlink::open()?;
-    let bridge = find(&mut host, &config.bridge)?;
+    let bridge = find(&mut host, &fabric.bridge)?;
     let port = find(&mut host, &names::host_interface(&config.name, owner))?;
     if port.master != Some(bridge.index) {
         return Err(wrong(format!("{} is no port of {}", port.name, bridge.name)));
@@ -34,7 +35,7 @@ pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), P
     let has = |all: &[Address], link: &Link, network: IpNetwork| {
         all.iter().any(|one| one.index == link.index && one.network == network)
     };
-    for range in &config.ipam.ranges {
+    for range in &fabric.ipam.ranges {
         let address = held.iter().find(|address| range.subnet.contains(**address)).copied();
         let address =
             address.ok_or_else(|| wrong(format!("the container holds no address of {}", range.subnet)))?;
@@ -53,7 +54,8 @@ pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), P
             return Err(wrong(format!("the container has no default route through {gateway}")));
         }
     }
-    Ok(())
+    let mut ends = Ends { host: &mut host, port: Some(&port), pod: &mut pod, inside: &interface };
+    capabilities::check(config, &held, &mut ends)
 }
 
 fn wrong(what: impl Into<String>) -> PluginError {

@@ -5,6 +5,8 @@
 
 #[path = "plugin/calls.rs"]
 mod calls;
+#[path = "plugin/capabilities.rs"]
+mod capabilities;
 
 use std::time::{Duration, Instant};
 
@@ -271,13 +273,14 @@ fn adds_side_by_side_get_an_address_each() {
 
 #[test]
 fn kill_9_at_any_moment_leaks_no_address_and_no_device() {
-    if !require("cni::kill", &["root", "ip"]) {
+    if !require("cni::kill", &["root", "ip", "nft"]) {
         return;
     }
     const ROUNDS: usize = 200;
     let node = Node::new();
     // 13 addresses: a leak in every fifteenth round would end the test.
-    let config = calls::dual(&node);
+    let mut config = calls::dual(&node);
+    config["runtimeConfig"] = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80}]});
     let pod = pod();
     node.ok("ADD", "warm", Some(&pod), &config);
     node.ok("DEL", "warm", Some(&pod), &config);
@@ -323,6 +326,7 @@ fn kill_9_at_any_moment_leaks_no_address_and_no_device() {
         "the kills hit too few of the steps"
     );
     // The whole pool can still be given out.
+    let config = calls::dual(&node);
     let pods: Vec<Netns> = (0..13).map(|_| calls::bare_pod()).collect();
     for (n, pod) in pods.iter().enumerate() {
         node.ok("ADD", &format!("last{n}"), Some(pod), &config);

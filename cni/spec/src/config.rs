@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use ipnetwork::IpNetwork;
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::call::is_identifier;
 use crate::range::RawIpam;
-use crate::{Code, Ipam, Version};
+use crate::runtime::RawRuntime;
+use crate::{Code, Dns, Ipam, RuntimeConfig, Version};
 
 /// A configuration that has been checked.
 #[derive(Clone, Debug)]
@@ -17,28 +17,29 @@ pub struct Config {
     pub version: Version,
     /// The network's name.
     pub name: String,
+    /// What pods are attached to; `None` in chained use, where another plugin attaches them.
+    pub fabric: Option<Fabric>,
+    /// Where leases are kept.
+    pub state_dir: PathBuf,
+    /// What the caller adds for this container.
+    pub runtime: RuntimeConfig,
+    /// What the result says about names.
+    pub dns: Dns,
+    /// What the plugin before this one answered, in chained use; what ADD answered, for CHECK and DEL.
+    pub prev_result: Option<Value>,
+    /// GC: the attachments that are still valid.
+    pub valid_attachments: Option<Vec<Attachment>>,
+}
+
+/// What pods are attached to.
+#[derive(Clone, Debug)]
+pub struct Fabric {
     /// The bridge that pods are ports of.
     pub bridge: String,
     /// Largest packet in bytes.
     pub mtu_bytes: u32,
     /// Where addresses come from.
     pub ipam: Ipam,
-    /// Where leases are kept.
-    pub state_dir: PathBuf,
-    /// What the caller adds for this container.
-    pub runtime: RuntimeConfig,
-    /// What ADD answered, for CHECK.
-    pub prev_result: Option<Value>,
-    /// GC: the attachments that are still valid.
-    pub valid_attachments: Option<Vec<Attachment>>,
-}
-
-/// What the caller adds for one container (capability `ips`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct RuntimeConfig {
-    /// The addresses that the container must get; one of each family at most.
-    #[serde(default)]
-    pub ips: Vec<IpNetwork>,
 }
 
 /// A container's interface.
@@ -96,7 +97,9 @@ struct Raw {
     ipam: Option<RawIpam>,
     state_dir: Option<PathBuf>,
     #[serde(default)]
-    runtime_config: RuntimeConfig,
+    runtime_config: RawRuntime,
+    #[serde(default)]
+    dns: Dns,
     prev_result: Option<Value>,
     #[serde(rename = "cni.dev/valid-attachments")]
     valid_attachments: Option<Vec<Attachment>>,
@@ -139,30 +142,50 @@ impl Config {
         if !is_identifier(&name) {
             return Err(invalid("name", "letters, digits, '_', '.' and '-' only"));
         }
-        let bridge = raw.bridge.ok_or_else(missing("bridge"))?;
-        if bridge.is_empty() || bridge.len() > 15 || bridge.contains(['/', ':', ' ']) {
-            return Err(invalid("bridge", "no name of a device"));
-        }
-        let mtu_bytes = raw.mtu.unwrap_or(DEFAULT_MTU_BYTES);
-        if !MTU_BYTES.contains(&mtu_bytes) {
-            return Err(invalid("mtu", "not within 576 and 65535"));
-        }
-        let ipam = raw.ipam.ok_or_else(missing("ipam"))?.check()?;
-        if ipam.ranges.iter().any(|range| range.subnet.is_ipv6()) && mtu_bytes < IPV6_MTU_BYTES {
-            return Err(invalid("mtu", "less than the 1280 that IPv6 needs"));
-        }
+        let fabric = Fabric::read(raw.bridge, raw.mtu, raw.ipam)?;
         let state_dir = raw.state_dir.filter(|path| path.is_absolute());
+        let runtime = raw.runtime_config.check()?;
         Ok(Self {
             version,
             name,
-            bridge,
-            mtu_bytes,
-            ipam,
+            fabric,
             state_dir: state_dir.ok_or_else(|| invalid("stateDir", "not an absolute path"))?,
-            runtime: raw.runtime_config,
+            dns: runtime.dns.clone().unwrap_or(raw.dns),
+            runtime,
             prev_result: raw.prev_result,
             valid_attachments: raw.valid_attachments,
         })
+    }
+}
+
+impl Fabric {
+    /// None of the three is chained use; what it lacks otherwise is missing.
+    fn read(
+        bridge: Option<String>,
+        mtu: Option<u32>,
+        ipam: Option<RawIpam>,
+    ) -> Result<Option<Self>, ConfigError> {
+        let invalid = |field, reason| ConfigError::Invalid { field, reason };
+        if bridge.is_none() && mtu.is_none() && ipam.is_none() {
+            return Ok(None);
+        }
+        let bridge = bridge.ok_or_else(|| invalid("bridge", "is missing"))?;
+        if bridge.is_empty()
+            || bridge.len() > 15
+            || bridge.contains(['/', ':', ' '])
+            || bridge.starts_with('.')
+        {
+            return Err(invalid("bridge", "no name of a device"));
+        }
+        let mtu_bytes = mtu.unwrap_or(DEFAULT_MTU_BYTES);
+        if !MTU_BYTES.contains(&mtu_bytes) {
+            return Err(invalid("mtu", "not within 576 and 65535"));
+        }
+        let ipam = ipam.ok_or_else(|| invalid("ipam", "is missing"))?.check()?;
+        if ipam.ranges.iter().any(|range| range.subnet.is_ipv6()) && mtu_bytes < IPV6_MTU_BYTES {
+            return Err(invalid("mtu", "less than the 1280 that IPv6 needs"));
+        }
+        Ok(Some(Self { bridge, mtu_bytes, ipam }))
     }
 }
 
@@ -173,85 +196,4 @@ fn object<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, ConfigError>
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn good() -> Value {
-        json!({
-            "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "bridge": "weft0", "mtu": 1450,
-            "ipam": {"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"}, "stateDir": "/run/weft/n/cni",
-            "a-field": "of somebody else"
-        })
-    }
-
-    fn read(value: &Value) -> Result<Config, ConfigError> {
-        Config::read(value.to_string().as_bytes())
-    }
-
-    #[test]
-    fn reads_what_the_agent_writes() {
-        let config = read(&good()).unwrap();
-        assert_eq!(config.ipam.ranges[0].subnet.to_string(), "10.42.1.0/24");
-        assert_eq!((config.bridge.as_str(), config.mtu_bytes), ("weft0", 1450));
-    }
-
-    #[test]
-    fn reads_a_range_of_each_family() {
-        let v4 = json!({"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"});
-        let v6 = json!({"subnet": "fd00:42:0:1::/64", "gateway": "fd00:42:0:1::1"});
-        let with = |ipam: Value| {
-            let mut config = good();
-            config["ipam"] = ipam;
-            read(&config)
-        };
-        assert_eq!(with(json!({"ranges": [v4]})).unwrap().ipam, read(&good()).unwrap().ipam);
-        let both = with(json!({"ranges": [v6, v4]})).unwrap().ipam.ranges;
-        assert_eq!(both.iter().map(|range| range.subnet.is_ipv6()).collect::<Vec<_>>(), [true, false]);
-        assert_eq!(with(v6.clone()).unwrap().ipam.ranges, [both[0]]);
-        for mistake in [
-            json!({"ranges": []}),
-            json!({"ranges": [v4, v4]}),
-            json!({"ranges": [v4, v6, v4]}),
-            json!({"ranges": [{"subnet": "10.42.1.0/24"}]}),
-            json!({"ranges": [v6], "subnet": "10.42.1.0/24"}),
-            json!({"subnet": "fd00::/127", "gateway": "fd00::1"}),
-            json!({"subnet": "fd00::/64", "gateway": "fd00::"}),
-            json!({"subnet": "fd00::/64", "gateway": "10.42.1.1"}),
-        ] {
-            assert_eq!(with(mistake.clone()).unwrap_err().code(), Code::InvalidConfig, "{mistake}");
-        }
-        let mut narrow = good();
-        (narrow["ipam"], narrow["mtu"]) = (v6, json!(1279));
-        assert_eq!(read(&narrow).unwrap_err().code(), Code::InvalidConfig);
-    }
-
-    #[test]
-    fn each_mistake_has_its_code() {
-        assert_eq!(Config::read(b"{not json").unwrap_err().code(), Code::Decode);
-        assert_eq!(Config::read(b"[]").unwrap_err().code(), Code::Decode);
-        let with = |pointer: &str, value: Value| {
-            let mut config = good();
-            *config.pointer_mut(pointer).unwrap() = value;
-            read(&config).unwrap_err().code()
-        };
-        assert_eq!(with("/cniVersion", json!("2.0.0")), Code::IncompatibleVersion);
-        assert_eq!(with("/cniVersion", Value::Null), Code::IncompatibleVersion);
-        assert_eq!(with("/mtu", json!("big")), Code::Decode);
-        for (pointer, value) in [
-            ("/name", json!("../x")),
-            ("/name", Value::Null),
-            ("/bridge", json!("")),
-            ("/mtu", json!(100)),
-            ("/ipam", Value::Null),
-            ("/ipam/subnet", json!("10.42.1.5/24")),
-            ("/ipam/subnet", json!("10.42.1.0/31")),
-            ("/ipam/gateway", json!("10.42.2.1")),
-            ("/ipam/gateway", json!("10.42.1.255")),
-            ("/stateDir", json!("relative")),
-        ] {
-            assert_eq!(with(pointer, value.clone()), Code::InvalidConfig, "{pointer} {value}");
-        }
-    }
-}
+mod tests;

@@ -110,6 +110,7 @@ pub(crate) fn remove_node(node: &Node, paths: &NodePaths) -> Vec<String> {
     };
     note(remove_devices(node));
     note(weft_cni_netlink::masquerade::remove().map_err(Into::into));
+    note(weft_cni_netlink::hostport::remove_all().map_err(Into::into));
     note(unmount(&paths.bpffs()));
     failed
 }

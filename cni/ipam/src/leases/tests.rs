@@ -93,12 +93,11 @@ fn half_of_a_pair_is_completed_and_given_back_whole() {
 #[test]
 fn a_reboot_frees_everything() {
     let state = tempfile::tempdir().unwrap();
-    let before = Leases::open_for(state.path(), "one").unwrap();
+    let before = Leases::open_for(state.path(), "one");
     for name in ["a", "b", "c", "d", "e"] {
         before.acquire(&[pool(), pool6()], &owner(name), &[]).unwrap();
     }
-    drop(before);
-    let after = Leases::open_for(state.path(), "two").unwrap();
+    let after = Leases::open_for(state.path(), "two");
     assert_eq!(after.all().unwrap(), []);
     after.acquire(&[pool(), pool6()], &owner("f"), &[]).unwrap();
     assert!(!state.path().join("boot-one").exists());
@@ -126,4 +125,31 @@ fn threads_never_get_the_same_address() {
     all.sort();
     all.dedup();
     assert_eq!(all.len(), 480);
+}
+
+#[test]
+fn addresses_that_ports_lead_to_are_noted_and_forgotten() {
+    let state = tempfile::tempdir().unwrap();
+    let leases = Leases::open(state.path()).unwrap();
+    assert_eq!((leases.mapped().unwrap(), leases.all().unwrap()), (vec![], vec![]));
+    let mapped = |address: &str, name: &str| Mapped {
+        address: ip(address),
+        device: "we@ft0".to_owned(),
+        owner: owner(name),
+    };
+    let (a, b) = (mapped("10.42.1.2", "a"), mapped("fd00:42::2", "b"));
+    let locked = leases.lock().unwrap();
+    for one in [&a, &b, &a] {
+        leases.note_mapped(one, &locked).unwrap();
+    }
+    // The address is another's now: its note is the one that counts.
+    leases.note_mapped(&mapped("fd00:42::2", "c"), &locked).unwrap();
+    let mut found = leases.mapped().unwrap();
+    found.sort_by_key(|one| one.address);
+    assert_eq!(found, [a.clone(), mapped("fd00:42::2", "c")]);
+    assert_eq!(leases.all().unwrap(), [], "notes are no leases");
+    for _ in 0..2 {
+        leases.forget_mapped(&a, &locked).unwrap();
+    }
+    assert_eq!(leases.mapped().unwrap(), [mapped("fd00:42::2", "c")]);
 }

@@ -14,6 +14,8 @@ use weft_tests_harness::netns::Netns;
 pub(crate) struct Node {
     pub(crate) netns: Netns,
     pub(crate) program: PathBuf,
+    /// `CNI_ARGS`.
+    pub(crate) args: &'static str,
     folder: tempfile::TempDir,
 }
 
@@ -49,6 +51,7 @@ impl Node {
         Self {
             netns: Netns::new("node").unwrap(),
             program: env!("CARGO_BIN_EXE_weft-cni").into(),
+            args: "",
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -72,7 +75,11 @@ impl Node {
             .env("CNI_PATH", "/usr/lib/cni")
             .env("PATH", "/usr/sbin:/usr/bin");
         if !id.is_empty() {
-            command.env("CNI_CONTAINERID", id).env("CNI_IFNAME", "eth0").env("CNI_NETNS", netns);
+            command
+                .env("CNI_CONTAINERID", id)
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_NETNS", netns)
+                .env("CNI_ARGS", self.args);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -148,7 +155,20 @@ impl Node {
             &["-6", "-o", "addr", "show", "scope", "global"],
             &["-6", "neigh", "show", "nud", "permanent"],
         ];
-        format!("{links:?}\n{}", rest.map(show).concat())
+        format!("{links:?}\n{}{:?}", rest.map(show).concat(), self.mapped())
+    }
+
+    /// The host ports, as nft lists them.
+    pub(crate) fn mapped(&self) -> Vec<String> {
+        let output = self.netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+        let listed = String::from_utf8(output.stdout).unwrap();
+        let elements = listed.lines().filter(|line| line.contains("elements = {"));
+        elements.map(|line| line.trim().to_owned()).collect()
+    }
+
+    /// Where leases are.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
     }
 
     /// How many addresses are held.
@@ -183,6 +203,12 @@ pub(crate) const AT_ONCE: Duration = Duration::from_millis(500);
 /// A connection from one namespace to an address of another, made at once.
 pub(crate) fn connect(from: &Netns, to: &Netns, address: &str) {
     connect_within(from, to, address, AT_ONCE);
+}
+
+/// Whether a connection comes about.
+pub(crate) fn reaches(from: &Netns, target: &str) -> bool {
+    let target: std::net::SocketAddr = target.parse().unwrap();
+    namespace::within(&from.path(), || TcpStream::connect_timeout(&target, AT_ONCE).is_ok()).unwrap()
 }
 
 pub(crate) fn connect_within(from: &Netns, to: &Netns, address: &str, patience: Duration) {
