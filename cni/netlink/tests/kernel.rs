@@ -44,13 +44,13 @@ fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
         netlink.set_hairpin(port.index, true).unwrap();
         assert_eq!(netlink.link("ve-a").unwrap().master, Some(bridge.index));
 
-        let local = Ipv4Addr::new(10, 9, 0, 1);
+        let local = Ipv4Addr::new(10, 9, 0, 1).into();
         let vxlan =
             Vxlan { name: "vx-a", vni: 77, port: 8472, local, mac: Mac([2, 0, 0, 0, 0, 1]), mtu_bytes: 1350 };
         netlink.create_vxlan(&vxlan).unwrap();
         let vx = netlink.link("vx-a").unwrap();
         assert_eq!((vx.kind.as_str(), vx.mtu_bytes, vx.up), ("vxlan", 1350, true));
-        let entry = FdbEntry { index: vx.index, mac, remote: Ipv4Addr::new(10, 9, 0, 2) };
+        let entry = FdbEntry { index: vx.index, mac, remote: Ipv4Addr::new(10, 9, 0, 2).into() };
         netlink.put_fdb(&entry).unwrap();
         assert!(netlink.fdb(vx.index).unwrap().contains(&entry));
         let neighbour = Neighbour { index: vx.index, address: "10.8.1.0".parse().unwrap(), mac };
