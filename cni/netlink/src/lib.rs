@@ -21,6 +21,7 @@ mod route;
 mod shaping;
 mod socket;
 pub mod sysctl;
+mod unlink;
 
 pub use address::Address;
 pub use error::{Class, Error};
