@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::{Deserialize, Serialize};
 
 use crate::pki;
@@ -21,6 +21,9 @@ pub(crate) struct Cluster {
     /// Network that joins the nodes, and holds this machine's address where it has none of its own.
     pub(crate) underlay_cidr: Ipv4Network,
     pub(crate) nodes: Vec<String>,
+    /// Addresses for Services of type LoadBalancer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) load_balancer_pools: Vec<IpNetwork>,
 }
 
 /// Why the cluster's record can't be used.
@@ -91,6 +94,7 @@ impl Cluster {
             service_cidr: network(43, 16),
             underlay_cidr: network(44, 24),
             nodes: names,
+            load_balancer_pools: Vec::new(),
         }
     }
 

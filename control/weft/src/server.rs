@@ -116,6 +116,7 @@ fn spawn_controllers(
     let config = controllers::Config {
         cluster_cidr: cluster.cluster_cidr.into(),
         service_cidr: cluster.service_cidr.into(),
+        load_balancer_pools: cluster.load_balancer_pools.clone(),
         root_ca_pem: authority.certificate().to_owned(),
         identity: network::hostname(),
         leader_election: true,
