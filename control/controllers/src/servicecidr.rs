@@ -110,7 +110,8 @@ impl Controller {
         let patch = json!({"status": {"conditions": [{"type": "Ready", "status": status, "reason": reason,
             "message": message, "lastTransitionTime": now}]}});
         let name = range.metadata.name.as_deref().unwrap_or_default();
-        let written = self.api().patch_status(name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        // Strategic: conditions of others stay.
+        let written = self.api().patch_status(name, &PatchParams::default(), &Patch::Strategic(patch)).await;
         settled(written, "write the status of ServiceCIDR", name)
     }
 }
