@@ -2,8 +2,8 @@
 
 mod absorb;
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
+use crate::announce;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
@@ -79,6 +80,9 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Load-balancer addresses could not be taken away.
+    #[error(transparent)]
+    Announce(#[from] announce::Error),
 }
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
@@ -115,6 +119,8 @@ pub async fn run_with_metrics(
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
+    let (answers, wanted) = watch::channel(BTreeSet::new());
+    let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
     let mut dataplane = Dataplane {
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
@@ -126,6 +132,7 @@ pub async fn run_with_metrics(
         proxy: Arc::clone(&proxy),
         families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
+        answers,
         relists: Relists::default(),
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
@@ -133,6 +140,7 @@ pub async fn run_with_metrics(
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
+        () = announce => Ok(()),
     }
 }
 
@@ -146,6 +154,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        announce::cleanup()?;
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
@@ -188,6 +197,8 @@ struct Dataplane {
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
     programmed: watch::Sender<bool>,
+    /// Load-balancer addresses that this node is fit to answer for.
+    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
@@ -282,6 +293,9 @@ impl Dataplane {
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
+        if let Some(answers) = self.reconciler.take_answers() {
+            self.answers.send_replace(answers);
+        }
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.

@@ -7,6 +7,8 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
+use crate::announce::CLASS;
+
 use super::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice};
 
 /// Label on a Service that another proxy serves.
@@ -68,6 +70,7 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
         created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        balancer_is_ours: spec.load_balancer_class.as_deref().is_none_or(|class| class == CLASS),
         cluster: cluster.into(),
         balancer: balancer.into(),
         external: external.into(),
