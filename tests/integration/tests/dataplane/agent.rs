@@ -102,6 +102,7 @@ fn config(place: &Place) -> Config {
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
         proxy: ProxyConfig::default(),
+        balancer_pools: Vec::new(),
     }
 }
 
