@@ -14,6 +14,7 @@ mod nodes;
 mod paths;
 mod pki;
 mod pod_routes;
+mod ranges;
 mod server;
 mod up;
 

@@ -2,8 +2,10 @@
 #![no_std]
 #![no_main]
 
+mod family;
 mod maps;
 mod reject;
+mod rewrite;
 mod sock;
 mod tc;
 
