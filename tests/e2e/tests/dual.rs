@@ -167,7 +167,7 @@ fn names_have_both_kinds_of_records(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// To the machine that the nodes are on, which knows no way back to a pod.
+/// To the machine that the nodes are on: it sees the node, not the pod.
 fn egress_bears_the_nodes_address(cluster: &Cluster) -> anyhow::Result<()> {
     use std::io::{BufRead as _, BufReader, Write as _};
     for (listen, node) in [("10.44.0.1", "10.44.0.3"), ("fd44::1", "fd44::3")] {
