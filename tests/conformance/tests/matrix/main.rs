@@ -41,6 +41,7 @@ fn every_cell() -> anyhow::Result<()> {
         }
         report_not_yet(&excused, &ask(&site, &stage, &excused).await?);
         stage.clear(&site).await?;
+        eprintln!("{} of {count} cells are right", count - wrong.len());
         let report: Vec<String> = wrong.into_values().collect();
         ensure!(report.is_empty(), "{} of {count} cells are wrong:\n{}", report.len(), report.join("\n"));
         Ok(())
