@@ -6,6 +6,7 @@
 
 pub mod flow;
 pub mod packet;
+pub mod policy;
 pub mod service;
 
 use weft_ebpf_abi::{

@@ -3,6 +3,7 @@
 #![no_main]
 
 mod maps;
+mod policy;
 mod reject;
 mod sock;
 mod tc;

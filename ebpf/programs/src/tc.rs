@@ -14,6 +14,7 @@ use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, ETHERTYPE_IPV4, FIN, IPV4_BY
 use weft_ebpf_logic::service::{Client, Destination, Found, find, flow_is_current, select};
 
 use crate::maps::{FLOWS, Kernel, config, count};
+use crate::policy;
 use crate::reject::reject;
 
 const PASS: i32 = TC_ACT_OK as i32;
@@ -55,6 +56,7 @@ fn parse(ctx: &TcContext) -> Option<Packet> {
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
+    let mark = policy::take_mark(&ctx);
     let Some(packet) = parse(&ctx) else { return PASS };
     // SAFETY: copied at once.
     if let Some(entry) = unsafe { FLOWS.get(packet.key).copied() } {
@@ -67,7 +69,7 @@ pub fn weft_ingress(ctx: TcContext) -> i32 {
             Known::Anew => forget(&packet.key, &entry),
         }
     }
-    begin(&ctx, &packet)
+    begin(&ctx, &packet, mark)
 }
 
 /// Packets that the node's own processes send: answers of a backend that is the node itself.
@@ -143,7 +145,7 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin(ctx: &TcContext, packet: &Packet) -> i32 {
+fn begin(ctx: &TcContext, packet: &Packet, mark: u32) -> i32 {
     let Some(config) = config() else { return PASS };
     let ifindex = ingress_ifindex(ctx);
     let internal = ifindex == config.bridge_ifindex || ifindex == config.overlay_ifindex;
@@ -167,6 +169,10 @@ fn begin(ctx: &TcContext, packet: &Packet) -> i32 {
     let Some(backend) = select(&Kernel, &service, &client) else {
         return reject(ctx, packet, DropReason::PacketNoEndpoints);
     };
+    if !policy::may_reach(mark, &backend) {
+        count(DropReason::PolicyEgress);
+        return DROP;
+    }
     let Some(known) = Kernel.backend(&backend) else {
         return reject(ctx, packet, DropReason::PacketNoEndpoints);
     };
