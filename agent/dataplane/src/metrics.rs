@@ -17,6 +17,7 @@ pub struct Metrics {
     programming: Histogram,
     failures: Counter,
     services: Gauge,
+    policies: Family<Vec<(&'static str, &'static str)>, Gauge>,
     drops: Family<Vec<(&'static str, &'static str)>, Gauge>,
 }
 
@@ -28,6 +29,7 @@ impl Default for Metrics {
             programming: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
             failures: Counter::default(),
             services: Gauge::default(),
+            policies: Family::default(),
             drops: Family::default(),
         }
     }
@@ -56,6 +58,7 @@ impl Metrics {
             "Map operations that failed and were retried",
             self.failures.clone(),
         );
+        registry.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
         registry.register("weft_dataplane_services", "Services in the maps", self.services.clone());
         registry.register(
             "weft_dataplane_drops",
@@ -73,6 +76,14 @@ impl Metrics {
 
     pub(crate) fn programmed(&self, seconds: f64) {
         self.programming.observe(seconds.max(0.0));
+    }
+
+    pub(crate) fn policies(&self, policies: usize, isolated: usize, identities: usize, rules: usize) {
+        let all =
+            [("policies", policies), ("isolated_pods", isolated), ("identities", identities), ("rules", rules)];
+        for (of, count) in all {
+            self.policies.get_or_create(&vec![("of", of)]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     pub(crate) fn dropped(&self, reason: &'static str, count: u64) {

@@ -26,6 +26,7 @@ use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
+use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::tables::{Tables, service_name, slice_name};
@@ -59,6 +60,8 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Where pods wait for their policies.
+    pub gate: policy::Gate,
 }
 
 /// Why the dataplane does not run.
@@ -114,7 +117,8 @@ impl<K: Eq + Hash> Relist<K> {
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
 /// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
-/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes, and
+/// for policies on pods, namespaces and networkpolicies.networking.k8s.io.
 ///
 /// # Errors
 /// If the programs can't be put in place, or the node's devices can't be watched. What the API or single map operations
@@ -142,6 +146,9 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let parts = policy::Parts::new(&programs)?;
+    let policies =
+        policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     let mut dataplane = Dataplane {
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
@@ -156,7 +163,10 @@ pub async fn run_with_metrics(
         triggers: Vec::new(),
         retry: RETRY_FIRST,
     };
-    dataplane.run(client, shutdown).await
+    tokio::select! {
+        ended = dataplane.run(client, shutdown) => ended,
+        ended = policies => ended,
+    }
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.

@@ -13,7 +13,7 @@ use weft_ebpf_abi::policy::{
 };
 use weft_ebpf_abi::{Address, Port, TCP, UDP};
 
-use crate::packet::{ACK, FIN, RST, SYN};
+use crate::packet::{FIN, RST, SYN};
 
 /// IPPROTO_ICMP.
 pub const ICMP: u8 = 1;
@@ -82,22 +82,21 @@ pub fn check<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, peer: &P
         }
     }
     if packet.fragments {
-        remember_fragments(tables, edge, packet, now);
+        // The first opens the way for the others.
+        tables.track(&fragment_key(edge, packet), &TrackValue { last_seen: now, flags: 0 });
     }
     true
 }
 
-/// Whether the later fragments of a packet may pass: if the first did.
+/// Whether a later fragment of a packet may pass: if the first did.
 #[inline(always)]
-pub fn check_fragment<T: PolicyTables>(tables: &T, edge: &Edge, key: &TrackKey) -> bool {
+pub fn check_fragment<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet) -> bool {
     let own = if edge.way == TRACK_OUT { POLICY_EGRESS } else { POLICY_INGRESS };
     if edge.pod.flags & own == 0 {
         return true;
     }
     let now = tables.now();
-    let mut key = *key;
-    key.ifindex = edge.ifindex;
-    key.way = edge.way | TRACK_FRAGMENTS;
+    let key = fragment_key(edge, packet);
     matches!(tables.tracked(&key), Some(value) if now.wrapping_sub(value.last_seen) <= ICMP_SECONDS)
 }
 
@@ -148,10 +147,10 @@ fn answered_key(edge: &Edge, packet: &Packet) -> TrackKey {
     }
 }
 
-/// Whether a packet answers a flow that was let through the other way. A bare SYN never does: it begins a connection.
+/// Whether a packet answers a flow that was let through the other way.
 #[inline(always)]
 fn is_answer<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, now: u32) -> bool {
-    if packet.protocol == TCP && packet.tcp_flags & (SYN | ACK) == SYN {
+    if packet.begins {
         return false;
     }
     let key = answered_key(edge, packet);
@@ -186,30 +185,18 @@ fn touch<T: PolicyTables>(tables: &T, key: &TrackKey, value: &TrackValue, closin
     }
 }
 
-/// The first fragment of a packet opens the way for the others.
+/// What joins the fragments of one packet.
 #[inline(always)]
-fn remember_fragments<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, now: u32) {
-    let key = fragment_key(packet.source, packet.destination, packet.identification);
-    let key = TrackKey { ifindex: edge.ifindex, way: edge.way | TRACK_FRAGMENTS, ..key };
-    tables.track(&key, &TrackValue { last_seen: now, flags: 0 });
-}
-
-/// What joins the fragments of one packet, but for the edge.
-#[inline(always)]
-pub(crate) const fn fragment_key(
-    source: Address,
-    destination: Address,
-    identification: [u8; 4],
-) -> TrackKey {
-    let [a, b, c, d] = identification;
+fn fragment_key(edge: &Edge, packet: &Packet) -> TrackKey {
+    let [a, b, c, d] = packet.identification;
     TrackKey {
-        source,
-        destination,
+        source: packet.source,
+        destination: packet.destination,
         source_port: Port([a, b]),
         destination_port: Port([c, d]),
-        ifindex: 0,
+        ifindex: edge.ifindex,
         protocol: 0,
-        way: TRACK_FRAGMENTS,
+        way: edge.way | TRACK_FRAGMENTS,
         pad: [0; 2],
     }
 }

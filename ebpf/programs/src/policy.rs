@@ -5,7 +5,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
-use aya_ebpf::maps::{HashMap, LruHashMap};
+use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::policy::*;
 use weft_ebpf_abi::*;
@@ -31,6 +31,10 @@ static RANGES: LpmTrie<Address, u64> = LpmTrie::pinned(sizes::RANGES, NO_PREALLO
 static RULES: LpmTrie<RuleData, u32> = LpmTrie::pinned(sizes::RULES, NO_PREALLOC);
 #[map(name = "weft_track_2")]
 static TRACKED: LruHashMap<TrackKey, TrackValue> = LruHashMap::pinned(sizes::TRACKED, 0);
+
+/// Room for the packet being looked at: the stack has too little. Nothing else runs on the CPU until the program ends.
+#[map(name = "weft_packet_2")]
+static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 
 impl PolicyTables for Kernel {
     #[inline(always)]
@@ -84,17 +88,25 @@ fn edge(ctx: &TcContext, way: u8) -> Option<Edge> {
     (pod.flags != 0).then_some(Edge { pod, ifindex, way })
 }
 
+#[inline(always)]
+fn room() -> Option<&'static mut Packet> {
+    let packet = PACKET.get_ptr_mut(0)?;
+    // SAFETY: the element belongs to this CPU and to one program at a time; zeros are a valid packet.
+    Some(unsafe { &mut *packet })
+}
+
 /// Packets that a pod sends.
 #[classifier]
 pub fn weft_from_pod(ctx: TcContext) -> i32 {
     let Some(edge) = edge(&ctx, TRACK_OUT) else { return NEXT };
-    let allowed = match parse(&Frame(&ctx)) {
+    let Some(packet) = room() else { return DROP };
+    let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
         Parsed::Broken => edge.pod.flags & POLICY_EGRESS == 0,
-        Parsed::Fragment(key) => check_fragment(&Kernel, &edge, &key),
-        Parsed::Packet(packet) => {
-            let peer = destination(&ctx, &edge, &packet);
-            check(&Kernel, &edge, &packet, &peer)
+        Parsed::Fragment => check_fragment(&Kernel, &edge, packet),
+        Parsed::Packet => {
+            let peer = destination(&ctx, &edge, packet);
+            check(&Kernel, &edge, packet, &peer)
         }
     };
     verdict(allowed, DropReason::PolicyEgress)
@@ -104,13 +116,14 @@ pub fn weft_from_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn weft_to_pod(ctx: TcContext) -> i32 {
     let Some(edge) = edge(&ctx, TRACK_IN) else { return NEXT };
-    let allowed = match parse(&Frame(&ctx)) {
+    let Some(packet) = room() else { return DROP };
+    let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
         Parsed::Broken => edge.pod.flags & POLICY_INGRESS == 0,
-        Parsed::Fragment(key) => is_own(&ctx) || check_fragment(&Kernel, &edge, &key),
-        Parsed::Packet(packet) => {
-            let peer = source(&ctx, &packet);
-            check(&Kernel, &edge, &packet, &peer)
+        Parsed::Fragment => is_own(&ctx) || check_fragment(&Kernel, &edge, packet),
+        Parsed::Packet => {
+            let peer = source(&ctx, packet);
+            check(&Kernel, &edge, packet, &peer)
         }
     };
     verdict(allowed, DropReason::PolicyIngress)

@@ -24,18 +24,18 @@ type Reply = http::Response<BoxBody<Bytes, Infallible>>;
 
 /// Three lists, and the watches that are open on them.
 #[derive(Clone, Default)]
-struct Api {
+pub(crate) struct Api {
     lists: Arc<Mutex<BTreeMap<String, Vec<Value>>>>,
     watches: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<Bytes>>>>,
 }
 
 impl Api {
-    fn list(&self, plural: &str, objects: Vec<Value>) {
+    pub(crate) fn list(&self, plural: &str, objects: Vec<Value>) {
         self.lists.lock().unwrap().insert(plural.to_owned(), objects);
     }
 
     /// Sends an event to the watch, once it is open.
-    async fn event(&self, plural: &str, kind: &str, object: &Value) {
+    pub(crate) async fn event(&self, plural: &str, kind: &str, object: &Value) {
         let line = Bytes::from(format!("{}\n", json!({"type": kind, "object": object})));
         for _ in 0..500 {
             let sent = self.watches.lock().unwrap().get(plural).is_some_and(|w| w.send(line.clone()).is_ok());
@@ -62,7 +62,7 @@ impl Api {
         http::Response::new(Full::new(Bytes::from(list.to_string())).boxed())
     }
 
-    fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let api = self.clone();
         let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
             let reply = api.answer(&request);
@@ -87,7 +87,7 @@ fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
         "ports": [{"name": "", "port": port, "protocol": "TCP"}]})
 }
 
-fn config(place: &Place) -> Config {
+pub(crate) fn config(place: &Place) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
@@ -98,11 +98,12 @@ fn config(place: &Place) -> Config {
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
+        gate: weft_agent_dataplane::policy::Gate::default(),
     }
 }
 
 /// Asks until the answer is as wanted: an event takes its time to the maps.
-async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
     for _ in 0..500 {
         if wanted() {
             return;

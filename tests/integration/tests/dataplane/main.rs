@@ -7,6 +7,7 @@ mod edge;
 mod overlay;
 mod packets;
 mod place;
+mod policy;
 mod sockets;
 
 /// What every test here needs.

@@ -199,6 +199,7 @@ impl World {
             destination_port: Port::new(port),
             protocol,
             tcp_flags: 2,
+            begins: true,
             error: false,
             fragments: false,
             identification: [0; 4],
