@@ -79,8 +79,12 @@ impl Metrics {
     }
 
     pub(crate) fn policies(&self, policies: usize, isolated: usize, identities: usize, rules: usize) {
-        let all =
-            [("policies", policies), ("isolated_pods", isolated), ("identities", identities), ("rules", rules)];
+        let all = [
+            ("policies", policies),
+            ("isolated_pods", isolated),
+            ("identities", identities),
+            ("rules", rules),
+        ];
         for (of, count) in all {
             self.policies.get_or_create(&vec![("of", of)]).set(i64::try_from(count).unwrap_or(i64::MAX));
         }

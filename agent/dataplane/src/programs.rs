@@ -209,7 +209,12 @@ impl Programs {
     }
 }
 
-pub(crate) fn check_layout(data: &MapData, name: &'static str, key: usize, value: usize) -> Result<(), ProgramError> {
+pub(crate) fn check_layout(
+    data: &MapData,
+    name: &'static str,
+    key: usize,
+    value: usize,
+) -> Result<(), ProgramError> {
     let info = data.info().map_err(|source| ProgramError::Map { name, source })?;
     let fits = info.key_size() as usize == key && info.value_size() as usize == value;
     if fits { Ok(()) } else { Err(mismatch(name)) }

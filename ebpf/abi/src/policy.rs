@@ -17,7 +17,19 @@ pub const POLICY_EGRESS: u32 = 2;
 /// What holds for a pod, by the index of the device that leads to it. A pod without an entry, or with one without flags, is
 /// free.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
 )]
 #[repr(C)]
 pub struct PolicyPod {

@@ -104,7 +104,8 @@ impl PolicyMaps for KernelPolicyMaps {
 
     fn dump(&mut self, table: PolicyTable) -> Result<Vec<Entry>, MapError> {
         let (fd, key_bytes, value_bytes) = self.get("read", table)?;
-        sys::read_by_key(fd.as_fd(), *key_bytes, *value_bytes).map_err(|source| error("read", table, 0, source))
+        sys::read_by_key(fd.as_fd(), *key_bytes, *value_bytes)
+            .map_err(|source| error("read", table, 0, source))
     }
 }
 

@@ -197,7 +197,9 @@ impl Rule {
         let peers = peers.filter(|p| !p.is_empty());
         let ports = ports.filter(|p| !p.is_empty());
         Self {
-            peers: peers.map(|all| all.iter().filter_map(|one| PeerSpec::new(namespace, one)).map(Peer::from).collect()),
+            peers: peers.map(|all| {
+                all.iter().filter_map(|one| PeerSpec::new(namespace, one)).map(Peer::from).collect()
+            }),
             ports: ports.map(|all| all.iter().filter_map(PortRule::new).collect()),
         }
     }
@@ -217,10 +219,9 @@ impl PeerSpec {
         }
         let pods = peer.pod_selector.as_ref().map(Selector::new);
         match (&peer.namespace_selector, pods) {
-            (Some(namespaces), pods) => Some(Self::PodsOf {
-                namespaces: Selector::new(namespaces),
-                pods: pods.unwrap_or_default(),
-            }),
+            (Some(namespaces), pods) => {
+                Some(Self::PodsOf { namespaces: Selector::new(namespaces), pods: pods.unwrap_or_default() })
+            }
             (None, Some(pods)) => Some(Self::Pods { namespace: namespace.to_owned(), pods }),
             (None, None) => None,
         }

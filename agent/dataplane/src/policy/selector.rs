@@ -27,7 +27,8 @@ impl Selector {
     #[must_use]
     pub fn new(selector: &LabelSelector) -> Self {
         let exact = selector.match_labels.iter().flatten();
-        let mut all: Vec<_> = exact.map(|(key, value)| (key.clone(), Asks::In(vec![value.clone()]))).collect();
+        let mut all: Vec<_> =
+            exact.map(|(key, value)| (key.clone(), Asks::In(vec![value.clone()]))).collect();
         for one in selector.match_expressions.iter().flatten() {
             let mut values = one.values.clone().unwrap_or_default();
             values.sort_unstable();

@@ -32,7 +32,11 @@ fn default_deny_isolates_one_way_only() {
     assert!(!world.allowed("y/a", "x/a", TCP, 80));
     assert!(!world.allowed("x/b", "x/a", TCP, 80));
     assert!(world.allowed("x/a", "y/a", UDP, 81));
-    world.policy("x", "deny-out", &json!({"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Egress"]}));
+    world.policy(
+        "x",
+        "deny-out",
+        &json!({"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Egress"]}),
+    );
     world.check();
     assert!(!world.allowed("x/a", "y/a", UDP, 81));
     assert!(world.allowed("x/b", "y/a", UDP, 81));
@@ -83,7 +87,11 @@ fn named_ports_are_each_destinations_own() {
     let mut world = cluster();
     world.pod_with("y", "a", &json!({"pod": "a"}), &[("web", 8080)]);
     world.pod_with("y", "b", &json!({"pod": "b"}), &[("web", 9090)]);
-    world.policy("x", "web", &json!({"podSelector": {}, "egress": [{"ports": [{"port": "web"}]}], "policyTypes": ["Egress"]}));
+    world.policy(
+        "x",
+        "web",
+        &json!({"podSelector": {}, "egress": [{"ports": [{"port": "web"}]}], "policyTypes": ["Egress"]}),
+    );
     world.check();
     assert!(world.allowed("x/a", "y/a", TCP, 8080) && !world.allowed("x/a", "y/a", TCP, 9090));
     assert!(world.allowed("x/a", "y/b", TCP, 9090) && !world.allowed("x/a", "y/b", TCP, 8080));
@@ -109,7 +117,11 @@ fn a_change_costs_what_it_touches() {
     assert_eq!(world.maps.changes - before, 3, "one rule, and the identity of two addresses");
     assert!(world.allowed("y/c", "y/b", TCP, 80) && !world.allowed("y/c", "y/b", TCP, 81));
     let before = world.maps.changes;
-    world.policy("x", "unrelated", &json!({"podSelector": {"matchLabels": {"pod": "nobody"}}, "ingress": []}));
+    world.policy(
+        "x",
+        "unrelated",
+        &json!({"podSelector": {"matchLabels": {"pod": "nobody"}}, "ingress": []}),
+    );
     world.check();
     assert_eq!(world.maps.changes, before, "a policy that selects no pod of the node costs nothing");
 }
@@ -131,7 +143,11 @@ fn a_new_planner_adopts_what_it_finds() {
 #[test]
 fn addresses_are_released_and_granted() {
     let mut world = cluster();
-    world.policy("x", "in", &json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "b"}}}]}]}));
+    world.policy(
+        "x",
+        "in",
+        &json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"pod": "b"}}}]}]}),
+    );
     world.check();
     assert!(world.allowed("x/b", "x/a", TCP, 80));
     // c comes to the address of b, which has ended but is still there.
@@ -165,7 +181,9 @@ fn a_pod_that_is_being_killed_stays_isolated() {
 
 #[test]
 fn ranges_of_ports_are_few_prefixes() {
-    for (first, last) in [(0, 65_535), (1, 65_535), (80, 80), (80, 81), (1_024, 2_047), (32_768, 65_535), (1, 65_534), (9, 6)] {
+    for (first, last) in
+        [(0, 65_535), (1, 65_535), (80, 80), (80, 81), (1_024, 2_047), (32_768, 65_535), (1, 65_534), (9, 6)]
+    {
         let all = prefixes(first, last);
         assert!(all.len() <= 30, "{first}-{last}: {all:?}");
         for port in 0..=u16::MAX {
@@ -173,7 +191,11 @@ fn ranges_of_ports_are_few_prefixes() {
                 let mask = u16::MAX.checked_shl(16 - bits).unwrap_or(0);
                 port & mask == *at
             });
-            assert_eq!(covered.count(), usize::from((first..=last).contains(&port)), "{first}-{last}: {port}");
+            assert_eq!(
+                covered.count(),
+                usize::from((first..=last).contains(&port)),
+                "{first}-{last}: {port}"
+            );
         }
     }
 }

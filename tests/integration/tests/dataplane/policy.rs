@@ -152,14 +152,20 @@ struct Agent {
 impl Agent {
     async fn start(config: &Config, policies: Vec<Value>) -> Self {
         let api = Api::default();
-        api.list("namespaces", vec![json!({"apiVersion": "v1", "kind": "Namespace",
-            "metadata": {"name": "default", "resourceVersion": "2", "labels": {"team": "a"}}})]);
+        api.list(
+            "namespaces",
+            vec![json!({"apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": "default", "resourceVersion": "2", "labels": {"team": "a"}}})],
+        );
         api.list("pods", vec![pod("server", POD, POD6, "server"), pod("client", OTHER, OTHER6, "client")]);
         api.list("networkpolicies", policies);
         let (programmed, mut is_programmed) = watch::channel(false);
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
-        tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is)).await.unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is))
+            .await
+            .unwrap()
+            .unwrap();
         Self { api, shutdown, running }
     }
 
@@ -179,7 +185,8 @@ impl Agent {
 
 fn in_node(place: &Place, work: impl Future<Output = ()> + Send) {
     within(&place.node, || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(work);
     });
 }
@@ -193,7 +200,9 @@ fn policies_hold_in_both_families() {
     let other = populate(&place).unwrap();
     let config = config(&place);
     in_node(&place, async {
-        assert!(tcp(&other, POD, 80) && tcp(&other, POD6, 80) && udp(&other, POD, 80, 5) && ping(&other, POD6));
+        assert!(
+            tcp(&other, POD, 80) && tcp(&other, POD6, 80) && udp(&other, POD, 80, 5) && ping(&other, POD6)
+        );
         let agent = Agent::start(&config, Vec::new()).await;
         deny_in(&agent, &place, &other).await;
         allow_some(&agent, &place, &other).await;
@@ -234,7 +243,13 @@ async fn deny_in(agent: &Agent, place: &Place, other: &Netns) {
 async fn allow_some(agent: &Agent, place: &Place, other: &Netns) {
     let select = json!({"matchLabels": {"app": "server"}});
     let client = json!([{"podSelector": {"matchLabels": {"app": "client"}}}]);
-    agent.put("some", 11, &json!({"podSelector": select, "ingress": [{"from": client, "ports": [{"port": "web"}]}]})).await;
+    agent
+        .put(
+            "some",
+            11,
+            &json!({"podSelector": select, "ingress": [{"from": client, "ports": [{"port": "web"}]}]}),
+        )
+        .await;
     eventually("the allowed port", || tcp(other, POD, 80)).await;
     assert!(tcp(other, POD6, 80));
     assert!(!tcp(other, POD, 81) && !tcp(other, POD6, 81) && !udp(other, POD, 80, 5) && !ping(other, POD));
@@ -253,10 +268,17 @@ async fn deny_out(agent: &Agent, place: &Place, other: &Netns) {
     let select = json!({"matchLabels": {"app": "client"}});
     agent.put("out", 20, &json!({"podSelector": select, "policyTypes": ["Egress"]})).await;
     eventually("isolation", || !tcp(other, POD, 80)).await;
-    assert!(!tcp(other, POD6, 80) && !udp(other, POD, 80, 5) && !udp(other, POD6, 80, 5_000) && !ping(other, POD6));
+    assert!(
+        !tcp(other, POD6, 80)
+            && !udp(other, POD, 80, 5)
+            && !udp(other, POD6, 80, 5_000)
+            && !ping(other, POD6)
+    );
     assert!(!tcp(other, CLIENT, 80));
     assert!(tcp(&place.pod, OTHER, 80) && tcp(&place.pod, OTHER6, 81), "it answers who asks");
-    assert!(udp(&place.pod, OTHER, 80, 5_000) && udp(&place.pod, OTHER6, 81, 5_000) && ping(&place.pod, OTHER6));
+    assert!(
+        udp(&place.pod, OTHER, 80, 5_000) && udp(&place.pod, OTHER6, 81, 5_000) && ping(&place.pod, OTHER6)
+    );
     assert!(tcp(&place.node, OTHER, 80));
     assert!(ping(other, crate::place::GATEWAY), "its own node is always in reach");
     agent.put("out", 21, &json!({"podSelector": select, "policyTypes": ["Egress"], "egress": [{"ports": [{"port": "web"}]}]})).await;

@@ -90,7 +90,10 @@ impl Planner {
                 }
             }
         }
-        (ingress.map(|rules| rules::set(rules, Some(&pod.ports))), egress.map(|rules| rules::set(rules, None)))
+        (
+            ingress.map(|rules| rules::set(rules, Some(&pod.ports))),
+            egress.map(|rules| rules::set(rules, None)),
+        )
     }
 
     fn acquire_set(&mut self, set: u64, spec: SetSpec) {
@@ -179,16 +182,17 @@ impl Planner {
                 let none = Labels::new();
                 let mut all: Vec<&String> = self.pods.keys().map(|name| &name.namespace).collect();
                 all.dedup();
-                let hit = all.into_iter().filter(|name| {
-                    namespaces.matches(self.namespaces.get(*name).unwrap_or(&none))
-                });
+                let hit = all
+                    .into_iter()
+                    .filter(|name| namespaces.matches(self.namespaces.get(*name).unwrap_or(&none)));
                 hit.cloned().collect()
             }
         };
         for namespace in namespaces {
             self.reach.remove(&namespace);
             let hit = names_in(&self.pods, &namespace).into_iter();
-            let hit = hit.filter(|name| self.pods.get(name).is_some_and(|pod| selects(&peer.spec, &pod.labels)));
+            let hit =
+                hit.filter(|name| self.pods.get(name).is_some_and(|pod| selects(&peer.spec, &pod.labels)));
             self.dirty_pods.extend(hit);
         }
         // Cached lists of namespaces without pods would miss it.

@@ -21,10 +21,18 @@ pub(super) type Port = (u8, u16);
 
 /// Whether these policies (namespace and spec) let a packet out of `from` and into `to`.
 pub(super) fn allowed(policies: &[(&str, &Value)], from: &End<'_>, to: &End<'_>, port: Port) -> bool {
-    from.ip == to.ip || one_way(policies, from, to, to, "Egress", port) && one_way(policies, to, from, to, "Ingress", port)
+    from.ip == to.ip
+        || one_way(policies, from, to, to, "Egress", port) && one_way(policies, to, from, to, "Ingress", port)
 }
 
-fn one_way(policies: &[(&str, &Value)], subject: &End<'_>, peer: &End<'_>, to: &End<'_>, kind: &str, port: Port) -> bool {
+fn one_way(
+    policies: &[(&str, &Value)],
+    subject: &End<'_>,
+    peer: &End<'_>,
+    to: &End<'_>,
+    kind: &str,
+    port: Port,
+) -> bool {
     let (rules, peers) = if kind == "Egress" { ("egress", "to") } else { ("ingress", "from") };
     let mut isolated = false;
     for (namespace, spec) in policies {
@@ -59,7 +67,9 @@ fn list(value: &Value) -> Vec<Value> {
 
 fn is_peer(peer: &Value, namespace: &str, end: &End<'_>) -> bool {
     if let Some(block) = peer.get("ipBlock") {
-        let within = |text: &Value| text.as_str().and_then(|t| t.parse::<IpNetwork>().ok()).is_some_and(|n| n.contains(end.ip));
+        let within = |text: &Value| {
+            text.as_str().and_then(|t| t.parse::<IpNetwork>().ok()).is_some_and(|n| n.contains(end.ip))
+        };
         return within(&block["cidr"]) && !list(&block["except"]).iter().any(within);
     }
     let namespace_ok = match peer.get("namespaceSelector") {
@@ -78,7 +88,9 @@ fn is_port(rule: &Value, to: &End<'_>, (protocol, port): Port) -> bool {
     };
     let number = match &rule["port"] {
         Value::Null => true,
-        Value::String(name) => to.ports.iter().any(|(p, n, number)| *p == protocol && n == name && *number == port),
+        Value::String(name) => {
+            to.ports.iter().any(|(p, n, number)| *p == protocol && n == name && *number == port)
+        }
         number => {
             let first = number.as_u64().unwrap_or(0);
             (first..=rule["endPort"].as_u64().unwrap_or(first)).contains(&u64::from(port))

@@ -79,7 +79,12 @@ fn rules(peers: &'static str) -> impl Strategy<Value = Value> {
 }
 
 fn policy() -> impl Strategy<Value = Value> {
-    let types = prop::sample::select(vec![json!([]), json!(["Ingress"]), json!(["Egress"]), json!(["Ingress", "Egress"])]);
+    let types = prop::sample::select(vec![
+        json!([]),
+        json!(["Ingress"]),
+        json!(["Egress"]),
+        json!(["Ingress", "Egress"]),
+    ]);
     (selector(), types, rules("from"), rules("to")).prop_map(|(pods, types, ingress, egress)| {
         json!({"podSelector": pods, "policyTypes": types, "ingress": ingress, "egress": egress})
     })

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
-use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleData, RuleKey, TRACK_IN, TRACK_OUT, TrackKey, TrackValue};
+use weft_ebpf_abi::policy::{
+    PolicyPod, RangeKey, RuleData, RuleKey, TRACK_IN, TRACK_OUT, TrackKey, TrackValue,
+};
 use weft_ebpf_abi::{Address, Port, SCTP, TCP, UDP};
 use weft_ebpf_logic::policy::{Edge, Packet, Peer, PolicyTables, check};
 use zerocopy::{FromBytes, IntoBytes};
@@ -70,9 +72,13 @@ impl World {
         let (addresses, device) = known.unwrap_or_else(|| {
             self.count += 1;
             let n = self.count;
-            ([IpAddr::from([10, 42, 0, n]), IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, n.into()])], 100 + u32::from(n))
+            (
+                [IpAddr::from([10, 42, 0, n]), IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, n.into()])],
+                100 + u32::from(n),
+            )
         });
-        let mut named: Vec<_> = ports.iter().map(|(name, number)| (TCP, (*name).to_owned(), *number)).collect();
+        let mut named: Vec<_> =
+            ports.iter().map(|(name, number)| (TCP, (*name).to_owned(), *number)).collect();
         for (protocol, text) in [(TCP, "tcp"), (UDP, "udp"), (SCTP, "sctp")] {
             named.extend([80, 81].map(|number| (protocol, format!("serve-{number}-{text}"), number)));
         }
@@ -86,8 +92,20 @@ impl World {
         for address in pod.addresses {
             self.devices.insert(address.into(), pod.device);
         }
-        let text = |p: u8| if p == TCP { "TCP" } else if p == UDP { "UDP" } else { "SCTP" };
-        let ports: Vec<_> = pod.ports.iter().map(|(p, name, number)| json!({"name": name, "protocol": text(*p), "containerPort": number})).collect();
+        let text = |p: u8| {
+            if p == TCP {
+                "TCP"
+            } else if p == UDP {
+                "UDP"
+            } else {
+                "SCTP"
+            }
+        };
+        let ports: Vec<_> = pod
+            .ports
+            .iter()
+            .map(|(p, name, number)| json!({"name": name, "protocol": text(*p), "containerPort": number}))
+            .collect();
         let ips: Vec<_> = pod.addresses.iter().map(|ip| json!({"ip": ip})).collect();
         let object = json!({"metadata": {"namespace": namespace, "name": short, "uid": key, "labels": pod.labels},
             "spec": {"nodeName": "here", "containers": [{"name": "c", "ports": ports}]}, "status": {"podIPs": ips, "phase": "Running"}});
@@ -217,21 +235,32 @@ impl World {
     /// Syncs, and compares every pair on every port with the naive evaluator.
     pub(super) fn check(&mut self) {
         self.sync();
-        let policies: Vec<(&str, &Value)> = self.policies.iter().map(|((ns, _), spec)| (ns.as_str(), spec)).collect();
+        let policies: Vec<(&str, &Value)> =
+            self.policies.iter().map(|((ns, _), spec)| (ns.as_str(), spec)).collect();
         let none = json!({});
         let end = |key: &'_ str, family: usize| {
             let pod = &self.pods[key];
             let namespace = self.pods.get_key_value(key).unwrap().0.split_once('/').unwrap().0;
-            End { namespace, namespace_labels: self.namespaces.get(namespace).unwrap_or(&none), labels: &pod.labels, ip: pod.addresses[family], ports: &pod.ports }
+            End {
+                namespace,
+                namespace_labels: self.namespaces.get(namespace).unwrap_or(&none),
+                labels: &pod.labels,
+                ip: pod.addresses[family],
+                ports: &pod.ports,
+            }
         };
         let ports = [(TCP, 80), (TCP, 81), (UDP, 80), (UDP, 81), (SCTP, 80), (1, 0)];
         for from in self.pods.keys() {
             for to in self.pods.keys() {
                 for family in [0, 1] {
                     for (protocol, port) in ports {
-                        let wanted = naive::allowed(&policies, &end(from, family), &end(to, family), (protocol, port));
+                        let wanted =
+                            naive::allowed(&policies, &end(from, family), &end(to, family), (protocol, port));
                         let found = self.allowed_in(from, to, protocol, port, family);
-                        assert_eq!(found, wanted, "{from} to {to} family {family} protocol {protocol} port {port}: {policies:#?}");
+                        assert_eq!(
+                            found, wanted,
+                            "{from} to {to} family {family} protocol {protocol} port {port}: {policies:#?}"
+                        );
                     }
                 }
             }
@@ -252,17 +281,21 @@ fn same(a: &[u8], b: &[u8], count: u32) -> bool {
 impl PolicyTables for Kernel<'_> {
     fn identity(&self, address: &Address) -> u64 {
         let number = |bytes: &Vec<u8>| u64::read_from_bytes(bytes).unwrap();
-        if let Some(value) = self.maps.tables.get(&PolicyTable::Identities).and_then(|t| t.get(address.as_bytes())) {
+        if let Some(value) =
+            self.maps.tables.get(&PolicyTable::Identities).and_then(|t| t.get(address.as_bytes()))
+        {
             return number(value);
         }
         let ranges = self.maps.tables.get(&PolicyTable::Ranges).into_iter().flatten();
         let ranges = ranges.map(|(key, value)| (RangeKey::read_from_bytes(key).unwrap(), value));
-        let around = ranges.filter(|(range, _)| same(range.address.as_bytes(), address.as_bytes(), range.prefix_bits));
+        let around =
+            ranges.filter(|(range, _)| same(range.address.as_bytes(), address.as_bytes(), range.prefix_bits));
         around.max_by_key(|(range, _)| range.prefix_bits).map_or(0, |(_, value)| number(value))
     }
 
     fn allows(&self, set: u64, identity: u64, protocol: u8, port: Port) -> bool {
-        let asked = RuleData { set: set.to_be_bytes(), identity: identity.to_be_bytes(), protocol, pad: 0, port };
+        let asked =
+            RuleData { set: set.to_be_bytes(), identity: identity.to_be_bytes(), protocol, pad: 0, port };
         let mut rules = self.maps.tables.get(&PolicyTable::Rules).into_iter().flat_map(BTreeMap::keys);
         rules.any(|key| {
             let rule = RuleKey::read_from_bytes(key).unwrap();
@@ -282,4 +315,3 @@ impl PolicyTables for Kernel<'_> {
         7
     }
 }
-
