@@ -118,7 +118,7 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> (u32
     (attr.count.min(count), result)
 }
 
-/// Reads all entries of a hash map, as keys and values one behind the other.
+/// Reads all entries of a hash map or trie, as keys and values one behind the other.
 pub(crate) fn read_all(
     map: BorrowedFd<'_>,
     key_bytes: usize,
@@ -127,14 +127,15 @@ pub(crate) fn read_all(
     // More than the longest chain of a bucket that is ever expected; doubled when the kernel says it is not.
     let mut chunk = 4_096_usize;
     let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
-    let mut position: Option<u32> = None;
+    // A hash map's position is the number of a bucket, a trie's the last key.
+    let mut position: Option<Vec<u8>> = None;
+    let mut next = vec![0_u8; key_bytes.max(size_of::<u32>())];
     loop {
         let mut keys = vec![0_u8; chunk * key_bytes];
         let mut values = vec![0_u8; chunk * value_bytes];
-        let mut next = 0_u32;
         let mut attr = BatchAttr {
-            in_batch: position.as_ref().map_or(0, |p| std::ptr::from_ref(p) as u64),
-            out_batch: std::ptr::from_mut(&mut next) as u64,
+            in_batch: position.as_ref().map_or(0, |p| address(p)),
+            out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: u32::try_from(chunk).unwrap_or(u32::MAX),
@@ -157,7 +158,7 @@ pub(crate) fn read_all(
         if end {
             return Ok((all_keys, all_values));
         }
-        position = Some(next);
+        position = Some(next.clone());
     }
 }
 
@@ -261,4 +262,27 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// A packet socket for ARP on one device, non-blocking.
+pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
+    const ETH_P_ARP: u16 = 0x0806;
+    let protocol = i32::from(ETH_P_ARP.to_be());
+    // SAFETY: socket takes three integers and returns a new descriptor or -1.
+    let fd = unsafe {
+        libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = owned(fd);
+    // SAFETY: all zeros are a valid address.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
+    address.sll_protocol = ETH_P_ARP.to_be();
+    address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).map_err(io::Error::other)?;
+    // SAFETY: the address is valid for the size given, and the socket is open.
+    let bound = unsafe { libc::bind(fd, std::ptr::from_ref(&address).cast(), size) };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }

@@ -123,7 +123,11 @@ async fn report(shared: &Shared, network: bool, known: &mut Known) -> Result<Dur
     }
     let before = &known.conditions;
     let status = status(shared, (network, before, now)).await;
-    let body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    let mut body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    // The schema merges addresses by type, and a node of two families has two of one type: the list goes as a whole.
+    if let Some(addresses) = body.pointer_mut("/status/addresses").and_then(Value::as_array_mut) {
+        addresses.push(json!({"$patch": "replace"}));
+    }
     match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(body)).await {
         Ok(_) => {
             announce(shared, before, status.conditions.iter().flatten());
@@ -176,6 +180,9 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
 
 async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition], Timestamp)) -> NodeStatus {
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
+    let ips = shared.config.node_ips();
+    let mut addresses: Vec<_> = ips.iter().map(|ip| address("InternalIP", ip.to_string())).collect();
+    addresses.push(address("Hostname", shared.config.node_name.clone()));
     let capacity = shared.machine.capacity();
     let runtime_error = shared.runtime.list_images().await;
     let images = runtime_error.as_ref().map(|list| {
@@ -185,10 +192,7 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
         })
     });
     NodeStatus {
-        addresses: Some(vec![
-            address("InternalIP", shared.config.node_ip.to_string()),
-            address("Hostname", shared.config.node_name.clone()),
-        ]),
+        addresses: Some(addresses),
         allocatable: Some(capacity.clone()),
         capacity: Some(capacity),
         conditions: Some(conditions(

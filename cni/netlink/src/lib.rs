@@ -10,12 +10,16 @@
 mod address;
 mod error;
 mod event;
+pub mod hostport;
 mod link;
 pub mod masquerade;
 pub mod namespace;
 mod neighbour;
+mod nft;
 mod route;
+mod shaping;
 mod socket;
+pub mod sysctl;
 
 pub use address::Address;
 pub use error::{Class, Error};
@@ -23,6 +27,7 @@ pub use event::{Event, Events};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use neighbour::{FdbEntry, Neighbour};
 pub use route::Route;
+pub use shaping::Shape;
 pub use socket::Netlink;
 
 /// A hardware address of Ethernet.

@@ -13,6 +13,7 @@ mod network;
 mod nodes;
 mod paths;
 mod pki;
+mod ranges;
 mod server;
 mod up;
 

@@ -2,9 +2,11 @@
 #![no_std]
 #![no_main]
 
+mod family;
 mod maps;
 mod policy;
 mod reject;
+mod rewrite;
 mod sock;
 mod tc;
 

@@ -20,7 +20,7 @@ use super::edges::Edges;
 use super::gate::{Gate, Request};
 use super::maps::KernelPolicyMaps;
 use super::objects::{self, Name, Policy};
-use super::planner::{Counts, Planner};
+use super::planner::Planner;
 use crate::metrics::Metrics;
 use crate::programs::{ProgramError, Programs};
 
@@ -195,8 +195,7 @@ impl Runner {
         if let Err(error) = &result {
             tracing::warn!(%error, source = ?std::error::Error::source(error), "policies are behind, will be retried");
         }
-        let Counts { policies, isolated, identities, rules } = self.planner.counts();
-        self.metrics.policies(policies, isolated, identities, rules);
+        self.metrics.policies(&self.planner.counts());
         if result.is_ok() {
             self.answer();
         }

@@ -4,10 +4,15 @@
 mod adoption;
 mod agent;
 mod edge;
+mod entries;
+mod errors;
+mod frames;
 mod overlay;
 mod packets;
+mod paths;
 mod place;
 mod policy;
+mod services;
 mod sockets;
 
 /// What every test here needs.

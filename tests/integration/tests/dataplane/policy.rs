@@ -13,12 +13,11 @@ use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
-use crate::agent::{Api, config, eventually};
-use crate::place::{CLIENT, POD, Place, within};
+use crate::agent::{Api, config, eventually, service, slice};
+use crate::place::{CLIENT, NODE, POD, POD6, Place, within};
 
-/// The other pod, and both in IPv6.
+/// The other pod.
 const OTHER: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 3);
-const POD6: Ipv6Addr = Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 2);
 const OTHER6: Ipv6Addr = Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 3);
 /// Longer than any packet takes here: who has no answer by then was dropped.
 const PATIENCE: Duration = Duration::from_millis(400);
@@ -26,15 +25,13 @@ const PATIENCE: Duration = Duration::from_millis(400);
 /// A second pod; everybody serves ports 80 and 81 by TCP and UDP.
 fn populate(place: &Place) -> anyhow::Result<Netns> {
     let other = Netns::new("po")?;
-    let (n, p, o) = (place.node.name(), place.pod.name(), other.name());
+    let (n, o) = (place.node.name(), other.name());
     let commands = [
         format!("-n {n} link add pod1 type veth peer name eth0 netns {o}"),
         format!("-n {n} link set pod1 master weft0 up"),
         format!("-n {o} addr add {OTHER}/24 dev eth0"),
         format!("-n {o} link set eth0 up"),
         format!("-n {o} route add default via {}", crate::place::GATEWAY),
-        format!("-n {n} addr add fd42::1/64 dev weft0 nodad"),
-        format!("-n {p} addr add {POD6}/64 dev eth0 nodad"),
         format!("-n {o} addr add {OTHER6}/64 dev eth0 nodad"),
     ];
     for command in &commands {
@@ -159,6 +156,8 @@ impl Agent {
         );
         api.list("pods", vec![pod("server", POD, POD6, "server"), pod("client", OTHER, OTHER6, "client")]);
         api.list("networkpolicies", policies);
+        api.list("services", vec![service()]);
+        api.list("endpointslices", vec![slice(&[SocketAddr::from((POD, 80))], "6")]);
         let (programmed, mut is_programmed) = watch::channel(false);
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
@@ -297,6 +296,42 @@ async fn ranges(agent: &Agent, place: &Place, other: &Netns) {
     assert!(tcp(&place.client, POD, 80) && tcp(other, POD6, 80) && ping(other, POD6));
     agent.delete("ranges").await;
     eventually("freedom", || tcp(other, POD, 81)).await;
+}
+
+/// Sockets here are in no cgroup of the node, so their packets to Services are translated on the way.
+#[test]
+fn packets_to_services_are_judged_by_client_and_backend() {
+    if !require("dataplane::policy-services", &NEEDS) {
+        return;
+    }
+    let place = Place::new("ps").unwrap();
+    let other = populate(&place).unwrap();
+    let config = config(&place);
+    in_node(&place, async {
+        let agent = Agent::start(&config, Vec::new()).await;
+        let cluster_ip = Ipv4Addr::new(10, 43, 0, 10);
+        eventually("the Service", || tcp(&other, cluster_ip, 80)).await;
+        let client = json!({"matchLabels": {"app": "client"}});
+        let server = json!({"matchLabels": {"app": "server"}});
+        let out = |to: Value| json!({"podSelector": client, "policyTypes": ["Egress"], "egress": [{"to": to, "ports": [{"port": 80}]}]});
+        agent.put("out", 10, &out(json!([{"podSelector": {"matchLabels": {"app": "nobody"}}}]))).await;
+        eventually("isolation", || !tcp(&other, cluster_ip, 80)).await;
+        assert!(!tcp(&other, NODE, 30080), "nor by the node's own port");
+        agent.put("out", 11, &out(json!([{"podSelector": server}]))).await;
+        eventually("the backend", || tcp(&other, cluster_ip, 80)).await;
+        assert!(tcp(&other, NODE, 30080));
+        agent.delete("out").await;
+
+        let into = |from: Value| json!({"podSelector": server, "ingress": [{"from": from}]});
+        agent.put("in", 20, &into(json!([{"podSelector": client}]))).await;
+        eventually("isolation", || !tcp(&place.client, NODE, 30080)).await;
+        assert!(tcp(&other, cluster_ip, 80), "the client is seen behind the node's address");
+        agent.put("in", 21, &into(json!([{"ipBlock": {"cidr": format!("{CLIENT}/32")}}]))).await;
+        eventually("the client outside", || tcp(&place.client, NODE, 30080)).await;
+        assert!(!tcp(&other, cluster_ip, 80));
+        agent.stop().await;
+        cleanup(&config).await.unwrap();
+    });
 }
 
 #[test]
