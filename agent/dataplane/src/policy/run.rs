@@ -95,6 +95,8 @@ struct Runner {
     waiting: Vec<Waiting>,
     /// Devices came or went.
     devices_changed: bool,
+    /// Addresses of this node's pods that no device was found for.
+    missing: Vec<Address>,
     retry: Duration,
 }
 
@@ -122,6 +124,7 @@ pub(crate) async fn run(
         lists: FuturesUnordered::new(),
         waiting: Vec::new(),
         devices_changed: true,
+        missing: Vec::new(),
         retry: RETRY_FIRST,
     };
     runner.planner.adopt(&mut runner.maps)?;
@@ -161,7 +164,9 @@ impl Runner {
                     }
                     self.devices_changed = true;
                 }
-                () = tokio::time::sleep(self.retry), if lagging => {}
+                () = tokio::time::sleep(self.retry), if lagging => {
+                    self.devices_changed |= !self.waiting.is_empty();
+                }
             }
             self.sync();
         }
@@ -182,7 +187,8 @@ impl Runner {
             return;
         }
         let missing = self.planner.without_device();
-        if self.devices_changed || !missing.is_empty() {
+        // A pod whose device can't be found is no reason to look again at every event.
+        if self.devices_changed || missing != self.missing {
             match self.edges.refresh(&missing) {
                 Ok(()) => self.devices_changed = false,
                 Err(error) => {
@@ -190,6 +196,7 @@ impl Runner {
                 }
             }
             self.planner.set_devices(self.edges.attached().clone());
+            self.missing = self.planner.without_device();
         }
         let result = self.planner.sync(&mut self.maps);
         if let Err(error) = &result {
