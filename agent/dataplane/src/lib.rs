@@ -10,6 +10,7 @@ pub mod desired;
 pub mod maps;
 mod metrics;
 pub mod node;
+pub mod observe;
 pub mod overlay;
 pub mod plan;
 pub mod programs;
@@ -17,6 +18,7 @@ pub mod reconcile;
 mod run;
 mod sys;
 pub mod tables;
+pub mod why;
 
 pub use metrics::Metrics;
 pub use run::{Config, Error, cleanup, run, run_with_metrics};

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const MAP_LOOKUP: libc::c_long = 1;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -78,6 +79,38 @@ fn address(bytes: &[u8]) -> u64 {
 fn owned(fd: i32) -> OwnedFd {
     // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// `union bpf_attr`, member for one element.
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Reads the value of a key into `value`; `false` if there is none. The slices must have the map's sizes.
+pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = ElementAttr {
+        map_fd: number(map),
+        key: address(key),
+        value: value.as_mut_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    match bpf(MAP_LOOKUP, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Seconds of the clock that the programs read.
+pub(crate) fn monotonic_seconds() -> u32 {
+    let clock = nix::time::ClockId::CLOCK_MONOTONIC;
+    clock.now().map_or(0, |now| u32::try_from(now.tv_sec()).unwrap_or(u32::MAX))
 }
 
 /// Sets `count` entries; `keys` and `values` hold them one behind the other. Returns how many were done, and why not all.

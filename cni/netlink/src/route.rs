@@ -97,7 +97,7 @@ fn message(route: &Route) -> RouteMessage {
     message
 }
 
-fn family(network: IpNetwork) -> AddressFamily {
+pub(crate) fn family(network: IpNetwork) -> AddressFamily {
     match network {
         IpNetwork::V4(_) => AddressFamily::Inet,
         IpNetwork::V6(_) => AddressFamily::Inet6,
@@ -138,7 +138,7 @@ fn read(message: &RouteMessage) -> Option<Route> {
     Some(route)
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(crate) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::net::args::{ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 
 /// Kubernetes in one binary, built network-first.
@@ -34,6 +35,11 @@ pub(crate) enum Command {
     /// Import, list and remove images, on every node of the cluster
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Say step by step what becomes of a connection, and which object in the API makes it so
+    Why(WhyArgs),
+    /// See which Services the kernels of the nodes carry
+    #[command(subcommand, visible_alias = "svc")]
+    Service(ServiceCommand),
     /// Print the administrator's kubeconfig
     Kubeconfig,
     /// Print the version

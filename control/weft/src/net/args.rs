@@ -1,0 +1,59 @@
+//! Flags of the commands about the network.
+
+use clap::{Args, Subcommand, ValueEnum};
+
+/// How an answer is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For programs
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceCommand {
+    /// List the Services, and on how many nodes each is in the kernel
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
+    /// Show what the kernel of every node holds of a Service
+    Show(ShowArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Only the Services of this namespace
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub(crate) namespace: Option<String>,
+    /// Write JSON
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ShowArgs {
+    /// The Service: NAMESPACE/NAME, or NAME
+    pub(crate) service: String,
+    /// Namespace of a Service that is given by its name alone
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    pub(crate) namespace: String,
+    /// Write JSON
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct WhyArgs {
+    /// Who connects: a pod (NAMESPACE/NAME or NAME), a node (its name), or an address
+    pub(crate) from: String,
+    /// Where to: a Service or pod (NAMESPACE/NAME or NAME; svc/…, pod/… and node/… say which), a node or an address; and the port's number or name
+    #[arg(value_name = "TO:PORT")]
+    pub(crate) to: String,
+    /// Namespace of what is given by its name alone
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    pub(crate) namespace: String,
+    /// tcp, udp or sctp
+    #[arg(long, default_value = "tcp")]
+    pub(crate) protocol: weft_agent_dataplane::observe::wire::Protocol,
+    /// Write JSON
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}
