@@ -10,6 +10,7 @@
 
 mod error;
 pub mod expected;
+pub mod flows;
 pub mod listeners;
 pub mod path;
 pub mod pinned;
@@ -52,6 +53,7 @@ impl Observer {
             Request::Why(query) => Ok(Answer::Why(self.why(query)?)),
             Request::Path { to } => Ok(Answer::Path(self.within(|| path::find(*to))??)),
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
+            Request::Flows { .. } => Err(ObserveError::Agent("flows are watched, not asked for".to_owned())),
         }
     }
 

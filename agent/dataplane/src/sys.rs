@@ -107,10 +107,16 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::R
     }
 }
 
-/// Seconds of the clock that the programs read.
-pub(crate) fn monotonic_seconds() -> u32 {
+/// Nanoseconds of the clock that the programs read.
+pub(crate) fn monotonic_ns() -> u64 {
     let clock = nix::time::ClockId::CLOCK_MONOTONIC;
-    clock.now().map_or(0, |now| u32::try_from(now.tv_sec()).unwrap_or(u32::MAX))
+    let now = clock.now().map_or(std::time::Duration::ZERO, std::time::Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Seconds of that clock.
+pub(crate) fn monotonic_seconds() -> u32 {
+    u32::try_from(monotonic_ns() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 /// Sets `count` entries; `keys` and `values` hold them one behind the other. Returns how many were done, and why not all.

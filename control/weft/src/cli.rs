@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::net::args::{ServiceCommand, WhyArgs};
+use crate::net::args::{FlowsArgs, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 
 /// Kubernetes in one binary, built network-first.
@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Image(ImageCommand),
     /// Say step by step what becomes of a connection, and which object in the API makes it so
     Why(WhyArgs),
+    /// Watch connections get their backends, and what is refused or dropped, as it happens
+    Flows(FlowsArgs),
     /// See which Services the kernels of the nodes carry
     #[command(subcommand, visible_alias = "svc")]
     Service(ServiceCommand),

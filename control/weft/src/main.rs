@@ -43,6 +43,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let paths = Paths::new(&cli.data_dir);
     match cli.command {
         Command::Why(args) => return Ok(net::why(&paths, &args)),
+        Command::Flows(args) => return Ok(net::flows(&paths, &args)),
         Command::Service(command) => return Ok(net::service(&paths, &command)),
         Command::Up(args) => up::up(&paths, &args, &cli.log)?,
         Command::Down(args) => down::down(&paths, args.purge)?,

@@ -2,6 +2,7 @@
 
 pub(crate) mod args;
 mod endpoints;
+mod flows;
 mod reach;
 mod service;
 mod table;
@@ -11,7 +12,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::paths::Paths;
-use args::{Output, ServiceCommand, WhyArgs};
+use args::{FlowsArgs, Output, ServiceCommand, WhyArgs};
 use reach::Reach;
 
 /// The question was answered, and the answer is no.
@@ -30,6 +31,11 @@ pub(crate) fn service(paths: &Paths, command: &ServiceCommand) -> ExitCode {
 /// `weft why`.
 pub(crate) fn why(paths: &Paths, args: &WhyArgs) -> ExitCode {
     finish(paths, async |reach| why::why(&reach, args).await)
+}
+
+/// `weft flows`.
+pub(crate) fn flows(paths: &Paths, args: &FlowsArgs) -> ExitCode {
+    finish(paths, async |reach| flows::flows(&reach, args).await)
 }
 
 /// What a command has to say, and whether the answer is yes.

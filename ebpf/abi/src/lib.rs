@@ -7,9 +7,11 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod event;
 mod reason;
 
 pub use address::{Address, Port};
+pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
 
 use core::mem::{offset_of, size_of};
@@ -41,9 +43,28 @@ pub mod names {
     pub const DROPS: &str = "weft_drop_2";
     /// Prefix trie of [`SourceKey`](super::SourceKey) to `u32`: clients that may use a list of backends.
     pub const SOURCES: &str = "weft_src_2";
+    /// Ring of [`FlowEvent`](super::FlowEvent).
+    pub const EVENTS: &str = "weft_evt_2";
+    /// Index 0 to [`Watched`](super::Watched).
+    pub const WATCHED: &str = "weft_seen_2";
+    /// Index 0 to the number of events that found no room, per CPU.
+    pub const LOST: &str = "weft_lost_2";
     /// All of them.
-    pub const ALL: [&str; 10] =
-        [SERVICES, SLOTS, BACKENDS, NODE_ADDRESSES, CONFIG, SOCKETS, FLOWS, AFFINITY, DROPS, SOURCES];
+    pub const ALL: [&str; 13] = [
+        SERVICES,
+        SLOTS,
+        BACKENDS,
+        NODE_ADDRESSES,
+        CONFIG,
+        SOCKETS,
+        FLOWS,
+        AFFINITY,
+        DROPS,
+        SOURCES,
+        EVENTS,
+        WATCHED,
+        LOST,
+    ];
 }
 
 /// Bounds of the maps. Those of Services are limits (elements are allocated as they come); those of
@@ -65,6 +86,8 @@ pub mod sizes {
     pub const AFFINITY: u32 = 16_384;
     /// Ranges of clients over all Services.
     pub const SOURCES: u32 = 65_536;
+    /// The ring of events: some 3,000 of them.
+    pub const EVENT_BYTES: u32 = 262_144;
 }
 
 /// IPPROTO_TCP.

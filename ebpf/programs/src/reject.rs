@@ -8,6 +8,7 @@ use weft_ebpf_logic::packet::{
     ETHERNET_BYTES, ICMP_BYTES, ICMP_QUOTE_BYTES, IPV4_BYTES, RST, TCP_BYTES, port_unreachable, tcp_reset,
 };
 
+use crate::events;
 use crate::maps::count;
 use crate::tc::{Packet, raw};
 
@@ -17,6 +18,7 @@ const DROP: i32 = TC_ACT_SHOT as i32;
 #[inline(always)]
 pub fn reject(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
     count(reason);
+    events::dropped(&packet.key, reason);
     let answered = if packet.key.protocol == TCP { reset(ctx, packet) } else { unreachable(ctx, packet) };
     match answered {
         // SAFETY: a helper with numbers: out of the device that it came in by.

@@ -13,6 +13,7 @@ use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
 use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, ETHERTYPE_IPV4, FIN, IPV4_BYTES, Ipv4, RST, SYN};
 use weft_ebpf_logic::service::{Client, Destination, Found, find, flow_is_current, select};
 
+use crate::events;
 use crate::maps::{FLOWS, Kernel, config, count};
 use crate::reject::reject;
 
@@ -172,12 +173,17 @@ fn begin(ctx: &TcContext, packet: &Packet) -> i32 {
     };
     let Some(route) = route(ctx, packet, &backend, service.flags) else {
         count(DropReason::NoRoute);
+        events::dropped(key, DropReason::NoRoute);
         return DROP;
     };
     match record(key, &backend, &route, ifindex, known.generation) {
-        Ok(entry) => send(ctx, packet, &entry),
+        Ok(entry) => {
+            events::packet(key, &backend);
+            send(ctx, packet, &entry)
+        }
         Err(reason) => {
             count(reason);
+            events::dropped(key, reason);
             DROP
         }
     }

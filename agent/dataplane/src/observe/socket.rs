@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::flows::{Hub, Seen, Subscription};
 use super::wire::{Answer, Request};
 use super::{ObserveError, Observer};
 
@@ -25,6 +27,8 @@ const MAX_REQUEST_BYTES: u64 = 1 << 20;
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 /// Questions at once; more wait.
 const MAX_CONNECTIONS: usize = 8;
+/// Watchers of flows at once; more are sent away.
+const MAX_WATCHERS: usize = 8;
 /// How long a peer may take to write or read a line.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -46,29 +50,31 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), ObserveError> {
     let listener = listen(&path)?;
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let server = Arc::new(Server {
+        hub: Hub::default(),
+        watchers: Semaphore::new(MAX_WATCHERS),
+        questions: Semaphore::new(MAX_CONNECTIONS),
+        shutdown: shutdown.clone(),
+        observer,
+    });
+    let pump = Arc::clone(&server);
+    let (pins, cgroup) = (server.observer.pins.clone(), server.observer.cgroup.clone());
+    tokio::spawn(async move { pump.hub.run(pins, cgroup, pump.shutdown.clone()).await });
     loop {
         let accepted = tokio::select! {
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) if may_ask(&stream) => stream,
-            Ok(_) => continue,
+        match accepted {
+            Ok((stream, _)) if may_ask(&stream) => {
+                tokio::spawn(Arc::clone(&server).converse(stream));
+            }
+            Ok(_) => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot take a question");
                 tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
             }
-        };
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { break };
-        let observer = Arc::clone(&observer);
-        tokio::spawn(async move {
-            if let Err(error) = tokio::time::timeout(PATIENCE * 2, converse(stream, observer)).await {
-                tracing::debug!(%error, "a question was given up");
-            }
-            drop(place);
-        });
+        }
     }
     match std::fs::remove_file(&path) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -95,32 +101,77 @@ fn may_ask(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
-/// One question, one answer. A peer that goes away or stays silent is its own affair.
-async fn converse(mut stream: UnixStream, observer: Arc<Observer>) {
-    let mut line = String::new();
-    let (reader, mut writer) = stream.split();
-    let mut reader = tokio::io::BufReader::new(reader.take(MAX_REQUEST_BYTES));
-    if reader.read_line(&mut line).await.is_err() {
-        return;
+/// What all connections share.
+struct Server {
+    observer: Arc<Observer>,
+    hub: Hub,
+    questions: Semaphore,
+    watchers: Semaphore,
+    shutdown: CancellationToken,
+}
+
+impl Server {
+    /// One question, one answer; or flows until the peer goes. A peer that goes away or stays silent is its own affair.
+    async fn converse(self: Arc<Self>, mut stream: UnixStream) {
+        let mut line = String::new();
+        let (reader, mut writer) = stream.split();
+        let mut reader = tokio::io::BufReader::new(reader.take(MAX_REQUEST_BYTES));
+        let Ok(Ok(_)) = tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await else { return };
+        let answer = match serde_json::from_str::<Request>(&line) {
+            Ok(Request::Flows { drops_only }) => {
+                let gone = async { while reader.read_u8().await.is_ok() {} };
+                tokio::select! {
+                    () = self.shutdown.cancelled() => {}
+                    () = gone => {}
+                    () = self.flows(&mut writer, drops_only) => {}
+                }
+                return;
+            }
+            Ok(request) => {
+                let Ok(_place) = self.questions.acquire().await else { return };
+                let observer = Arc::clone(&self.observer);
+                tokio::task::spawn_blocking(move || observer.answer(&request)).await
+            }
+            Err(error) => Ok(Err(error.into())),
+        };
+        let line = match answer {
+            Ok(Ok(answer)) => Line::Ok(answer),
+            Ok(Err(error)) => Line::Error(chain(&error)),
+            Err(panic) => Line::Error(panic.to_string()),
+        };
+        write_line(&mut writer, &line).await;
     }
-    let answer = match serde_json::from_str::<Request>(&line) {
-        Ok(request) => tokio::task::spawn_blocking(move || observer.answer(&request)).await,
-        Err(error) => Ok(Err(error.into())),
-    };
-    let line = match answer {
-        Ok(Ok(answer)) => Line::Ok(answer),
-        Ok(Err(error)) => Line::Error(chain(&error)),
-        Err(panic) => Line::Error(panic.to_string()),
-    };
-    let mut text = serde_json::to_vec(&line).unwrap_or_default();
+
+    async fn flows(&self, writer: &mut WriteHalf<'_>, drops_only: bool) {
+        let Ok(_place) = self.watchers.try_acquire() else {
+            write_line(writer, &Line::Error(format!("{MAX_WATCHERS} watch already"))).await;
+            return;
+        };
+        let mut subscription = self.hub.subscribe(drops_only);
+        while let Some(seen) = subscription.next().await {
+            if !write_line(writer, &Line::Ok(Answer::Seen(seen))).await {
+                return;
+            }
+        }
+    }
+}
+
+/// Answers whether the peer took it.
+async fn write_line(writer: &mut WriteHalf<'_>, line: &Line) -> bool {
+    let mut text = serde_json::to_vec(line).unwrap_or_default();
     text.push(b'\n');
-    if let Err(error) = writer.write_all(&text).await {
-        tracing::debug!(%error, "nobody waits for the answer");
+    match tokio::time::timeout(PATIENCE, writer.write_all(&text)).await {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "nobody waits for the answer");
+            false
+        }
+        Err(_) => false,
     }
 }
 
 /// An error with its causes, in one line: it leaves this process as text.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -139,12 +190,7 @@ pub fn ask(path: &Path, request: &Request) -> Result<Option<Answer>, ObserveErro
     let failed = |op| move |source| ObserveError::Socket { op, path: path.to_path_buf(), source };
     let mut stream = match StdStream::connect(path) {
         Ok(stream) => stream,
-        Err(error)
-            if [std::io::ErrorKind::NotFound, std::io::ErrorKind::ConnectionRefused]
-                .contains(&error.kind()) =>
-        {
-            return Ok(None);
-        }
+        Err(error) if nobody_listens(&error) => return Ok(None),
         Err(error) => return Err(failed("connect to")(error)),
     };
     stream.set_read_timeout(Some(PATIENCE * 2)).map_err(failed("use"))?;
@@ -159,4 +205,68 @@ pub fn ask(path: &Path, request: &Request) -> Result<Option<Answer>, ObserveErro
         Line::Ok(answer) => Ok(Some(answer)),
         Line::Error(error) => Err(ObserveError::Agent(error)),
     }
+}
+
+/// Flows as they come: from the agent behind a socket, or without one from the ring itself.
+#[derive(Debug)]
+pub struct Watch {
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Agent(tokio::io::Lines<tokio::io::BufReader<UnixStream>>),
+    Own(
+        Subscription,
+        #[expect(dead_code, reason = "it ends the hub when it is dropped")] tokio_util::sync::DropGuard,
+    ),
+}
+
+impl Watch {
+    /// Begins to watch.
+    ///
+    /// # Errors
+    /// If the socket can't be used.
+    pub async fn open(path: &Path, observer: &Observer, drops_only: bool) -> Result<Self, ObserveError> {
+        let failed = |op| move |source| ObserveError::Socket { op, path: path.to_path_buf(), source };
+        let mut stream = match UnixStream::connect(path).await {
+            Ok(stream) => stream,
+            Err(error) if nobody_listens(&error) => return Ok(Self::own(observer, drops_only)),
+            Err(error) => return Err(failed("connect to")(error)),
+        };
+        let mut text = serde_json::to_vec(&Request::Flows { drops_only })?;
+        text.push(b'\n');
+        stream.write_all(&text).await.map_err(failed("write to"))?;
+        Ok(Self { source: Source::Agent(tokio::io::BufReader::new(stream).lines()) })
+    }
+
+    fn own(observer: &Observer, drops_only: bool) -> Self {
+        let (hub, shutdown) = (Hub::default(), CancellationToken::new());
+        let subscription = hub.subscribe(drops_only);
+        let (pins, cgroup, stop) = (observer.pins.clone(), observer.cgroup.clone(), shutdown.clone());
+        tokio::spawn(async move { hub.run(pins, cgroup, stop).await });
+        Self { source: Source::Own(subscription, shutdown.drop_guard()) }
+    }
+
+    /// The next thing seen; `None` once the agent has ended.
+    ///
+    /// # Errors
+    /// If the agent sends something else, or says why it can't.
+    pub async fn next(&mut self) -> Result<Option<Seen>, ObserveError> {
+        let lines = match &mut self.source {
+            Source::Own(subscription, _) => return Ok(subscription.next().await),
+            Source::Agent(lines) => lines,
+        };
+        // An agent that was killed resets the connection: it has ended, no more.
+        let Ok(Some(line)) = lines.next_line().await else { return Ok(None) };
+        match serde_json::from_str(&line)? {
+            Line::Ok(Answer::Seen(seen)) => Ok(Some(seen)),
+            Line::Ok(_) => Err(ObserveError::Agent("something else than flows".to_owned())),
+            Line::Error(error) => Err(ObserveError::Agent(error)),
+        }
+    }
+}
+
+fn nobody_listens(error: &std::io::Error) -> bool {
+    [std::io::ErrorKind::NotFound, std::io::ErrorKind::ConnectionRefused].contains(&error.kind())
 }

@@ -9,6 +9,7 @@ use weft_ebpf_abi::{
     SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey, TCP, UDP,
 };
 
+use super::flows::Seen;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
 use crate::why::{Query, Trace};
@@ -40,6 +41,11 @@ pub enum Request {
     },
     /// Whether a process listens.
     Listening(Listener),
+    /// Flows, from now until the connection ends.
+    Flows {
+        /// Only what is refused or dropped.
+        drops_only: bool,
+    },
 }
 
 /// An answer.
@@ -56,6 +62,8 @@ pub enum Answer {
     Path(Path),
     /// To [`Request::Listening`].
     Listening(Listening),
+    /// To [`Request::Flows`], again and again.
+    Seen(Seen),
 }
 
 /// What a question of one kind is answered with.

@@ -57,3 +57,28 @@ pub(crate) struct WhyArgs {
     #[arg(short, long, value_enum)]
     pub(crate) output: Option<Output>,
 }
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct FlowsArgs {
+    /// Only flows from or to this pod: NAMESPACE/NAME, or NAME
+    #[arg(long, value_name = "POD")]
+    pub(crate) pod: Option<String>,
+    /// Only flows to this Service: NAMESPACE/NAME, or NAME
+    #[arg(long, value_name = "SERVICE")]
+    pub(crate) service: Option<String>,
+    /// Only what is refused or dropped
+    #[arg(long)]
+    pub(crate) drops: bool,
+    /// Only what this node sees
+    #[arg(long, value_name = "NODE")]
+    pub(crate) node: Option<String>,
+    /// End after this many flows
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
+    /// Namespace of what is given by its name alone
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    pub(crate) namespace: String,
+    /// Write JSON, one line a flow
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}

@@ -138,6 +138,12 @@ impl NodeHandle {
         Self { name: name.to_owned(), socket: node.control_socket(), observer }
     }
 
+    /// Watches its flows.
+    pub(crate) async fn watch(&self, drops_only: bool) -> anyhow::Result<socket::Watch> {
+        let watch = socket::Watch::open(&self.socket, &self.observer, drops_only).await;
+        watch.with_context(|| format!("node {}", self.name))
+    }
+
     /// Asks the node's agent; without one, the kernel itself.
     pub(crate) fn ask<A: FromAnswer>(&self, request: &Request) -> anyhow::Result<A> {
         let asked = match socket::ask(&self.socket, request) {
