@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use weft_ebpf_abi::{
-    Address, BackendKey, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_KEEP_SOURCE, ServiceKey,
+    Address, BackendKey, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
+    SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey,
 };
 
-use crate::tables::{Endpoint, EndpointState, Service, ServicePort, Slice};
+use crate::tables::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice};
 
 /// A list of backends within its Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,8 +16,23 @@ pub struct ListName {
     pub port: u16,
     /// Its protocol.
     pub protocol: u8,
+    /// Family of its backends.
+    pub family: Family,
     /// Endpoints of this node only.
     pub local: bool,
+    /// It stands in the maps as a Maglev table.
+    pub hashed: bool,
+}
+
+/// By what right a Service has an address and port. What comes first wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Claim {
+    /// The API server allots it: cluster address, NodePort.
+    Allotted,
+    /// A load balancer was given it.
+    Balancer,
+    /// The Service's author wrote it: anybody could.
+    External,
 }
 
 /// An address and port that leads to a list.
@@ -28,6 +44,8 @@ pub struct Frontend {
     pub affinity_seconds: u32,
     /// `SERVICE_…`.
     pub flags: u32,
+    /// By what right.
+    pub claim: Claim,
 }
 
 /// A backend as one Service knows it.
@@ -39,6 +57,15 @@ pub struct Known {
     pub active: bool,
 }
 
+/// What the node says about a Service to a load balancer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Health {
+    /// At this port.
+    pub port: u16,
+    /// Ready endpoints on this node.
+    pub local_endpoints: usize,
+}
+
 /// What the maps should say about a Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
@@ -46,21 +73,41 @@ pub struct Desired {
     pub frontends: BTreeMap<ServiceKey, Frontend>,
     /// Lists that they lead to.
     pub lists: BTreeMap<ListName, BTreeSet<BackendKey>>,
+    /// The only clients of lists that not all may use.
+    pub sources: BTreeMap<ListName, BTreeSet<Range>>,
     /// Every endpoint, in a list or not.
     pub backends: BTreeMap<BackendKey, Known>,
+    /// Seconds of the epoch when the Service was made.
+    pub created: i64,
+    /// What to tell load balancers.
+    pub health: Option<Health>,
+    /// Policy internal: it has endpoints, and none on this node.
+    pub no_local_internal: bool,
+    /// Policy external: likewise.
+    pub no_local_external: bool,
 }
 
-/// Derives it from the Service and its slices.
+/// Derives it from the Service and its slices, for a node in this zone.
 #[must_use]
-pub fn desired(service: &Service, slices: &[&Slice]) -> Desired {
-    let mut out = Desired::default();
+pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desired {
+    let mut out = Desired { created: service.created, health: health(service, slices), ..Desired::default() };
     for address in &service.cluster {
-        let refuse = Frontend { list: None, affinity_seconds: 0, flags: 0 };
+        let refuse = Frontend { list: None, affinity_seconds: 0, flags: 0, claim: Claim::Allotted };
         out.frontends.insert(key(*address, 0, 0, SCOPE_INTERNAL), refuse);
     }
     for port in &service.ports {
-        add_frontends(&mut out, service, port);
-        add_backends(&mut out, port, slices);
+        for family in [Family::V4, Family::V6] {
+            if service.cluster.iter().any(|address| Family::of(address) == family) {
+                let candidates = Candidates::of(port, family, slices);
+                let (cluster, local) = (candidates.cluster(zone), candidates.local());
+                add_backends(&mut out, &candidates);
+                Builder { out: &mut out, service, port, family, cluster, local }.add_frontends();
+            }
+        }
+    }
+    let active: BTreeSet<_> = out.lists.values().flatten().copied().collect();
+    for (backend, known) in &mut out.backends {
+        known.active = active.contains(backend);
     }
     out
 }
@@ -69,58 +116,184 @@ fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
     ServiceKey { address, port: Port::new(port), protocol, scope }
 }
 
-/// Traffic that starts in the cluster takes any endpoint of an external address, whatever externalTrafficPolicy
-/// says: it has not passed a load balancer that knows the nodes.
-fn add_frontends(out: &mut Desired, service: &Service, port: &ServicePort) {
-    let name = |local| ListName { port: port.port, protocol: port.protocol, local };
-    let mut add = |address, number, scope, local, flags| {
-        let list = name(local);
-        out.lists.entry(list).or_default();
-        let frontend = Frontend { list: Some(list), affinity_seconds: service.affinity_seconds, flags };
-        out.frontends.insert(key(address, number, port.protocol, scope), frontend);
-    };
-    for address in &service.cluster {
-        add(*address, port.port, SCOPE_INTERNAL, service.internal_local, 0);
-    }
-    let keep = if service.external_local { SERVICE_KEEP_SOURCE } else { 0 };
-    let node_port = (port.node_port != 0).then_some((Address::ANY, port.node_port));
-    for (address, number) in service.external.iter().map(|a| (*a, port.port)).chain(node_port) {
-        add(address, number, SCOPE_INTERNAL, false, 0);
-        add(address, number, SCOPE_EXTERNAL, service.external_local, keep);
-    }
+/// A pod of both families counts once: the family that has more is taken.
+fn health(service: &Service, slices: &[&Slice]) -> Option<Health> {
+    let endpoints = || slices.iter().flat_map(|slice| &slice.endpoints);
+    let ready = || endpoints().filter(|e| e.local && e.state == EndpointState::Ready);
+    let of =
+        |family| -> BTreeSet<_> { ready().map(|e| e.address).filter(|a| Family::of(a) == family).collect() };
+    (service.health_port != 0).then(|| Health {
+        port: service.health_port,
+        local_endpoints: of(Family::V4).len().max(of(Family::V6).len()),
+    })
 }
 
-fn add_backends(out: &mut Desired, port: &ServicePort, slices: &[&Slice]) {
-    let endpoints = || {
-        slices.iter().flat_map(|slice| {
-            let targets = slice.ports.iter().filter(|(n, p, _)| *n == port.name && *p == port.protocol);
-            targets.flat_map(|(_, protocol, number)| {
-                slice.endpoints.iter().map(|e| {
-                    let number = Port::new(*number);
-                    (BackendKey { address: e.address, port: number, protocol: *protocol, pad: 0 }, e)
-                })
-            })
-        })
-    };
-    for (backend, endpoint) in endpoints() {
-        let known = out.backends.entry(backend).or_insert(Known { owner: endpoint.owner, active: false });
+fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
+    for (backend, endpoint) in &candidates.0 {
+        let known = out.backends.entry(*backend).or_insert(Known { owner: endpoint.owner, active: false });
         // While an address passes from one pod to another both may be listed: the usable one owns it.
         if endpoint.state == EndpointState::Ready {
             known.owner = endpoint.owner;
         }
     }
-    for local in [false, true] {
-        let name = ListName { port: port.port, protocol: port.protocol, local };
-        let Some(list) = out.lists.get_mut(&name) else { continue };
-        let eligible = |e: &&Endpoint| !local || e.local;
-        let of = |state| endpoints().filter(move |(_, e)| eligible(e) && e.state == state).map(|(b, _)| b);
-        list.extend(of(EndpointState::Ready));
-        if list.is_empty() {
-            list.extend(of(EndpointState::Terminating));
+}
+
+/// Endpoints of one port and family. Which of them get traffic is upstream's choice (kube-proxy's `CategorizeEndpoints`).
+struct Candidates<'a>(Vec<(BackendKey, &'a Endpoint)>);
+
+impl<'a> Candidates<'a> {
+    fn of(port: &ServicePort, family: Family, slices: &[&'a Slice]) -> Self {
+        let mut found = Vec::new();
+        for slice in slices {
+            for (_, protocol, number) in
+                slice.ports.iter().filter(|(n, p, _)| *n == port.name && *p == port.protocol)
+            {
+                let of_family = slice.endpoints.iter().filter(|e| Family::of(&e.address) == family);
+                found.extend(of_family.map(|e| {
+                    let port = Port::new(*number);
+                    (BackendKey { address: e.address, port, protocol: *protocol, pad: 0 }, e)
+                }));
+            }
         }
-        for backend in list.iter() {
-            if let Some(known) = out.backends.get_mut(backend) {
-                known.active = true;
+        Self(found)
+    }
+
+    fn state(&self, state: EndpointState) -> impl Iterator<Item = &(BackendKey, &'a Endpoint)> {
+        self.0.iter().filter(move |(_, endpoint)| endpoint.state == state)
+    }
+
+    /// For traffic that may go to any node: the ready endpoints that are meant for this node or its zone; if none is ready
+    /// anywhere, those that terminate and still serve (KEP-1669).
+    fn cluster(&self, zone: Option<&str>) -> BTreeSet<BackendKey> {
+        let prefer = self.preference(zone);
+        let mut ready = self.state(EndpointState::Ready).peekable();
+        if ready.peek().is_none() {
+            return self.state(EndpointState::Terminating).map(|(b, _)| *b).collect();
+        }
+        ready.filter(|(_, e)| prefer.is_none_or(|p| p.takes(e.hints.as_deref()))).map(|(b, _)| *b).collect()
+    }
+
+    /// For traffic that stays on this node: its ready endpoints, or else those that terminate and still serve.
+    fn local(&self) -> BTreeSet<BackendKey> {
+        let of = |state| self.state(state).filter(|(_, e)| e.local).map(|(b, _)| *b);
+        let ready: BTreeSet<_> = of(EndpointState::Ready).collect();
+        if ready.is_empty() { of(EndpointState::Terminating).collect() } else { ready }
+    }
+
+    /// Hints count only if every ready endpoint has them and one is meant for here: else some would get no traffic at
+    /// all, or this node none.
+    fn preference<'z>(&self, zone: Option<&'z str>) -> Option<Preference<'z>> {
+        let hints = || self.state(EndpointState::Ready).map(|(_, e)| e.hints.as_deref());
+        let for_zone = zone.map(Preference::Zone);
+        let mut modes = [Some(Preference::Node), for_zone].into_iter().flatten();
+        modes.find(|mode| hints().all(|h| mode.is_said(h)) && hints().any(|h| mode.takes(h)))
+    }
+}
+
+/// Endpoints that are preferred, by their hints.
+#[derive(Clone, Copy)]
+enum Preference<'z> {
+    Node,
+    Zone(&'z str),
+}
+
+impl Preference<'_> {
+    /// Whether the hints speak of this at all.
+    fn is_said(self, hints: Option<&Hints>) -> bool {
+        hints.is_some_and(|hints| match self {
+            Self::Node => hints.nodes,
+            Self::Zone(_) => !hints.zones.is_empty(),
+        })
+    }
+
+    fn takes(self, hints: Option<&Hints>) -> bool {
+        hints.is_some_and(|hints| match self {
+            Self::Node => hints.this_node,
+            Self::Zone(zone) => hints.zones.iter().any(|z| **z == *zone),
+        })
+    }
+}
+
+/// Adds the frontends of one port and family.
+struct Builder<'a> {
+    out: &'a mut Desired,
+    service: &'a Service,
+    port: &'a ServicePort,
+    family: Family,
+    cluster: BTreeSet<BackendKey>,
+    local: BTreeSet<BackendKey>,
+}
+
+/// Where a frontend's traffic comes from and may go.
+#[derive(Clone, Copy)]
+struct Way {
+    scope: u8,
+    local: bool,
+    flags: u32,
+    claim: Claim,
+}
+
+impl Builder<'_> {
+    fn add_frontends(&mut self) {
+        let service = self.service;
+        let of_family = |address: &&Address| Family::of(address) == self.family;
+        let addresses = |of: &[Address]| of.iter().filter(of_family).copied().collect::<Vec<_>>();
+        let (cluster, balancer, external) =
+            (addresses(&service.cluster), addresses(&service.balancer), addresses(&service.external));
+        let inside =
+            Way { scope: SCOPE_INTERNAL, local: service.internal_local, flags: 0, claim: Claim::Allotted };
+        for address in cluster {
+            self.add(address, self.port.port, inside);
+        }
+        // The balancer's come before what the author wrote: who is kept out there does not get in by the other.
+        let check = if service.sources.is_some() { SERVICE_CHECK_SOURCE } else { 0 };
+        for address in balancer {
+            self.add_external(address, self.port.port, Claim::Balancer, check);
+        }
+        for address in external {
+            self.add_external(address, self.port.port, Claim::External, 0);
+        }
+        if self.port.node_port != 0 {
+            self.add_external(self.family.any(), self.port.node_port, Claim::Allotted, 0);
+        }
+    }
+
+    /// Traffic that starts in the cluster takes any endpoint of an external address, whatever externalTrafficPolicy says:
+    /// it has not passed a load balancer that knows the nodes.
+    fn add_external(&mut self, address: Address, number: u16, claim: Claim, flags: u32) {
+        let local = self.service.external_local;
+        let keep = if local { SERVICE_KEEP_SOURCE } else { 0 };
+        self.add(address, number, Way { scope: SCOPE_INTERNAL, local: false, flags, claim });
+        let flags = flags | keep | SERVICE_HASHED;
+        self.add(address, number, Way { scope: SCOPE_EXTERNAL, local, flags, claim });
+    }
+
+    fn add(&mut self, address: Address, number: u16, way: Way) {
+        let ServicePort { port, protocol, .. } = *self.port;
+        let backends = if way.local { &self.local } else { &self.cluster };
+        let mut flags = way.flags;
+        // Others on the way may still find an endpoint, so the client is not told that there is none.
+        if way.local && backends.is_empty() && !self.cluster.is_empty() {
+            flags |= SERVICE_DROP_EMPTY;
+            self.out.no_local_internal |= way.scope == SCOPE_INTERNAL;
+            self.out.no_local_external |= way.scope == SCOPE_EXTERNAL;
+        }
+        let hashed = flags & SERVICE_HASHED != 0;
+        let list = ListName { port, protocol, family: self.family, local: way.local, hashed };
+        let frontend = Frontend {
+            list: Some(list),
+            affinity_seconds: self.service.affinity_seconds,
+            flags,
+            claim: way.claim,
+        };
+        let key = key(address, number, protocol, way.scope);
+        if let std::collections::btree_map::Entry::Vacant(free) = self.out.frontends.entry(key) {
+            free.insert(frontend);
+            self.out.lists.entry(list).or_insert_with(|| backends.clone());
+            if let Some(sources) = self.service.sources.as_ref().filter(|_| flags & SERVICE_CHECK_SOURCE != 0)
+            {
+                let of_family = |range: &&Range| Family::of(&range.first) == self.family;
+                self.out.sources.insert(list, sources.iter().filter(of_family).copied().collect());
             }
         }
     }

@@ -6,7 +6,10 @@
 //!
 //! [`run`] is the whole of it and tells when Services are live; [`cleanup`] leaves nothing.
 
+pub mod announce;
 pub mod desired;
+mod health;
+pub mod maglev;
 pub mod maps;
 mod metrics;
 pub mod node;
@@ -16,12 +19,14 @@ pub mod plan;
 pub mod programs;
 pub mod reconcile;
 mod run;
+mod serve;
 mod sys;
 pub mod tables;
 pub mod why;
 
 pub use metrics::Metrics;
 pub use run::{Config, Error, cleanup, run, run_with_metrics};
+pub use serve::ProxyConfig;
 
 /// Bridge of a node's pods. A machine with several nodes has one per network namespace.
 pub const BRIDGE: &str = "weft0";

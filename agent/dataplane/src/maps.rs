@@ -4,7 +4,7 @@ pub mod faulty;
 pub mod kernel;
 pub mod memory;
 
-use weft_ebpf_abi::names;
+use weft_ebpf_abi::{names, sizes};
 
 /// A map that the planner keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,11 +17,38 @@ pub enum Table {
     Backends,
     /// Addresses of the node.
     NodeAddresses,
+    /// Ranges of clients that may use a list.
+    Sources,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Services, Self::Slots, Self::Backends, Self::NodeAddresses];
+    pub const ALL: [Self; 5] =
+        [Self::Services, Self::Slots, Self::Backends, Self::NodeAddresses, Self::Sources];
+
+    /// The name in metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Slots => "slots",
+            Self::Backends => "backends",
+            Self::NodeAddresses => "node_addresses",
+            Self::Sources => "sources",
+        }
+    }
+
+    /// How many entries fit.
+    #[must_use]
+    pub const fn capacity(self) -> u32 {
+        match self {
+            Self::Services => sizes::SERVICES,
+            Self::Slots => sizes::SLOTS,
+            Self::Backends => sizes::BACKENDS,
+            Self::NodeAddresses => sizes::NODE_ADDRESSES,
+            Self::Sources => sizes::SOURCES,
+        }
+    }
 
     /// Name of the map.
     #[must_use]
@@ -31,6 +58,7 @@ impl Table {
             Self::Slots => names::SLOTS,
             Self::Backends => names::BACKENDS,
             Self::NodeAddresses => names::NODE_ADDRESSES,
+            Self::Sources => names::SOURCES,
         }
     }
 }

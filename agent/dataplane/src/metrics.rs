@@ -1,82 +1,213 @@
 //! Metrics of the service proxy, with kube-proxy's names where it has them.
 
+mod drops;
+
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use k8s_openapi::jiff::Timestamp;
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use self::drops::Drops;
+use crate::maps::Table;
+use crate::plan::Totals;
+use crate::programs::DropCounters;
+
+type Label = (&'static str, &'static str);
+type Seconds = Gauge<f64, AtomicU64>;
+
+/// What one synchronisation was.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Synced {
+    /// How long it took.
+    pub(crate) took: Duration,
+    /// Everything was compared, not only what changed.
+    pub(crate) full: bool,
+    /// Operations that failed.
+    pub(crate) failed: usize,
+    /// Services that are not in the maps as they should be.
+    pub(crate) unprogrammed: usize,
+    pub(crate) totals: Totals,
+}
+
 /// The metrics; a clone shares them.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     sync: Histogram,
-    last_sync: Gauge<f64, AtomicU64>,
+    sync_full: Histogram,
+    sync_partial: Histogram,
+    last_sync: Seconds,
+    last_queued: Seconds,
     programming: Histogram,
+    service_changes: Counter,
+    service_pending: Gauge,
+    endpoint_changes: Counter,
+    endpoint_pending: Gauge,
+    no_local: Family<[Label; 1], Gauge>,
+    healthz: Family<[Label; 1], Counter>,
+    livez: Family<[Label; 1], Counter>,
     failures: Counter,
     services: Gauge,
-    drops: Family<Vec<(&'static str, &'static str)>, Gauge>,
+    unprogrammed: Gauge,
+    entries: Family<[Label; 1], Gauge>,
+    capacity: Family<[Label; 1], Gauge>,
+    drops: Arc<Drops>,
+    updated: Arc<Mutex<Option<Timestamp>>>,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
+        let sync = || Histogram::new(exponential_buckets(0.001, 2.0, 15));
+        // kube-proxy's buckets, of which the scalability SLO of network programming is made.
+        let whole = |range: std::ops::Range<u32>, step: usize| range.step_by(step).map(f64::from);
+        let programming = [0.25, 0.5]
+            .into_iter()
+            .chain(whole(1..60, 1))
+            .chain(whole(60..120, 5))
+            .chain(whole(120..301, 30));
         Self {
-            sync: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            sync: sync(),
+            sync_full: sync(),
+            sync_partial: sync(),
             last_sync: Gauge::default(),
-            programming: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
+            last_queued: Gauge::default(),
+            programming: Histogram::new(programming),
+            service_changes: Counter::default(),
+            service_pending: Gauge::default(),
+            endpoint_changes: Counter::default(),
+            endpoint_pending: Gauge::default(),
+            no_local: Family::default(),
+            healthz: Family::default(),
+            livez: Family::default(),
             failures: Counter::default(),
             services: Gauge::default(),
-            drops: Family::default(),
+            unprogrammed: Gauge::default(),
+            entries: Family::default(),
+            capacity: Family::default(),
+            drops: Arc::default(),
+            updated: Arc::default(),
         }
     }
 }
 
 impl Metrics {
-    /// Registers them.
+    /// Registers them. What the name of a counter lacks, `_total`, the encoding adds.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register(
-            "kubeproxy_sync_proxy_rules_duration_seconds",
-            "Time of one synchronisation",
-            self.sync.clone(),
-        );
-        registry.register(
-            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
-            "Time of the last synchronisation",
-            self.last_sync.clone(),
-        );
-        registry.register(
-            "kubeproxy_network_programming_duration_seconds",
-            "Time from an endpoint's change to the maps",
-            self.programming.clone(),
-        );
-        registry.register(
-            "weft_dataplane_map_failures",
-            "Map operations that failed and were retried",
-            self.failures.clone(),
-        );
-        registry.register("weft_dataplane_services", "Services in the maps", self.services.clone());
-        registry.register(
-            "weft_dataplane_drops",
-            "Traffic refused since the maps were made, by reason",
-            self.drops.clone(),
-        );
+        self.register_proxy(registry);
+        let r = registry;
+        let failures = "Map operations that failed and were retried";
+        r.register("weft_dataplane_map_failures", failures, self.failures.clone());
+        r.register("weft_dataplane_services", "Services in the maps", self.services.clone());
+        let unprogrammed = "Services that are not in the maps as they should be, and are retried";
+        r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
+        r.register("weft_map_entries", "Entries of a map", self.entries.clone());
+        r.register("weft_map_capacity", "Entries that fit in a map", self.capacity.clone());
+        r.register_collector(Box::new(Arc::clone(&self.drops)));
+        for table in Table::ALL {
+            self.capacity.get_or_create(&[("map", table.label())]).set(table.capacity().into());
+        }
     }
 
-    pub(crate) fn synced(&self, took: Duration, at_seconds: f64, failed: usize, services: usize) {
-        self.sync.observe(took.as_secs_f64());
-        self.last_sync.set(at_seconds);
-        self.failures.inc_by(failed as u64);
-        self.services.set(i64::try_from(services).unwrap_or(i64::MAX));
+    fn register_proxy(&self, r: &mut Registry) {
+        let mut add = |name: &str, help: &str, metric: &Histogram| {
+            r.register(format!("kubeproxy_{name}_seconds"), help, metric.clone());
+        };
+        add("sync_proxy_rules_duration", "Time of one synchronisation", &self.sync);
+        add("sync_full_proxy_rules_duration", "Time of one synchronisation of everything", &self.sync_full);
+        add(
+            "sync_partial_proxy_rules_duration",
+            "Time of one synchronisation of changes",
+            &self.sync_partial,
+        );
+        add("network_programming_duration", "Time from an endpoint's change to the maps", &self.programming);
+        let mut add = |name: &str, help: &str, metric: &Seconds| {
+            r.register(format!("kubeproxy_sync_proxy_rules_{name}_timestamp_seconds"), help, metric.clone());
+        };
+        add("last", "Time of the last synchronisation that succeeded", &self.last_sync);
+        add("last_queued", "Time when the last synchronisation was asked for", &self.last_queued);
+        let mut add = |name: &str, what: &str, changes: &Counter, pending: &Gauge| {
+            let prefix = format!("kubeproxy_sync_proxy_rules_{name}_changes");
+            r.register(prefix.clone(), format!("Changes of {what} seen"), changes.clone());
+            let help = format!("Changes of {what} that are not in the maps yet");
+            r.register(format!("{prefix}_pending"), help, pending.clone());
+        };
+        add("service", "Services", &self.service_changes, &self.service_pending);
+        add("endpoint", "endpoints", &self.endpoint_changes, &self.endpoint_pending);
+        let no_local = "Services of a Local traffic policy that have endpoints, and none on this node";
+        r.register("kubeproxy_sync_proxy_rules_no_local_endpoints_total", no_local, self.no_local.clone());
+        r.register("kubeproxy_proxy_healthz", "Answers of /healthz by status code", self.healthz.clone());
+        r.register("kubeproxy_proxy_livez", "Answers of /livez by status code", self.livez.clone());
+    }
+
+    pub(crate) fn synced(&self, done: &Synced) {
+        let seconds = done.took.as_secs_f64();
+        self.sync.observe(seconds);
+        if done.full { &self.sync_full } else { &self.sync_partial }.observe(seconds);
+        self.failures.inc_by(done.failed as u64);
+        self.services.set(number(done.totals.services));
+        self.unprogrammed.set(number(done.unprogrammed));
+        let no_local = |policy, count| {
+            self.no_local.get_or_create(&[("traffic_policy", policy)]).set(number(count));
+        };
+        no_local("internal", done.totals.no_local_internal);
+        no_local("external", done.totals.no_local_external);
+        if done.failed == 0 {
+            let now = Timestamp::now();
+            *self.updated.lock() = Some(now);
+            self.last_sync.set(now.as_duration().as_secs_f64());
+            self.service_pending.set(0);
+            self.endpoint_pending.set(0);
+        }
+    }
+
+    /// Changes of Services came.
+    pub(crate) fn services_changed(&self, count: usize) {
+        self.changed(&self.service_changes, &self.service_pending, count);
+    }
+
+    /// Changes of endpoints came.
+    pub(crate) fn endpoints_changed(&self, count: usize) {
+        self.changed(&self.endpoint_changes, &self.endpoint_pending, count);
+    }
+
+    fn changed(&self, changes: &Counter, pending: &Gauge, count: usize) {
+        changes.inc_by(count as u64);
+        pending.inc_by(number(count));
+        self.last_queued.set(Timestamp::now().as_duration().as_secs_f64());
     }
 
     pub(crate) fn programmed(&self, seconds: f64) {
         self.programming.observe(seconds.max(0.0));
     }
 
-    pub(crate) fn dropped(&self, reason: &'static str, count: u64) {
-        let drops = self.drops.get_or_create(&vec![("reason", reason)]);
-        drops.set(i64::try_from(count).unwrap_or(i64::MAX));
+    pub(crate) fn holds(&self, table: Table, entries: usize) {
+        self.entries.get_or_create(&[("map", table.label())]).set(number(entries));
     }
+
+    /// Lets the drops be read whenever somebody asks for the metrics.
+    pub(crate) fn count_drops(&self, counters: DropCounters) {
+        self.drops.set(counters);
+    }
+
+    pub(crate) fn health_asked(&self, path: &'static str, good: bool) {
+        let answers = if path == "livez" { &self.livez } else { &self.healthz };
+        answers.get_or_create(&[("code", if good { "200" } else { "503" })]).inc();
+    }
+
+    /// When the maps were last what they should be: now, as long as nothing is late.
+    pub(crate) fn last_updated(&self, healthy: bool) -> Option<String> {
+        let last = *self.updated.lock();
+        let at = if healthy { Some(Timestamp::now()) } else { last };
+        at.map(|at| at.to_string())
+    }
+}
+
+fn number(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
 }

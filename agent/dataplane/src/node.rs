@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use weft_cni_netlink::Netlink;
 use crate::{BRIDGE, OVERLAY};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
-const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+pub(crate) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 /// Why the node could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -89,10 +89,10 @@ pub fn ensure_bpffs(path: &Path) -> Result<(), NodeError> {
 /// The node's devices and addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Devices {
-    /// Number and name of the Ethernet devices that have an IPv4 address, bridge and overlay included.
+    /// Number and name of the Ethernet devices that have an address, bridge and overlay included.
     pub edge: BTreeMap<u32, String>,
-    /// IPv4 addresses of the node, loopback's excepted.
-    pub addresses: BTreeSet<Ipv4Addr>,
+    /// Addresses of the node that others can use: neither loopback's nor link-local ones of IPv6.
+    pub addresses: BTreeSet<IpAddr>,
     /// Number of the pods' bridge; 0 while there is none.
     pub bridge: u32,
     /// Number of the overlay's device; 0 while there is none.
@@ -107,8 +107,9 @@ pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
     let mut found = Devices { bridge: named(BRIDGE), overlay: named(OVERLAY), ..Devices::default() };
     let mut edges = BTreeSet::from([found.bridge, found.overlay]);
     for address in netlink.addresses()? {
-        let IpAddr::V4(ip) = address.network.ip() else { continue };
-        if links.iter().any(|link| link.index == address.index && !link.loopback) {
+        let ip = address.network.ip();
+        let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        if !link_local && links.iter().any(|link| link.index == address.index && !link.loopback) {
             found.addresses.insert(ip);
             edges.insert(address.index);
         }

@@ -11,9 +11,11 @@
 mod error;
 pub mod expected;
 pub mod flows;
+pub mod health;
 pub mod listeners;
 pub mod path;
 pub mod pinned;
+pub mod probe;
 pub mod socket;
 pub mod wire;
 
@@ -53,6 +55,8 @@ impl Observer {
             Request::Why(query) => Ok(Answer::Why(self.why(query)?)),
             Request::Path { to } => Ok(Answer::Path(self.within(|| path::find(*to))??)),
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
+            Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
+            Request::Health => Ok(Answer::Health(self.health()?)),
             Request::Flows { .. } => Err(ObserveError::Agent("flows are watched, not asked for".to_owned())),
         }
     }

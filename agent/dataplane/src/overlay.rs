@@ -1,12 +1,13 @@
-//! The overlay: a VXLAN device, and for every other node a route to its pods, a neighbour and a forwarding entry.
+//! The overlay: a VXLAN device, and for every other node routes to its pods, neighbours and a forwarding entry.
 //!
 //! The device learns nothing (RFC 7348 §4 allows a control plane instead): the Nodes in the API say where pods are, and the
-//! hardware address of a node's end follows from the node's address, so nothing has to be published.
+//! hardware address of a node's end follows from the node's address, so nothing has to be published. Tunnels are of one
+//! family (IPv4 wherever nodes have it) and carry the pods' packets of both.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, FdbEntry, Link, Mac, Neighbour, Netlink, Route, Vxlan};
 
@@ -17,35 +18,56 @@ use crate::node::Devices;
 pub const VNI: u32 = 4_242;
 /// UDP port of the kernel's VXLAN (RFC 7348's 4789 is left to others on the node).
 pub const PORT: u16 = 8_472;
-/// What VXLAN adds to a packet over IPv4 (RFC 7348 §5).
-const OVERHEAD_BYTES: u32 = 50;
 /// MTU if the underlay's device is not found.
 const DEFAULT_MTU_BYTES: u32 = 1_500;
 
-/// Another node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Peer {
-    /// Addresses of its pods.
-    pub pods: Ipv4Network,
-    /// Its own address.
-    pub address: Ipv4Addr,
+/// What VXLAN adds to a packet between ends of this family (RFC 7348 §5): Ethernet 14, IP, UDP 8, VXLAN 8.
+#[must_use]
+pub fn overhead_bytes(node: IpAddr) -> u32 {
+    match node {
+        IpAddr::V4(_) => 14 + 20 + 8 + 8,
+        IpAddr::V6(_) => 14 + 40 + 8 + 8,
+    }
 }
 
-/// The hardware address of a node's end: locally administered, and the node's address.
+/// Another node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Peer {
+    /// Addresses of its pods: a range for each family.
+    pub pods: Vec<IpNetwork>,
+    /// Its own address: the other end of the tunnel.
+    pub address: IpAddr,
+}
+
+/// The hardware address of a node's end: locally administered, and the node's address (of an IPv6 one a hash of it: four bytes
+/// are left, and the addresses of one network differ where that network chose to).
 #[must_use]
-pub fn mac(node: Ipv4Addr) -> Mac {
-    let [a, b, c, d] = node.octets();
-    Mac([0x02, 0x77, a, b, c, d])
+pub fn mac(node: IpAddr) -> Mac {
+    match node {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            Mac([0x02, 0x77, a, b, c, d])
+        }
+        IpAddr::V6(ip) => {
+            // FNV-1a: all nodes must agree on it, of whatever version.
+            let hash = ip
+                .octets()
+                .iter()
+                .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+            let [a, b, c, d] = hash.to_be_bytes();
+            Mac([0x02, 0x78, a, b, c, d])
+        }
+    }
 }
 
 /// What other nodes need, and what is in the kernel.
 #[derive(Debug)]
 pub struct Overlay {
     node_name: String,
-    node_ip: Ipv4Addr,
+    node_ip: IpAddr,
     /// Peers by the name of their Node; the node's own is in it.
     nodes: BTreeMap<String, Peer>,
-    addresses: BTreeSet<Ipv4Addr>,
+    addresses: BTreeSet<IpAddr>,
     /// Number of the device that `applied` is about.
     index: u32,
     applied: BTreeSet<Peer>,
@@ -54,10 +76,17 @@ pub struct Overlay {
     dirty: bool,
 }
 
+/// What the kernel must have for a peer.
+struct Entries {
+    /// A route for each range, with the neighbour that it leads to.
+    ranges: Vec<(Route, Neighbour)>,
+    fdb: FdbEntry,
+}
+
 impl Overlay {
-    /// Nothing is known yet.
+    /// Nothing is known yet. `node_ip` is this node's end of the tunnels.
     #[must_use]
-    pub fn new(node_name: String, node_ip: Ipv4Addr) -> Self {
+    pub fn new(node_name: String, node_ip: IpAddr) -> Self {
         Self {
             node_name,
             node_ip,
@@ -73,7 +102,7 @@ impl Overlay {
     /// Enters a Node.
     pub fn apply_node(&mut self, node: &Node) {
         let Some(name) = node.metadata.name.clone() else { return };
-        let before = match peer(node) {
+        let before = match peer(node, self.node_ip.is_ipv6()) {
             Some(peer) => self.nodes.insert(name.clone(), peer),
             None => self.nodes.remove(&name),
         };
@@ -110,21 +139,31 @@ impl Overlay {
         self.dirty
     }
 
-    /// The address that the node uses towards pods: the bridge's, the first of the node's own range. It must lie
+    /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
-    fn source(&self) -> Option<Ipv4Addr> {
+    fn source(&self, v6: bool) -> Option<IpAddr> {
         let own = self.nodes.get(&self.node_name)?;
-        let gateway = Ipv4Addr::from(u32::from(own.pods.network()) + 1);
+        let gateway = first(*own.pods.iter().find(|range| range.is_ipv6() == v6)?);
         self.addresses.contains(&gateway).then_some(gateway)
     }
 
-    /// Peers that should be reachable: none while the node has no address to reach them from.
+    /// Peers that should be reachable, with the ranges of the families that the node has an address to reach them from.
     fn wanted(&self) -> BTreeSet<Peer> {
-        if self.source().is_none() {
-            return BTreeSet::new();
-        }
+        let (v4, v6) = (self.source(false).is_some(), self.source(true).is_some());
         let others = self.nodes.iter().filter(|(name, _)| **name != self.node_name);
-        others.map(|(_, peer)| *peer).filter(|peer| peer.address != self.node_ip).collect()
+        let mut peers: BTreeSet<Peer> = others.map(|(_, peer)| peer.clone()).collect();
+        if !v4 || !v6 {
+            let kept = |range: &IpNetwork| if range.is_ipv6() { v6 } else { v4 };
+            peers = peers
+                .into_iter()
+                .map(|mut peer| {
+                    peer.pods.retain(kept);
+                    peer
+                })
+                .collect();
+        }
+        peers.retain(|peer| peer.address != self.node_ip && !peer.pods.is_empty());
+        peers
     }
 
     /// Brings the kernel up to date by the difference.
@@ -158,13 +197,13 @@ impl Overlay {
             self.pruned = false;
         }
         let mut result = Ok(());
-        for peer in self.applied.difference(&wanted).copied().collect::<Vec<_>>() {
+        for peer in self.applied.difference(&wanted).cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {
                 Ok(()) => drop(self.applied.remove(&peer)),
                 Err(error) => result = Err(error),
             }
         }
-        for peer in wanted.difference(&self.applied).copied().collect::<Vec<_>>() {
+        for peer in wanted.difference(&self.applied).cloned().collect::<Vec<_>>() {
             match self.put(&mut netlink, &peer) {
                 Ok(()) => drop(self.applied.insert(peer)),
                 Err(error) => result = Err(error),
@@ -179,74 +218,81 @@ impl Overlay {
     }
 
     fn create(&self, netlink: &mut Netlink) -> Result<Link, Error> {
-        let underlay = netlink.addresses()?.into_iter().find(|a| a.network.ip() == IpAddr::V4(self.node_ip));
+        let underlay = netlink.addresses()?.into_iter().find(|a| a.network.ip() == self.node_ip);
         let links = netlink.links()?;
         let underlay = underlay.and_then(|a| links.into_iter().find(|link| link.index == a.index));
-        let mtu_bytes =
-            underlay.map_or(DEFAULT_MTU_BYTES, |link| link.mtu_bytes).saturating_sub(OVERHEAD_BYTES);
+        let mtu_bytes = underlay.map_or(DEFAULT_MTU_BYTES, |link| link.mtu_bytes);
         netlink.create_vxlan(&Vxlan {
             name: OVERLAY,
             vni: VNI,
             port: PORT,
             local: self.node_ip,
             mac: mac(self.node_ip),
-            mtu_bytes,
+            mtu_bytes: mtu_bytes.saturating_sub(overhead_bytes(self.node_ip)),
         })?;
         netlink.link(OVERLAY)
     }
 
-    fn entries(&self, peer: &Peer) -> (Route, Neighbour, FdbEntry) {
-        let gateway = IpAddr::V4(peer.pods.network());
-        let mut route = Route::new(peer.pods.into(), self.index);
-        route.gateway = Some(gateway);
-        route.onlink = true;
-        route.source = self.source().map(IpAddr::V4);
-        let mac = mac(peer.address);
-        (
-            route,
-            Neighbour { index: self.index, address: gateway, mac },
-            FdbEntry { index: self.index, mac, remote: peer.address },
-        )
+    fn entries(&self, peer: &Peer) -> Entries {
+        let (index, mac) = (self.index, mac(peer.address));
+        let range = |range: &IpNetwork| {
+            let gateway = range.network();
+            let mut route = Route::new(*range, index);
+            route.gateway = Some(gateway);
+            route.onlink = true;
+            route.source = self.source(range.is_ipv6());
+            (route, Neighbour { index, address: gateway, mac })
+        };
+        Entries {
+            ranges: peer.pods.iter().map(range).collect(),
+            fdb: FdbEntry { index, mac, remote: peer.address },
+        }
     }
 
-    /// The route last: a packet that takes it finds the rest.
+    /// The routes last: a packet that takes one finds the rest.
     fn put(&self, netlink: &mut Netlink, peer: &Peer) -> Result<(), Error> {
-        let (route, neighbour, fdb) = self.entries(peer);
-        netlink.put_fdb(&fdb)?;
-        netlink.put_neighbour(&neighbour)?;
-        netlink.put_route(&route)
+        let entries = self.entries(peer);
+        netlink.put_fdb(&entries.fdb)?;
+        for (route, neighbour) in &entries.ranges {
+            netlink.put_neighbour(neighbour)?;
+            netlink.put_route(route)?;
+        }
+        Ok(())
     }
 
-    /// Leaves what another peer needs: a node may come back with another range, or its range go to another node.
+    /// Leaves what another peer needs: a node may come back with other ranges, or its ranges go to another node.
     fn remove(&self, netlink: &mut Netlink, peer: &Peer, wanted: &BTreeSet<Peer>) -> Result<(), Error> {
-        let (mut route, neighbour, fdb) = self.entries(peer);
-        if !wanted.iter().any(|w| w.pods == peer.pods) {
+        let entries = self.entries(peer);
+        for (mut route, neighbour) in entries.ranges {
+            if wanted.iter().any(|w| w.pods.contains(&route.destination)) {
+                continue;
+            }
             // Without a source it matches whatever the route was made with.
             route.source = None;
             netlink.delete_route(&route)?;
             netlink.delete_neighbour(&neighbour)?;
         }
         if !wanted.iter().any(|w| w.address == peer.address) {
-            netlink.delete_fdb(&fdb)?;
+            netlink.delete_fdb(&entries.fdb)?;
         }
         Ok(())
     }
 
     fn prune(&self, netlink: &mut Netlink, wanted: &BTreeSet<Peer>) -> Result<(), Error> {
         let wanted: Vec<_> = wanted.iter().map(|peer| self.entries(peer)).collect();
-        for route in netlink.routes()?.into_iter().filter(|r| r.index == self.index) {
-            let ours = matches!(route.destination, ipnetwork::IpNetwork::V4(_)) && route.gateway.is_some();
-            if ours && !wanted.iter().any(|(r, ..)| r.destination == route.destination) {
+        let ranges = || wanted.iter().flat_map(|entries| &entries.ranges);
+        for route in netlink.routes()?.into_iter().filter(|r| r.index == self.index && r.gateway.is_some()) {
+            if !ranges().any(|(r, _)| r.destination == route.destination) {
                 netlink.delete_route(&route)?;
             }
         }
         for neighbour in netlink.neighbours(self.index)? {
-            if !wanted.iter().any(|(_, n, _)| *n == neighbour) {
+            if !ranges().any(|(_, n)| *n == neighbour) {
                 netlink.delete_neighbour(&neighbour)?;
             }
         }
         for entry in netlink.fdb(self.index)? {
-            if !wanted.iter().any(|(.., f)| *f == entry) {
+            if !wanted.iter().any(|entries| entries.fdb == entry) {
                 netlink.delete_fdb(&entry)?;
             }
         }
@@ -254,13 +300,82 @@ impl Overlay {
     }
 }
 
-/// `None` while the Node has no range or no address.
-fn peer(node: &Node) -> Option<Peer> {
+/// The first address behind a range's own: its gateway.
+fn first(range: IpNetwork) -> IpAddr {
+    match range {
+        IpNetwork::V4(range) => IpAddr::V4((u32::from(range.network()) + 1).into()),
+        IpNetwork::V6(range) => IpAddr::V6((u128::from(range.network()) + 1).into()),
+    }
+}
+
+/// `None` while the Node has no range, or no address of the tunnels' family.
+fn peer(node: &Node, v6: bool) -> Option<Peer> {
     let spec = node.spec.as_ref()?;
-    let ranges = spec.pod_cidrs.iter().flatten().map(String::as_str).chain(spec.pod_cidr.as_deref());
-    let pods = ranges.filter_map(|range| range.parse::<Ipv4Network>().ok()).next()?;
+    let listed = spec.pod_cidrs.iter().flatten().map(String::as_str).chain(spec.pod_cidr.as_deref());
+    let mut pods: Vec<IpNetwork> = Vec::new();
+    for range in listed.filter_map(|range| range.parse::<IpNetwork>().ok()) {
+        if !pods.iter().any(|other| other.is_ipv6() == range.is_ipv6()) {
+            pods.push(range);
+        }
+    }
     let addresses = node.status.as_ref()?.addresses.iter().flatten();
-    let internal =
-        addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).next()?;
-    Some(Peer { pods, address: internal })
+    let internal = addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok());
+    let address = internal.into_iter().find(|address: &IpAddr| address.is_ipv6() == v6)?;
+    (!pods.is_empty()).then_some(Peer { pods, address })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(name: &str, ranges: &[&str], addresses: &[&str]) -> Node {
+        let addresses: Vec<_> =
+            addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
+        let object = json!({"metadata": {"name": name},
+            "spec": {"podCIDR": ranges.first(), "podCIDRs": ranges}, "status": {"addresses": addresses}});
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn wanted(overlay: &Overlay) -> Vec<String> {
+        let text = |peer: &Peer| {
+            let pods: Vec<_> = peer.pods.iter().map(ToString::to_string).collect();
+            format!("{} by {}", pods.join(" "), peer.address)
+        };
+        overlay.wanted().iter().map(text).collect()
+    }
+
+    #[test]
+    fn peers_are_reached_in_the_families_that_the_node_has_addresses_of() {
+        let mut overlay = Overlay::new("a".to_owned(), "192.0.2.1".parse().unwrap());
+        overlay.apply_node(&node("a", &["10.42.0.0/24", "fd42::/64"], &["192.0.2.1", "fd44::1"]));
+        overlay.apply_node(&node("b", &["10.42.1.0/24", "fd42:0:0:1::/64"], &["fd44::2", "192.0.2.2"]));
+        overlay.apply_node(&node("c", &["10.42.2.0/24"], &["192.0.2.3"]));
+        overlay.apply_node(&node("no-range", &[], &["192.0.2.4"]));
+        overlay.apply_node(&node("other-family", &["10.42.5.0/24"], &["fd44::5"]));
+        let mut devices = Devices::default();
+        let rows: [(&[&str], &[&str]); 4] = [
+            (&[], &[]),
+            (&["10.42.0.1"], &["10.42.1.0/24 by 192.0.2.2", "10.42.2.0/24 by 192.0.2.3"]),
+            (&["fd42::1"], &["fd42:0:0:1::/64 by 192.0.2.2"]),
+            (
+                &["10.42.0.1", "fd42::1"],
+                &["10.42.1.0/24 fd42:0:0:1::/64 by 192.0.2.2", "10.42.2.0/24 by 192.0.2.3"],
+            ),
+        ];
+        for (addresses, expected) in rows {
+            devices.addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
+            overlay.set_devices(&devices);
+            assert_eq!(wanted(&overlay), expected, "{addresses:?}");
+        }
+    }
+
+    #[test]
+    fn hardware_addresses_follow_from_the_nodes_own() {
+        assert_eq!(mac("10.44.0.2".parse().unwrap()).to_string(), "02:77:0a:2c:00:02");
+        let macs: BTreeSet<_> =
+            (2..=65_u16).map(|n| mac(IpAddr::from([0xfd44, 0, 0, 0, 0, 0, 0, n]))).collect();
+        assert_eq!(macs.len(), 64, "the nodes of one machine all differ");
+    }
 }

@@ -1,87 +1,21 @@
 //! The difference between what the maps say and what they should say, as ordered operations. Pure: applying is the reconciler's.
 
+mod contest;
+mod ledger;
+
+pub use ledger::{Ledger, Op};
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey};
+use weft_ebpf_abi::{
+    Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey, SourceData,
+    SourceKey,
+};
 
+use self::contest::Contests;
 use crate::desired::{Desired, Known, ListName};
-use crate::tables::ServiceName;
-
-/// One change of a map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Enter a backend or change it.
-    PutBackend(BackendKey, BackendValue),
-    /// Enter a node's address.
-    PutNodeAddress(Address),
-    /// Set a place in a list.
-    PutSlot(SlotKey, BackendKey),
-    /// Enter a Service's address or change it.
-    PutService(ServiceKey, ServiceValue),
-    /// Remove a Service's address.
-    DeleteService(ServiceKey),
-    /// Remove a place behind the end of its list.
-    DeleteSlot(SlotKey),
-    /// Remove a node's address.
-    DeleteNodeAddress(Address),
-    /// Remove a backend: flows to it end.
-    DeleteBackend(BackendKey),
-}
-
-impl Op {
-    /// Order of application: whatever a reader finds leads to something that is there.
-    #[must_use]
-    pub fn phase(&self) -> usize {
-        match self {
-            Self::PutBackend(..) => 0,
-            Self::PutNodeAddress(_) => 1,
-            Self::PutSlot(..) => 2,
-            Self::PutService(..) => 3,
-            Self::DeleteService(_) => 4,
-            Self::DeleteSlot(_) => 5,
-            Self::DeleteNodeAddress(_) => 6,
-            Self::DeleteBackend(_) => 7,
-        }
-    }
-}
-
-/// What the maps say, as far as every operation that succeeded is known.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ledger {
-    /// Services' addresses.
-    pub services: BTreeMap<ServiceKey, ServiceValue>,
-    /// Lists by number.
-    pub lists: BTreeMap<u32, BTreeMap<u32, BackendKey>>,
-    /// Backends.
-    pub backends: BTreeMap<BackendKey, BackendValue>,
-    /// Addresses of the node.
-    pub node_addresses: BTreeSet<Address>,
-}
-
-impl Ledger {
-    /// Notes an operation that succeeded.
-    pub fn record(&mut self, op: &Op) {
-        match op {
-            Op::PutBackend(key, value) => drop(self.backends.insert(*key, *value)),
-            Op::PutNodeAddress(address) => drop(self.node_addresses.insert(*address)),
-            Op::PutSlot(key, backend) => {
-                self.lists.entry(key.list).or_default().insert(key.index, *backend);
-            }
-            Op::PutService(key, value) => drop(self.services.insert(*key, *value)),
-            Op::DeleteService(key) => drop(self.services.remove(key)),
-            Op::DeleteSlot(key) => {
-                if let Some(list) = self.lists.get_mut(&key.list) {
-                    list.remove(&key.index);
-                    if list.is_empty() {
-                        self.lists.remove(&key.list);
-                    }
-                }
-            }
-            Op::DeleteNodeAddress(address) => drop(self.node_addresses.remove(address)),
-            Op::DeleteBackend(key) => drop(self.backends.remove(key)),
-        }
-    }
-}
+use crate::maglev;
+use crate::tables::{Range, ServiceName};
 
 /// What a Service has in the maps, or may have after operations that failed.
 #[derive(Debug, Default)]
@@ -89,6 +23,34 @@ struct Owned {
     frontends: BTreeSet<ServiceKey>,
     lists: BTreeMap<ListName, u32>,
     backends: BTreeSet<BackendKey>,
+}
+
+impl Owned {
+    fn is_empty(&self) -> bool {
+        self.frontends.is_empty() && self.lists.is_empty() && self.backends.is_empty()
+    }
+}
+
+/// Counts over all Services, kept with every change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Services with an address.
+    pub services: usize,
+    /// Services with internalTrafficPolicy Local that have endpoints, and none on this node.
+    pub no_local_internal: usize,
+    /// Likewise with externalTrafficPolicy Local.
+    pub no_local_external: usize,
+}
+
+impl Totals {
+    fn count(&mut self, desired: &Desired, count: impl Fn(&mut usize)) {
+        let facts = [
+            (!desired.frontends.is_empty(), &mut self.services),
+            (desired.no_local_internal, &mut self.no_local_internal),
+            (desired.no_local_external, &mut self.no_local_external),
+        ];
+        facts.into_iter().filter(|(is, _)| *is).for_each(|(_, total)| count(total));
+    }
 }
 
 /// Plans changes of the maps. It owns the numbers of lists and generations.
@@ -99,6 +61,8 @@ pub struct Planner {
     owned: HashMap<ServiceName, Owned>,
     desired: HashMap<ServiceName, Desired>,
     owner_of: HashMap<ServiceKey, ServiceName>,
+    contests: Contests,
+    totals: Totals,
     references: HashMap<BackendKey, BTreeMap<ServiceName, Known>>,
     /// Generations given in plans that are not applied yet.
     pending: HashMap<BackendKey, BackendValue>,
@@ -112,13 +76,16 @@ impl Planner {
     #[must_use]
     pub fn adopt(ledger: Ledger) -> Self {
         let in_services = ledger.services.values().map(|v| v.list).max().unwrap_or(0);
-        let last_list = ledger.lists.keys().copied().max().unwrap_or(0).max(in_services);
+        let numbered = ledger.lists.keys().chain(ledger.sources.keys()).copied();
+        let last_list = numbered.max().unwrap_or(0).max(in_services);
         let last_generation = ledger.backends.values().map(|b| b.generation).max().unwrap_or(0);
         Self {
             ledger,
             owned: HashMap::new(),
             desired: HashMap::new(),
             owner_of: HashMap::new(),
+            contests: Contests::default(),
+            totals: Totals::default(),
             references: HashMap::new(),
             pending: HashMap::new(),
             claimed: HashSet::new(),
@@ -127,13 +94,16 @@ impl Planner {
         }
     }
 
-    /// Plans for Services that changed; `None` for one that is gone. Each operation names its Service by its place in `changes`.
-    pub fn plan(&mut self, changes: &[(ServiceName, Option<Desired>)]) -> Vec<(usize, Op)> {
+    /// Plans for Services that changed; one that is gone wants nothing. Each operation names its Service by its place in
+    /// `changes`.
+    pub fn plan(&mut self, changes: Vec<(ServiceName, Desired)>) -> Vec<(usize, Op)> {
+        self.contests.announce(&changes);
+        let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();
         for (name, desired) in changes {
-            self.intend(name, desired.clone().unwrap_or_default());
+            self.intend(&name, desired);
         }
         let mut ops = Vec::new();
-        for (index, (name, _)) in changes.iter().enumerate() {
+        for (index, name) in names.iter().enumerate() {
             let mut own = Vec::new();
             self.plan_backends(name, &mut own);
             self.plan_lists(name, &mut own);
@@ -145,7 +115,12 @@ impl Planner {
         ops
     }
 
-    /// Plans the removal of all that no Service wants. To be called once all sources are known.
+    /// Services to be planned again, because an address became free that they wait for, or an older Service claims theirs.
+    pub fn take_disturbed(&mut self) -> BTreeSet<ServiceName> {
+        self.contests.take_disturbed()
+    }
+
+    /// Plans the removal of addresses and lists that no Service wants. To be called once all sources are known.
     #[must_use]
     pub fn plan_prune(&self) -> Vec<Op> {
         let services = self.ledger.services.keys().filter(|k| !self.owner_of.contains_key(k));
@@ -153,9 +128,16 @@ impl Planner {
         for (list, slots) in self.ledger.lists.iter().filter(|(l, _)| !self.claimed.contains(l)) {
             ops.extend(slots.keys().rev().map(|i| Op::DeleteSlot(SlotKey { list: *list, index: *i })));
         }
-        let backends = self.ledger.backends.keys().filter(|k| !self.references.contains_key(k));
-        ops.extend(backends.map(|k| Op::DeleteBackend(*k)));
+        let sources = self.ledger.sources.iter().filter(|(l, _)| !self.claimed.contains(l));
+        ops.extend(sources.flat_map(|(_, ranges)| ranges).map(|key| Op::DeleteSource(*key)));
         ops
+    }
+
+    /// Likewise of backends; to be called when no list leads to one that its Service no longer wants.
+    #[must_use]
+    pub fn plan_prune_backends(&self) -> Vec<Op> {
+        let backends = self.ledger.backends.keys().filter(|k| !self.references.contains_key(k));
+        backends.map(|k| Op::DeleteBackend(*k)).collect()
     }
 
     /// Plans the node's own addresses.
@@ -172,24 +154,28 @@ impl Planner {
         if let Op::PutBackend(key, _) = op {
             self.pending.remove(key);
         }
+        if let Op::DeleteService(key) = op
+            && self.contests.is_contested(key)
+        {
+            if let Some(owned) = self.owner_of.remove(key).and_then(|owner| self.owned.get_mut(&owner)) {
+                owned.frontends.remove(key);
+            }
+            self.contests.freed(key);
+        }
     }
 
-    /// Number of Services known.
+    /// Counts over all Services.
     #[must_use]
-    pub fn services(&self) -> usize {
-        self.desired.values().filter(|d| !d.frontends.is_empty()).count()
+    pub fn totals(&self) -> Totals {
+        self.totals
     }
 
     fn intend(&mut self, name: &ServiceName, mut desired: Desired) {
-        // Two Services may claim one external address and port: the first keeps it.
-        desired.frontends.retain(|key, _| match self.owner_of.get(key) {
-            Some(owner) if owner != name => {
-                tracing::warn!(service = %name, other = %owner, address = ?key.address, port = ?key.port,
-                    "another Service has this address and port");
-                false
-            }
-            Some(_) | None => true,
-        });
+        self.contest(name, &mut desired);
+        if let Some(old) = self.desired.get(name) {
+            self.totals.count(old, |total| *total -= 1);
+        }
+        self.totals.count(&desired, |total| *total += 1);
         let owned = self.owned.entry(name.clone()).or_default();
         for (key, known) in &desired.backends {
             self.references.entry(*key).or_default().insert(name.clone(), *known);
@@ -220,6 +206,32 @@ impl Planner {
             }
         }
         self.desired.insert(name.clone(), desired);
+    }
+
+    /// Several Services may claim one address and port: who has the better right gets it, whoever comes first, so that
+    /// every node and every start of an agent decide alike. The others wait.
+    fn contest(&mut self, name: &ServiceName, desired: &mut Desired) {
+        self.contests.withdraw(name);
+        let created = desired.created;
+        desired.frontends.retain(|key, frontend| {
+            let mine = (frontend.claim, created, name);
+            if let Some(owner) = self.owner_of.get(key).filter(|owner| *owner != name) {
+                let theirs = self.desired.get(owner).and_then(|d| Some((d.frontends.get(key)?, d.created)));
+                // One that wants it no longer gives it up of itself.
+                if let Some((frontend, created)) = theirs
+                    && mine < (frontend.claim, created, owner)
+                {
+                    self.contests.disturb(owner);
+                }
+                self.contests.wait(key, mine);
+                return false;
+            }
+            let wins = self.contests.is_best(key, mine);
+            if !wins {
+                self.contests.wait(key, mine);
+            }
+            wins
+        });
     }
 
     fn plan_backends(&mut self, name: &ServiceName, ops: &mut Vec<Op>) {
@@ -256,7 +268,13 @@ impl Planner {
         let nothing = BTreeSet::new();
         for (list, number) in &owned.lists {
             let slots = self.ledger.lists.get(number).unwrap_or(&empty);
-            plan_slots(*number, slots, desired.lists.get(list).unwrap_or(&nothing), ops);
+            let wanted = desired.lists.get(list).unwrap_or(&nothing);
+            if list.hashed {
+                plan_table(*number, slots, &maglev::table(wanted), ops);
+            } else {
+                plan_slots(*number, slots, wanted, ops);
+            }
+            plan_sources(*number, self.ledger.sources.get(number), desired.sources.get(list), ops);
         }
     }
 
@@ -271,7 +289,9 @@ impl Planner {
                 continue;
             };
             let list = frontend.list.and_then(|list| {
-                let count = u32::try_from(desired.lists.get(&list)?.len()).ok()?;
+                let backends = desired.lists.get(&list)?.len();
+                let count =
+                    if list.hashed { maglev::size(backends) } else { u32::try_from(backends).ok()? };
                 Some((*owned.lists.get(&list)?, count))
             });
             let (list, count) = list.unwrap_or((0, 0));
@@ -291,20 +311,25 @@ impl Planner {
             let keep = desired.frontends.contains_key(key) || ledger.services.contains_key(key);
             if !keep {
                 self.owner_of.remove(key);
+                self.contests.freed(key);
             }
             keep
         });
         owned.lists.retain(|list, number| {
-            let keep = desired.lists.contains_key(list) || ledger.lists.contains_key(number);
+            let keep = desired.lists.contains_key(list)
+                || ledger.lists.contains_key(number)
+                || ledger.sources.contains_key(number);
             if !keep {
                 self.claimed.remove(number);
             }
             keep
         });
         owned.backends.retain(|key| desired.backends.contains_key(key) || ledger.backends.contains_key(key));
-        if owned.frontends.is_empty() && owned.lists.is_empty() && owned.backends.is_empty() {
+        if owned.is_empty() {
             self.owned.remove(name);
-            self.desired.remove(name);
+            if let Some(old) = self.desired.remove(name) {
+                self.totals.count(&old, |total| *total -= 1);
+            }
         }
     }
 }
@@ -331,4 +356,32 @@ fn plan_slots(
         }
     }
     ops.extend(slots.range(count..).rev().map(|(i, _)| Op::DeleteSlot(SlotKey { list, index: *i })));
+}
+
+/// Every place of a table is decided by its hashes: only those that differ change.
+fn plan_table(list: u32, slots: &BTreeMap<u32, BackendKey>, table: &[BackendKey], ops: &mut Vec<Op>) {
+    let count = u32::try_from(table.len()).unwrap_or(u32::MAX);
+    for (index, backend) in (0..count).zip(table) {
+        if slots.get(&index) != Some(backend) {
+            ops.push(Op::PutSlot(SlotKey { list, index }, *backend));
+        }
+    }
+    ops.extend(slots.range(count..).rev().map(|(i, _)| Op::DeleteSlot(SlotKey { list, index: *i })));
+}
+
+fn plan_sources(
+    list: u32,
+    current: Option<&BTreeSet<SourceKey>>,
+    wanted: Option<&BTreeSet<Range>>,
+    ops: &mut Vec<Op>,
+) {
+    let key = |range: &Range| SourceKey {
+        prefix_bits: u32::BITS + range.prefix_bits,
+        data: SourceData { list: list.to_be_bytes(), address: range.first },
+    };
+    let wanted: BTreeSet<_> = wanted.into_iter().flatten().map(key).collect();
+    let none = BTreeSet::new();
+    let current = current.unwrap_or(&none);
+    ops.extend(wanted.difference(current).map(|key| Op::PutSource(*key)));
+    ops.extend(current.difference(&wanted).map(|key| Op::DeleteSource(*key)));
 }

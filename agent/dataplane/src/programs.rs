@@ -1,6 +1,7 @@
 //! Loads the programs, attaches them, and keeps both pinned, so that Services outlive the agent.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,7 +19,7 @@ use crate::node::{NodeError, failed};
 use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
-const SOCKET_HOOKS: [(&str, u32); 8] = [
+pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_connect4", 10),
     ("weft_connect6", 11),
     ("weft_sendmsg4", 14),
@@ -29,7 +30,8 @@ const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_peername6", 30),
 ];
 /// Packet hooks: program, attach type, suffix of the pin.
-const EDGE_HOOKS: [(&str, u32, &str); 2] = [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
+pub(crate) const EDGE_HOOKS: [(&str, u32, &str); 2] =
+    [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
 
 /// Why the programs could not be put in place.
 #[derive(Debug, thiserror::Error)]
@@ -84,17 +86,39 @@ pub struct Programs {
     links: PathBuf,
 }
 
+/// The programs' counters of drops.
+pub struct DropCounters(PerCpuArray<MapData, u64>);
+
+impl fmt::Debug for DropCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DropCounters")
+    }
+}
+
+impl DropCounters {
+    /// Drops since the maps were made, by reason.
+    pub fn read(&self) -> Result<BTreeMap<&'static str, u64>, ProgramError> {
+        let wrap = |source| ProgramError::Map { name: names::DROPS, source };
+        let count = |reason: DropReason| {
+            let values = self.0.get(&(reason as u32), 0).map_err(wrap)?;
+            Ok((reason.name(), values.iter().sum()))
+        };
+        DropReason::ALL.into_iter().map(count).collect()
+    }
+}
+
 fn mismatch(what: &'static str) -> ProgramError {
     ProgramError::Mismatch { what }
 }
 
 fn layout(table: Table) -> (usize, usize) {
-    use weft_ebpf_abi::{Address, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey};
+    use weft_ebpf_abi::{Address, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey, SourceKey};
     match table {
         Table::Services => (size_of::<ServiceKey>(), size_of::<ServiceValue>()),
         Table::Slots => (size_of::<SlotKey>(), size_of::<BackendKey>()),
         Table::Backends => (size_of::<BackendKey>(), size_of::<BackendValue>()),
         Table::NodeAddresses => (size_of::<Address>(), size_of::<u32>()),
+        Table::Sources => (size_of::<SourceKey>(), size_of::<u32>()),
     }
 }
 
@@ -122,7 +146,7 @@ impl Programs {
     pub fn maps(&self) -> Result<KernelMaps, ProgramError> {
         let mut maps = KernelMaps::default();
         for table in Table::ALL {
-            let Some(Map::HashMap(data)) = self.ebpf.map(table.name()) else {
+            let Some(Map::HashMap(data) | Map::LpmTrie(data)) = self.ebpf.map(table.name()) else {
                 return Err(mismatch(table.name()));
             };
             let (key_bytes, value_bytes) = layout(table);
@@ -146,14 +170,17 @@ impl Programs {
 
     /// Drops so far, by reason.
     pub fn drops(&self) -> Result<BTreeMap<&'static str, u64>, ProgramError> {
-        let map = self.ebpf.map(names::DROPS).ok_or_else(|| mismatch(names::DROPS))?;
-        let wrap = |source| ProgramError::Map { name: names::DROPS, source };
-        let array: PerCpuArray<_, u64> = PerCpuArray::try_from(map).map_err(wrap)?;
-        let count = |reason: DropReason| {
-            let values = array.get(&(reason as u32), 0).map_err(wrap)?;
-            Ok((reason.name(), values.iter().sum()))
+        self.drop_counters()?.read()
+    }
+
+    /// The counters of drops, to be read without these programs.
+    pub fn drop_counters(&self) -> Result<DropCounters, ProgramError> {
+        let Some(Map::PerCpuArray(data)) = self.ebpf.map(names::DROPS) else {
+            return Err(mismatch(names::DROPS));
         };
-        DropReason::ALL.into_iter().map(count).collect()
+        let wrap = |source| ProgramError::Map { name: names::DROPS, source };
+        let data = MapData::from_fd(duplicate(data, names::DROPS)?).map_err(wrap)?;
+        Ok(DropCounters(PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(wrap)?))
     }
 
     /// A loaded program, for tests.

@@ -1,25 +1,49 @@
 //! Keeps the maps at what the tables say: which Services are dirty, applying plans, retrying what failed.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fmt::Write as _;
-use std::net::IpAddr;
+mod codec;
+mod text;
 
-use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, SCOPE_EXTERNAL, ServiceKey, SlotKey, TCP};
-use zerocopy::{FromBytes, IntoBytes};
+pub use text::{dangling, render};
 
-use crate::desired::desired;
-use crate::maps::{Entry, MapError, MapSet, Table};
-use crate::plan::{Ledger, Op, Planner};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::time::Instant;
+
+use weft_ebpf_abi::{Address, BackendKey};
+
+use self::codec::{read_ledger, run};
+use crate::desired::{Desired, Health, desired};
+use crate::maps::{MapError, MapSet, Table};
+use crate::plan::{Ledger, Op, Planner, Totals};
 use crate::tables::{ServiceName, Tables};
 
 /// Failures of one batch after which the rest of it waits for the retry: a full map would otherwise cost a system call per entry.
 const MAX_FAILURES_PER_BATCH: usize = 16;
+
+/// Rounds of one synchronisation: an address that changes hands takes two, and a round costs only what changed. The rest
+/// waits for the next synchronisation.
+const MAX_ROUNDS: usize = 4;
+
+/// Failures of a Service that are taken for a passing trouble.
+const FAILURES_WAITED_FOR: u32 = 3;
+
+/// Why a Service is not in the maps as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unprogrammed {
+    /// Since when.
+    pub since: Instant,
+    /// Synchronisations that failed since.
+    pub failures: u32,
+    /// What failed last.
+    pub reason: String,
+}
 
 /// What a synchronisation did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Operations that succeeded.
     pub applied: usize,
+    /// Everything was compared with what Services want.
+    pub full: bool,
     /// Operations that failed, or waited for one that did.
     pub failed: usize,
 }
@@ -33,8 +57,20 @@ pub struct Reconciler<M> {
     pub maps: M,
     planner: Planner,
     dirty: BTreeSet<ServiceName>,
+    unprogrammed: BTreeMap<ServiceName, Unprogrammed>,
+    health: HashMap<ServiceName, Health>,
+    health_changes: BTreeSet<ServiceName>,
     node_addresses: BTreeSet<Address>,
-    prune: bool,
+    prune: Prune,
+}
+
+/// What is still to be removed because no Service wants it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Prune {
+    Nothing,
+    /// Backends: a Service that failed may still lead to one.
+    Backends,
+    All,
 }
 
 impl<M: MapSet> Reconciler<M> {
@@ -43,7 +79,17 @@ impl<M: MapSet> Reconciler<M> {
         let ledger = read_ledger(&mut maps)?;
         let node_addresses = ledger.node_addresses.clone();
         let planner = Planner::adopt(ledger);
-        Ok(Self { tables, maps, planner, dirty: BTreeSet::new(), node_addresses, prune: false })
+        Ok(Self {
+            tables,
+            maps,
+            planner,
+            dirty: BTreeSet::new(),
+            unprogrammed: BTreeMap::new(),
+            health: HashMap::new(),
+            health_changes: BTreeSet::new(),
+            node_addresses,
+            prune: Prune::Nothing,
+        })
     }
 
     /// Marks Services as changed.
@@ -53,7 +99,7 @@ impl<M: MapSet> Reconciler<M> {
 
     /// All sources are known: the next synchronisation also removes what nobody wants.
     pub fn sources_are_known(&mut self) {
-        self.prune = true;
+        self.prune = Prune::All;
     }
 
     /// Sets the addresses at which the node answers NodePorts.
@@ -64,46 +110,153 @@ impl<M: MapSet> Reconciler<M> {
     /// Whether the maps lag behind the tables.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
-        self.prune || !self.dirty.is_empty() || self.node_addresses != self.planner.ledger.node_addresses
+        self.prune != Prune::Nothing
+            || !self.dirty.is_empty()
+            || self.node_addresses != self.planner.ledger.node_addresses
     }
 
-    /// Number of Services known.
+    /// Whether everything is in the maps but for Services that failed more than once: those are shown, and retried, but need
+    /// not be waited for.
     #[must_use]
-    pub fn services(&self) -> usize {
-        self.planner.services()
+    pub fn is_settled(&self) -> bool {
+        let failing = |name| self.unprogrammed.get(name).is_some_and(|u| u.failures >= FAILURES_WAITED_FOR);
+        self.prune != Prune::All
+            && self.dirty.iter().all(failing)
+            && self.node_addresses == self.planner.ledger.node_addresses
+    }
+
+    /// Counts over all Services.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.planner.totals()
+    }
+
+    /// Services that are not in the maps as they should be, and why.
+    #[must_use]
+    pub fn unprogrammed(&self) -> &BTreeMap<ServiceName, Unprogrammed> {
+        &self.unprogrammed
+    }
+
+    /// What load balancers are to be told anew, by Service; `None` for nothing any more.
+    pub fn take_health_changes(&mut self) -> Vec<(ServiceName, Option<Health>)> {
+        let changed = std::mem::take(&mut self.health_changes);
+        changed.into_iter().map(|name| (name.clone(), self.health.get(&name).copied())).collect()
+    }
+
+    /// Entries of a map, as far as known.
+    #[must_use]
+    pub fn entries(&self, table: Table) -> usize {
+        let ledger = &self.planner.ledger;
+        match table {
+            Table::Services => ledger.services.len(),
+            Table::Slots => ledger.slots,
+            Table::Backends => ledger.backends.len(),
+            Table::NodeAddresses => ledger.node_addresses.len(),
+            Table::Sources => ledger.ranges,
+        }
     }
 
     /// Brings the maps to what the tables say. What fails stays dirty.
     pub fn sync(&mut self) -> Report {
-        let mut report = Report::default();
-        let changes: Vec<_> = std::mem::take(&mut self.dirty)
-            .into_iter()
-            .map(|name| {
-                let wanted = self.tables.get(&name).map(|(service, slices)| desired(service, &slices));
-                (name, wanted)
-            })
-            .collect();
-        let ops = self.planner.plan(&changes);
-        let failed = self.apply(ops, &mut report);
-        // Planned once more, a Service whose removal succeeded is forgotten.
-        let settled = (0..changes.len()).filter(|i| !failed.contains(i) && changes[*i].1.is_none());
-        let settled: Vec<_> = settled.map(|i| changes[i].clone()).collect();
-        self.planner.plan(&settled);
-        self.dirty.extend(failed.into_iter().filter_map(|i| changes.get(i)).map(|(name, _)| name.clone()));
-
+        let mut report = Report { full: self.prune == Prune::All, ..Report::default() };
+        for _ in 0..MAX_ROUNDS {
+            let failed = self.sync_services(&mut report);
+            let disturbed = self.planner.take_disturbed();
+            let done = disturbed.is_empty();
+            self.dirty.extend(disturbed);
+            if done || !failed.is_empty() {
+                self.dirty.extend(failed);
+                break;
+            }
+        }
         let addresses = self.planner.plan_node_addresses(&self.node_addresses);
         self.apply(addresses.into_iter().map(|op| (0, op)).collect(), &mut report);
-        if self.prune && self.dirty.is_empty() {
-            let ops = self.planner.plan_prune();
-            let failed = self.apply(ops.into_iter().map(|op| (0, op)).collect(), &mut report);
-            self.prune = !failed.is_empty();
-        }
+        self.prune(&mut report);
         report
     }
 
-    /// Applies operations phase by phase; an owner of one that failed gets no later phase. Returns those owners.
-    fn apply(&mut self, ops: Vec<(usize, Op)>, report: &mut Report) -> HashSet<usize> {
-        let mut failed = HashSet::new();
+    /// A Service that fails keeps nothing else from being pruned: all have been planned, so what they want is known.
+    fn prune(&mut self, report: &mut Report) {
+        let settled = self.dirty.is_empty();
+        let mut remove = |this: &mut Self, ops: Vec<Op>| {
+            this.apply(ops.into_iter().map(|op| (0, op)).collect(), report).is_empty()
+        };
+        if self.prune == Prune::All {
+            let ops = self.planner.plan_prune();
+            if remove(self, ops) {
+                self.prune = Prune::Backends;
+            }
+        }
+        if self.prune == Prune::Backends && settled {
+            let ops = self.planner.plan_prune_backends();
+            if remove(self, ops) {
+                self.prune = Prune::Nothing;
+            }
+        }
+    }
+
+    /// One round over the Services that changed. Returns those that failed.
+    fn sync_services(&mut self, report: &mut Report) -> Vec<ServiceName> {
+        // Those that failed before come last: what they fail at must not keep the others waiting.
+        let dirty = std::mem::take(&mut self.dirty);
+        let (again, new): (Vec<_>, Vec<_>) =
+            dirty.into_iter().partition(|name| self.unprogrammed.contains_key(name));
+        let mut changes = Vec::with_capacity(new.len() + again.len());
+        let mut gone = Vec::new();
+        for name in new.into_iter().chain(again) {
+            let wanted = self.tables.get(&name);
+            gone.push(wanted.is_none());
+            let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.zone()));
+            let wanted = wanted.unwrap_or_default();
+            self.note_health(&name, wanted.health);
+            changes.push((name, wanted));
+        }
+        let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();
+        let ops = self.planner.plan(changes);
+        let failed = self.apply(ops, report);
+        // Planned once more, a Service whose removal succeeded is forgotten.
+        let settled = (0..names.len()).filter(|i| gone[*i] && !failed.contains_key(i));
+        let settled: Vec<_> = settled.map(|i| (names[i].clone(), Desired::default())).collect();
+        self.planner.plan(settled);
+        self.note_failures(&names, failed)
+    }
+
+    fn note_health(&mut self, name: &ServiceName, health: Option<Health>) {
+        let before = match health {
+            Some(health) => self.health.insert(name.clone(), health),
+            None => self.health.remove(name),
+        };
+        if before != health {
+            self.health_changes.insert(name.clone());
+        }
+    }
+
+    fn note_failures(
+        &mut self,
+        names: &[ServiceName],
+        mut failed: HashMap<usize, String>,
+    ) -> Vec<ServiceName> {
+        let mut again = Vec::new();
+        for (index, name) in names.iter().enumerate() {
+            let Some(reason) = failed.remove(&index) else {
+                self.unprogrammed.remove(name);
+                continue;
+            };
+            let new = || Unprogrammed { since: Instant::now(), failures: 0, reason: String::new() };
+            let state = self.unprogrammed.entry(name.clone()).or_insert_with(new);
+            if state.failures == 0 {
+                tracing::warn!(service = %name, reason, "service is not programmed, will be retried");
+            }
+            state.failures = state.failures.saturating_add(1);
+            state.reason = reason;
+            again.push(name.clone());
+        }
+        again
+    }
+
+    /// Applies operations phase by phase; an owner of one that failed gets no later phase. Returns those owners, and why.
+    fn apply(&mut self, ops: Vec<(usize, Op)>, report: &mut Report) -> HashMap<usize, String> {
+        let mut failed = HashMap::new();
         let mut phases: BTreeMap<usize, Vec<(usize, Op)>> = BTreeMap::new();
         for (owner, op) in ops {
             phases.entry(op.phase()).or_default().push((owner, op));
@@ -113,8 +266,8 @@ impl<M: MapSet> Reconciler<M> {
             let before = batch.len();
             let blocked = blocked_backends(&batch, &failed);
             batch.retain(|(owner, op)| {
-                let wait =
-                    failed.contains(owner) || matches!(op, Op::DeleteBackend(key) if blocked.contains(key));
+                let wait = failed.contains_key(owner)
+                    || matches!(op, Op::DeleteBackend(key) if blocked.contains(key));
                 if wait {
                     held.insert(*owner);
                 }
@@ -123,13 +276,21 @@ impl<M: MapSet> Reconciler<M> {
             report.failed += before - batch.len();
             self.apply_batch(&batch, report, &mut failed);
         }
-        failed.extend(held);
+        for owner in held {
+            failed.entry(owner).or_insert_with(|| "waits for another service of the same backend".to_owned());
+        }
         failed
     }
 
-    fn apply_batch(&mut self, batch: &[(usize, Op)], report: &mut Report, failed: &mut HashSet<usize>) {
+    fn apply_batch(
+        &mut self,
+        batch: &[(usize, Op)],
+        report: &mut Report,
+        failed: &mut HashMap<usize, String>,
+    ) {
         let mut from = 0;
         let mut failures = 0;
+        let mut reason = String::new();
         while from < batch.len() && failures < MAX_FAILURES_PER_BATCH {
             let rest = &batch[from..];
             let result = run(&mut self.maps, rest);
@@ -140,15 +301,20 @@ impl<M: MapSet> Reconciler<M> {
             report.applied += done;
             from += done;
             if let Err(error) = result {
-                tracing::warn!(error = %error, source = %error.source, "map operation failed, will be retried");
+                reason = format!("{error}: {}", error.source);
+                tracing::debug!(reason, "map operation failed, will be retried");
                 failures += 1;
                 report.failed += 1;
-                failed.extend(batch.get(from).map(|(owner, _)| *owner));
+                if let Some((owner, _)) = batch.get(from) {
+                    failed.entry(*owner).or_insert_with(|| reason.clone());
+                }
                 from += 1;
             }
         }
         report.failed += batch.len().saturating_sub(from);
-        failed.extend(batch[from.min(batch.len())..].iter().map(|(owner, _)| *owner));
+        for (owner, _) in &batch[from.min(batch.len())..] {
+            failed.entry(*owner).or_insert_with(|| reason.clone());
+        }
     }
 
     /// What the maps say, as text in a fixed order, without generations.
@@ -164,149 +330,7 @@ impl<M: MapSet> Reconciler<M> {
 }
 
 /// Backends that several Services let go of, of which one could not: its lists may still lead there.
-fn blocked_backends(batch: &[(usize, Op)], failed: &HashSet<usize>) -> HashSet<BackendKey> {
-    let of_failed = batch.iter().filter(|(owner, _)| failed.contains(owner));
+fn blocked_backends(batch: &[(usize, Op)], failed: &HashMap<usize, String>) -> HashSet<BackendKey> {
+    let of_failed = batch.iter().filter(|(owner, _)| failed.contains_key(owner));
     of_failed.filter_map(|(_, op)| if let Op::DeleteBackend(key) = op { Some(*key) } else { None }).collect()
-}
-
-/// Runs operations of one phase, which all concern one map in one way.
-fn run(maps: &mut impl MapSet, batch: &[(usize, Op)]) -> Result<(), MapError> {
-    let mut entries: Vec<Entry> = Vec::new();
-    let mut keys: Vec<Vec<u8>> = Vec::new();
-    let mut table = Table::Services;
-    for (_, op) in batch {
-        let (t, key, value) = encode(op);
-        table = t;
-        match value {
-            Some(value) => entries.push((key, value)),
-            None => keys.push(key),
-        }
-    }
-    if keys.is_empty() { maps.update(table, &entries) } else { maps.delete(table, &keys) }
-}
-
-fn encode(op: &Op) -> (Table, Vec<u8>, Option<Vec<u8>>) {
-    fn bytes(value: &(impl IntoBytes + zerocopy::Immutable)) -> Vec<u8> {
-        value.as_bytes().to_vec()
-    }
-    match op {
-        Op::PutBackend(key, value) => (Table::Backends, bytes(key), Some(bytes(value))),
-        Op::PutNodeAddress(key) => (Table::NodeAddresses, bytes(key), Some(bytes(&1_u32))),
-        Op::PutSlot(key, value) => (Table::Slots, bytes(key), Some(bytes(value))),
-        Op::PutService(key, value) => (Table::Services, bytes(key), Some(bytes(value))),
-        Op::DeleteService(key) => (Table::Services, bytes(key), None),
-        Op::DeleteSlot(key) => (Table::Slots, bytes(key), None),
-        Op::DeleteNodeAddress(key) => (Table::NodeAddresses, bytes(key), None),
-        Op::DeleteBackend(key) => (Table::Backends, bytes(key), None),
-    }
-}
-
-/// Reads all maps.
-fn read_ledger(maps: &mut impl MapSet) -> Result<Ledger, MapError> {
-    let mut ledger = Ledger::default();
-    for table in Table::ALL {
-        for (key, value) in maps.dump(table)? {
-            if let Some(op) = decode(table, &key, &value) {
-                ledger.record(&op);
-            }
-        }
-    }
-    Ok(ledger)
-}
-
-/// `None` for an entry of another size, which the loader's check of the layout rules out.
-fn decode(table: Table, key: &[u8], value: &[u8]) -> Option<Op> {
-    fn read<T: FromBytes>(bytes: &[u8]) -> Option<T> {
-        T::read_from_bytes(bytes).ok()
-    }
-    Some(match table {
-        Table::Services => Op::PutService(read(key)?, read(value)?),
-        Table::Slots => Op::PutSlot(read(key)?, read(value)?),
-        Table::Backends => Op::PutBackend(read(key)?, read(value)?),
-        Table::NodeAddresses => Op::PutNodeAddress(read(key)?),
-    })
-}
-
-fn protocol(number: u8) -> &'static str {
-    if number == TCP { "TCP" } else { "UDP" }
-}
-
-fn backend_text(key: &BackendKey) -> String {
-    format!("{}:{}/{}", IpAddr::from(key.address), key.port.get(), protocol(key.protocol))
-}
-
-fn service_text(key: &ServiceKey) -> String {
-    let address =
-        if key.address == Address::ANY { "node".to_owned() } else { IpAddr::from(key.address).to_string() };
-    let scope = if key.scope == SCOPE_EXTERNAL { " from outside" } else { "" };
-    if key.protocol == 0 {
-        return format!("{address} otherwise refused");
-    }
-    format!("{address}:{}/{}{scope}", key.port.get(), protocol(key.protocol))
-}
-
-/// A ledger as text. Lists are numbered as they appear, so two ledgers that differ in numbers only are the same text.
-#[must_use]
-pub fn render(ledger: &Ledger) -> String {
-    let mut out = String::new();
-    let mut numbers: BTreeMap<u32, usize> = BTreeMap::new();
-    for (key, value) in &ledger.services {
-        if key.protocol == 0 {
-            let _ = writeln!(out, "service {}", service_text(key));
-            continue;
-        }
-        let next = numbers.len() + 1;
-        let list = numbers.entry(value.list).or_insert(next);
-        let affinity = match value.affinity_seconds {
-            0 => String::new(),
-            seconds => format!(" affinity {seconds}s"),
-        };
-        let keep = if value.flags & weft_ebpf_abi::SERVICE_KEEP_SOURCE != 0 { " keeps source" } else { "" };
-        let _ = writeln!(out, "service {} list {list} of {}{affinity}{keep}", service_text(key), value.count);
-    }
-    let mut lists: Vec<String> = Vec::new();
-    for (number, slots) in &ledger.lists {
-        let next = numbers.len() + 1;
-        let list = *numbers.entry(*number).or_insert(next);
-        let mut members: Vec<_> = slots.values().map(backend_text).collect();
-        members.sort();
-        let dense = slots.keys().copied().eq(0..u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        let hole = if dense { "" } else { " WITH HOLES" };
-        lists.push(format!("list {list}{hole}: {}", members.join(" ")));
-    }
-    lists.sort();
-    for line in lists {
-        let _ = writeln!(out, "{line}");
-    }
-    for (key, value) in &ledger.backends {
-        let state = if value.flags & BACKEND_ACTIVE != 0 { "active" } else { "draining" };
-        let _ = writeln!(out, "backend {} {state}", backend_text(key));
-    }
-    for address in &ledger.node_addresses {
-        let _ = writeln!(out, "node {}", IpAddr::from(*address));
-    }
-    if out.is_empty() { "maps empty\n".to_owned() } else { out }
-}
-
-/// A place that no Service's count reaches, or a service whose list lacks a place: what no reader may ever meet. For tests.
-#[must_use]
-pub fn dangling(ledger: &Ledger) -> Vec<String> {
-    let mut found = Vec::new();
-    for (key, value) in &ledger.services {
-        for index in 0..value.count {
-            let slot = SlotKey { list: value.list, index };
-            match ledger.lists.get(&slot.list).and_then(|l| l.get(&index)) {
-                None => found.push(format!("{} misses {slot:?}", service_text(key))),
-                Some(backend) if !ledger.backends.contains_key(backend) => {
-                    found.push(format!(
-                        "{} leads to {} which is gone",
-                        service_text(key),
-                        backend_text(backend)
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-    }
-    found
 }

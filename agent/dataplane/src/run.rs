@@ -1,64 +1,64 @@
 //! The running dataplane: watches, synchronisation, devices.
 
-use std::collections::HashSet;
-use std::hash::Hash;
-use std::net::Ipv4Addr;
+mod absorb;
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, StreamExt};
-use ipnetwork::Ipv4Network;
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, watcher};
-use kube::{Api, Client};
+use kube::Client;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
 use crate::maps::MapError;
+use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
-use crate::tables::{Tables, service_name, slice_name};
+use crate::serve::{self, Checks, ProxyConfig, Shared};
+use crate::tables::{ServiceName, Tables};
 
-/// Annotation with the time of the change that a slice carries on.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+use self::absorb::{Relists, sources};
+
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
-/// How often drop counters are read into the metrics.
-const DROPS_EVERY: Duration = Duration::from_secs(10);
+/// Changes whose way to the maps is being timed; more wait only behind Services that fail.
+const MAX_TRIGGERS: usize = 4_096;
 
 /// What the dataplane of a node is told.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Name of the Node.
     pub node_name: String,
-    /// The node's address on the network that joins the nodes.
-    pub node_ip: Ipv4Addr,
-    /// Addresses of all pods.
-    pub cluster_cidr: Ipv4Network,
-    /// Addresses of all Services.
-    pub service_cidr: Ipv4Network,
+    /// The node's address on the network that joins the nodes: its end of the tunnels.
+    pub node_ip: IpAddr,
+    /// Addresses of all pods: a range for each family that the cluster has.
+    pub cluster_cidr: Vec<IpNetwork>,
+    /// Addresses of all Services, likewise.
+    pub service_cidr: Vec<IpNetwork>,
     /// Service addresses that the node answers itself (cluster DNS): neither translated nor refused.
-    pub node_local: Vec<Ipv4Addr>,
+    pub node_local: Vec<IpAddr>,
     /// Where links and maps are pinned: a bpffs, mounted there if it is not. Services live as long as that mount.
     pub pin_dir: PathBuf,
     /// The node's cgroup below cgroup2's root: `weft/<node>`. Processes below it are served, wherever their network namespace is.
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Addresses of NodePorts, health and metrics.
+    pub proxy: ProxyConfig,
 }
 
 /// Why the dataplane does not run.
@@ -79,36 +79,6 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
-}
-
-#[expect(
-    clippy::large_enum_variant,
-    reason = "an event is taken apart as soon as it comes; a box would be one allocation more"
-)]
-enum Event {
-    Service(watcher::Event<Service>),
-    Slice(watcher::Event<EndpointSlice>),
-    Node(watcher::Event<Node>),
-}
-
-/// A source's list in progress: what was there before and has not been named again is gone.
-#[derive(Debug)]
-struct Relist<K> {
-    known: bool,
-    seen: HashSet<K>,
-}
-
-impl<K: Eq + Hash> Relist<K> {
-    fn new() -> Self {
-        Self { known: false, seen: HashSet::new() }
-    }
-
-    /// Ends the list; returns those of `before` that it did not name.
-    fn finish(&mut self, before: Vec<K>) -> Vec<K> {
-        self.known = true;
-        let seen = std::mem::take(&mut self.seen);
-        before.into_iter().filter(|k| !seen.contains(k)).collect()
-    }
 }
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
@@ -142,21 +112,28 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    metrics.count_drops(programs.drop_counters()?);
+    let proxy = Arc::new(config.proxy.clone());
+    let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let mut dataplane = Dataplane {
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
         identity,
         devices: Devices::default(),
-        metrics,
+        checks: Checks::new(Arc::clone(&proxy), Arc::clone(&shared)),
+        shared: Arc::clone(&shared),
+        proxy: Arc::clone(&proxy),
+        families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
-        services: Relist::new(),
-        slices: Relist::new(),
-        nodes: Relist::new(),
-        triggers: Vec::new(),
+        relists: Relists::default(),
+        triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    dataplane.run(client, shutdown).await
+    tokio::select! {
+        outcome = dataplane.run(client, shutdown) => outcome,
+        () = serve::serve(&proxy, shared) => Ok(()),
+    }
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
@@ -205,13 +182,15 @@ struct Dataplane {
     overlay: Overlay,
     identity: NodeConfig,
     devices: Devices,
-    metrics: Metrics,
+    shared: Arc<Shared>,
+    checks: Checks,
+    proxy: Arc<ProxyConfig>,
+    /// Whether a family is IPv6, for each that pods have.
+    families: Vec<bool>,
     programmed: watch::Sender<bool>,
-    services: Relist<crate::tables::ServiceName>,
-    slices: Relist<(String, String)>,
-    nodes: Relist<String>,
-    /// Times of the changes that wait to reach the maps.
-    triggers: Vec<Timestamp>,
+    relists: Relists,
+    /// Times of the changes that wait to reach the maps, and whose they are.
+    triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
 }
 
@@ -221,9 +200,8 @@ impl Dataplane {
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
-        let mut drops = tokio::time::interval(DROPS_EVERY);
         loop {
-            let lagging = self.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -244,24 +222,14 @@ impl Dataplane {
                     self.refresh_devices()?;
                 }
                 () = tokio::time::sleep(self.retry), if lagging => {}
-                _ = drops.tick() => {
-                    for (reason, count) in self.programs.drops()? {
-                        self.metrics.dropped(reason, count);
-                    }
-                    continue;
-                }
             }
             self.sync();
         }
     }
 
-    fn all_known(&self) -> bool {
-        self.services.known && self.slices.known && self.nodes.known
-    }
-
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
     fn sync(&mut self) {
-        if !self.all_known() {
+        if !self.relists.all_known() {
             return;
         }
         if self.overlay.is_dirty()
@@ -277,7 +245,7 @@ impl Dataplane {
         } else {
             self.retry = RETRY_FIRST;
         }
-        if !self.reconciler.is_dirty() {
+        if self.reconciler.is_settled() {
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
         }
     }
@@ -285,20 +253,42 @@ impl Dataplane {
     fn sync_maps(&mut self) {
         let started = Instant::now();
         let report = self.reconciler.sync();
-        let now = Timestamp::now();
-        let (took, services) = (started.elapsed(), self.reconciler.services());
-        self.metrics.synced(took, now.as_duration().as_secs_f64(), report.failed, services);
+        let took = started.elapsed();
         tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
-        if !self.reconciler.is_dirty() {
-            for trigger in self.triggers.drain(..) {
-                self.metrics.programmed(now.duration_since(trigger).as_secs_f64());
-            }
+        let (totals, unprogrammed) = (self.reconciler.totals(), self.reconciler.unprogrammed());
+        let metrics = &self.shared.metrics;
+        metrics.synced(&Synced {
+            took,
+            full: report.full,
+            failed: report.failed,
+            unprogrammed: unprogrammed.len(),
+            totals,
+        });
+        for table in Table::ALL {
+            metrics.holds(table, self.reconciler.entries(table));
         }
+        // A Service that fails says so itself; the proxy keeps up as long as others get through.
+        if report.failed == 0 || unprogrammed.len() < totals.services {
+            self.shared.health.lock().updated();
+        }
+        let now = Timestamp::now();
+        self.triggers.retain(|(service, trigger)| {
+            let waits = unprogrammed.contains_key(service);
+            if !waits {
+                metrics.programmed(now.duration_since(*trigger).as_secs_f64());
+            }
+            waits
+        });
+        let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
+        self.triggers.drain(..excess);
+        self.checks.apply(self.reconciler.take_health_changes());
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
     fn refresh_devices(&mut self) -> Result<(), Error> {
-        let devices = node::devices()?;
+        let mut devices = node::devices()?;
+        // An address of a family that pods lack answers no NodePort.
+        devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
         if devices == self.devices {
             return Ok(());
         }
@@ -311,94 +301,12 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        self.reconciler.set_node_addresses(devices.addresses.iter().map(|ip| Address::from(*ip)).collect());
+        let addresses = devices.addresses.iter().map(|ip| IpAddr::from(*ip));
+        let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
+        self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);
         self.devices = devices;
         Ok(())
-    }
-
-    fn absorb(&mut self, event: Event) {
-        let before = self.all_known();
-        match event {
-            Event::Service(event) => self.absorb_service(event),
-            Event::Slice(event) => self.absorb_slice(event),
-            Event::Node(event) => self.absorb_node(event),
-        }
-        if !before && self.all_known() {
-            self.reconciler.sources_are_known();
-        }
-    }
-
-    fn absorb_service(&mut self, event: watcher::Event<Service>) {
-        let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
-            watcher::Event::Init => {
-                self.services.seen.clear();
-                return;
-            }
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.services.seen.extend(service_name(&object));
-                tables.apply_service(&object).into_iter().collect()
-            }
-            watcher::Event::Delete(object) => {
-                service_name(&object).and_then(|name| tables.delete_service(&name)).into_iter().collect()
-            }
-            watcher::Event::InitDone => {
-                let gone = self.services.finish(tables.service_names());
-                gone.iter().filter_map(|name| tables.delete_service(name)).collect()
-            }
-        };
-        self.reconciler.mark(changed);
-    }
-
-    fn absorb_slice(&mut self, event: watcher::Event<EndpointSlice>) {
-        let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
-            watcher::Event::Init => {
-                self.slices.seen.clear();
-                return;
-            }
-            watcher::Event::InitApply(object) => {
-                self.slices.seen.extend(slice_name(&object));
-                tables.apply_slice(&object)
-            }
-            watcher::Event::Apply(object) => {
-                let changed = tables.apply_slice(&object);
-                if !changed.is_empty() {
-                    self.triggers.extend(trigger_time(&object));
-                }
-                changed
-            }
-            watcher::Event::Delete(object) => slice_name(&object)
-                .and_then(|(namespace, name)| tables.delete_slice(&namespace, &name))
-                .into_iter()
-                .collect(),
-            watcher::Event::InitDone => {
-                let gone = self.slices.finish(tables.slice_names());
-                gone.iter().filter_map(|(namespace, name)| tables.delete_slice(namespace, name)).collect()
-            }
-        };
-        self.reconciler.mark(changed);
-    }
-
-    fn absorb_node(&mut self, event: watcher::Event<Node>) {
-        match event {
-            watcher::Event::Init => self.nodes.seen.clear(),
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.nodes.seen.extend(object.metadata.name.clone());
-                self.overlay.apply_node(&object);
-            }
-            watcher::Event::Delete(object) => {
-                if let Some(name) = &object.metadata.name {
-                    self.overlay.delete_node(name);
-                }
-            }
-            watcher::Event::InitDone => {
-                for name in self.nodes.finish(self.overlay.node_names()) {
-                    self.overlay.delete_node(&name);
-                }
-            }
-        }
     }
 }
 
@@ -409,31 +317,4 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
         E::Link(_) | E::Address(_) | E::Lost => true,
         E::Route | E::Neighbour(_) => false,
     })
-}
-
-fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
-    slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
-}
-
-/// The three watches as one stream. A watch that fails is tried again with a growing wait, and lists anew if it must.
-fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
-    fn source<K>(
-        api: Api<K>,
-        wrap: fn(watcher::Event<K>) -> Event,
-        what: &'static str,
-    ) -> BoxStream<'static, Event>
-    where
-        K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
-    {
-        let events = watcher(api, watcher::Config::default()).default_backoff();
-        let good = events.filter_map(move |event| async move {
-            event.inspect_err(|error| tracing::warn!(%error, what, "watch failed, will be tried again")).ok()
-        });
-        good.map(wrap).boxed()
-    }
-    let mut all = SelectAll::new();
-    all.push(source(Api::all(client.clone()), Event::Service, "services"));
-    all.push(source(Api::all(client.clone()), Event::Slice, "endpointslices"));
-    all.push(source(Api::all(client.clone()), Event::Node, "nodes"));
-    all
 }

@@ -9,9 +9,12 @@ use std::path::Path;
 const MAP_LOOKUP: libc::c_long = 1;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
+const OBJ_INFO: libc::c_long = 15;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
+/// `BPF_LINK_TYPE_TCX`.
+const LINK_TCX: u32 = 11;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
@@ -144,7 +147,7 @@ pub(crate) fn delete_batch(map: BorrowedFd<'_>, keys: &[u8], count: u32) -> (u32
     (attr.count.min(count), result)
 }
 
-/// Reads all entries of a hash map, as keys and values one behind the other.
+/// Reads all entries of a hash map or trie, as keys and values one behind the other.
 pub(crate) fn read_all(
     map: BorrowedFd<'_>,
     key_bytes: usize,
@@ -153,14 +156,15 @@ pub(crate) fn read_all(
     // More than the longest chain of a bucket that is ever expected; doubled when the kernel says it is not.
     let mut chunk = 4_096_usize;
     let (mut all_keys, mut all_values) = (Vec::new(), Vec::new());
-    let mut position: Option<u32> = None;
+    // A hash map's position is the number of a bucket, a trie's the last key.
+    let mut position: Option<Vec<u8>> = None;
+    let mut next = vec![0_u8; key_bytes.max(size_of::<u32>())];
     loop {
         let mut keys = vec![0_u8; chunk * key_bytes];
         let mut values = vec![0_u8; chunk * value_bytes];
-        let mut next = 0_u32;
         let mut attr = BatchAttr {
-            in_batch: position.as_ref().map_or(0, |p| std::ptr::from_ref(p) as u64),
-            out_batch: std::ptr::from_mut(&mut next) as u64,
+            in_batch: position.as_ref().map_or(0, |p| address(p)),
+            out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: u32::try_from(chunk).unwrap_or(u32::MAX),
@@ -183,7 +187,7 @@ pub(crate) fn read_all(
         if end {
             return Ok((all_keys, all_values));
         }
-        position = Some(next);
+        position = Some(next.clone());
     }
 }
 
@@ -211,6 +215,53 @@ struct LinkDetachAttr {
 /// Takes a link off its cgroup or device at once; dropping the last reference does so only some time later.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(LINK_DETACH, &mut LinkDetachAttr { link_fd: number(link) }).map(|_| ())
+}
+
+/// `union bpf_attr`, member `info`.
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The head of `struct bpf_link_info`. The first word of its union is a cgroup's id, or for tcx the device's index in the
+/// low half; both are zero once what the link was attached to is gone.
+#[repr(C)]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    pad: u32,
+    target: u64,
+    rest: [u64; 8],
+}
+
+/// What a link joins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkInfo {
+    /// Id of its program.
+    pub(crate) program: u32,
+    /// What it is attached to: a cgroup's id, or in the low half a device's index; 0 if that is gone.
+    pub(crate) target: u64,
+}
+
+/// Looks at a link.
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let mut info = RawLinkInfo::default();
+    let mut attr = InfoAttr {
+        bpf_fd: number(link),
+        info_len: u32::try_from(size_of::<RawLinkInfo>()).unwrap_or(0),
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(OBJ_INFO, &mut attr)?;
+    // SAFETY: the kernel wrote into it behind the compiler's back; every bit pattern is valid.
+    let info = unsafe { std::ptr::read_volatile(&raw const info) };
+    // A device's link has its attach type in the high half, which stays when the device goes.
+    let target = if info.kind == LINK_TCX { info.target & 0xffff_ffff } else { info.target };
+    Ok(LinkInfo { program: info.program, target })
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
@@ -249,4 +300,27 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// A packet socket for ARP on one device, non-blocking.
+pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
+    const ETH_P_ARP: u16 = 0x0806;
+    let protocol = i32::from(ETH_P_ARP.to_be());
+    // SAFETY: socket takes three integers and returns a new descriptor or -1.
+    let fd = unsafe {
+        libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = owned(fd);
+    // SAFETY: all zeros are a valid address.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
+    address.sll_protocol = ETH_P_ARP.to_be();
+    address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    let size = libc::socklen_t::try_from(size_of::<libc::sockaddr_ll>()).map_err(io::Error::other)?;
+    // SAFETY: the address is valid for the size given, and the socket is open.
+    let bound = unsafe { libc::bind(fd, std::ptr::from_ref(&address).cast(), size) };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }

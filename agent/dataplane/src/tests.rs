@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::{Value, json};
 use weft_ebpf_abi::Address;
@@ -13,6 +13,9 @@ use crate::maps::faulty::FaultyMaps;
 use crate::maps::memory::MemoryMaps;
 use crate::reconcile::{Reconciler, dangling, render};
 use crate::tables::{Tables, service_name, slice_name};
+
+mod changes;
+mod services;
 
 fn tables() -> Tables {
     Tables::new("node-a", vec![Address::v4([10, 43, 0, 99])])
@@ -82,6 +85,11 @@ fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
                 .map(|a| a.as_str().unwrap().parse::<std::net::IpAddr>().unwrap().into())
                 .collect();
             reconciler.set_node_addresses(parsed);
+        } else if let Some(zone) = step.get("zone") {
+            let labels = json!({"topology.kubernetes.io/zone": zone});
+            let node = json!({"metadata": {"name": "node-a", "labels": labels}});
+            let changed = reconciler.tables.apply_node(&object::<Node>(&node));
+            reconciler.mark(changed);
         } else {
             settle(&mut reconciler);
             let found = reconciler.render().unwrap();
@@ -142,90 +150,4 @@ fn slice(service: &str, pods: std::ops::Range<u16>) -> Value {
     json!({"kind": "EndpointSlice", "addressType": "IPv4", "endpoints": endpoints,
         "metadata": {"namespace": "default", "name": format!("{service}-1"), "labels": {"kubernetes.io/service-name": service}},
         "ports": [{"name": "", "port": 8080, "protocol": "TCP"}]})
-}
-
-#[test]
-fn the_cost_of_a_change_is_its_size() {
-    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
-    for i in 0..200_u8 {
-        let mut one = service(&format!("s{i}"), &format!("10.43.0.{i}"));
-        one["spec"]["type"] = "ClusterIP".into();
-        one["spec"]["ports"][0]["nodePort"] = Value::Null;
-        apply(&mut reconciler, &one);
-        apply(&mut reconciler, &slice(&format!("s{i}"), 0..100));
-    }
-    settle(&mut reconciler);
-    assert!(reconciler.maps.calls < 10, "{} calls for the first synchronisation", reconciler.maps.calls);
-    reconciler.maps.changes = 0;
-    apply(&mut reconciler, &slice("s7", 0..101));
-    settle(&mut reconciler);
-    // One backend, one place, one Service address.
-    assert_eq!(reconciler.maps.changes, 3);
-    reconciler.maps.changes = 0;
-    apply(&mut reconciler, &slice("s7", 1..101));
-    settle(&mut reconciler);
-    // The last moves to the first place; one Service address; one place. The backend still serves the other Services.
-    assert_eq!(reconciler.maps.changes, 3);
-    reconciler.maps.changes = 0;
-    apply(&mut reconciler, &slice("s7", 1..101));
-    settle(&mut reconciler);
-    assert_eq!(reconciler.maps.changes, 0, "an object that says the same changes nothing");
-}
-
-#[test]
-fn a_new_agent_adopts_and_prunes() {
-    let mut first = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
-    apply(&mut first, &service("web", "10.43.0.1"));
-    apply(&mut first, &slice("web", 0..50));
-    let mut doomed = service("old", "10.43.0.2");
-    doomed["spec"]["ports"][0]["nodePort"] = 30081.into();
-    apply(&mut first, &doomed);
-    apply(&mut first, &slice("old", 60..70));
-    settle(&mut first);
-    let before = first.ledger().clone();
-
-    let mut second = Reconciler::adopt(tables(), first.maps).unwrap();
-    assert_eq!(*second.ledger(), before);
-    second.maps.changes = 0;
-    apply(&mut second, &service("web", "10.43.0.1"));
-    apply(&mut second, &slice("web", 0..50));
-    settle(&mut second);
-    assert_eq!(second.maps.changes, 0, "what is right already is left alone");
-    second.sources_are_known();
-    settle(&mut second);
-    let left = second.render().unwrap();
-    assert!(!left.contains("10.43.0.2") && !left.contains(":30081"), "{left}");
-    for (key, value) in &second.ledger().backends {
-        assert_eq!(before.backends.get(key), Some(value), "generations are restored");
-    }
-    // A new Service gets numbers that none before it had.
-    apply(&mut second, &service("new", "10.43.0.3"));
-    settle(&mut second);
-    let lists: BTreeSet<_> = second.ledger().services.values().map(|v| v.list).collect();
-    assert!(lists.last() > before.services.values().map(|v| v.list).max().as_ref());
-}
-
-#[test]
-fn another_pod_on_the_same_address_is_another_generation() {
-    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
-    apply(&mut reconciler, &service("web", "10.43.0.1"));
-    apply(&mut reconciler, &slice("web", 0..1));
-    settle(&mut reconciler);
-    let generation = |r: &Reconciler<MemoryMaps>| r.ledger().backends.values().next().unwrap().generation;
-    let first = generation(&reconciler);
-    let mut other = slice("web", 0..1);
-    other["endpoints"][0]["targetRef"]["uid"] = "another".into();
-    apply(&mut reconciler, &other);
-    settle(&mut reconciler);
-    assert!(generation(&reconciler) > first);
-}
-
-#[test]
-fn what_the_node_answers_itself_is_no_service() {
-    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
-    let mut dns = service("kube-dns", "10.43.0.99");
-    dns["spec"]["type"] = "ClusterIP".into();
-    apply(&mut reconciler, &dns);
-    settle(&mut reconciler);
-    assert_eq!(reconciler.render().unwrap(), "maps empty\n");
 }

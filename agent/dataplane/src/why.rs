@@ -8,7 +8,7 @@ use weft_ebpf_abi::{
     ServiceKey, ServiceValue,
 };
 use weft_ebpf_logic::Tables;
-use weft_ebpf_logic::service::{Client, Destination, Found, find, select};
+use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, select};
 
 use crate::observe::ObserveError;
 use crate::observe::pinned::Pinned;
@@ -125,27 +125,28 @@ fn decide<T: Tables>(
     client: Address,
 ) -> (Decision, Option<(ServiceKey, ServiceValue)>) {
     let to = destination(query);
-    let at_edge = query.hook == Hook::Edge;
-    let refused = |socket: DropReason, packet: DropReason| {
-        let reason = if at_edge { packet } else { socket };
-        Decision::Refused { reason: reason.name().to_owned() }
-    };
     let value = match find(tables, &to) {
         Found::Nothing => return (Decision::Direct, None),
         Found::UnknownPort => {
-            return (refused(DropReason::SocketUnknownPort, DropReason::PacketUnknownPort), None);
+            let at_edge = query.hook == Hook::Edge;
+            let reason = if at_edge { DropReason::PacketUnknownPort } else { DropReason::SocketUnknownPort };
+            return (refused(reason), None);
         }
         Found::Service(value) => value,
     };
     let entry = Some((key_of(tables, &to), value));
-    if at_edge && value.flags & SERVICE_CHECK_SOURCE != 0 && !tables.source_allowed(value.list, &client) {
-        return (Decision::Dropped { reason: DropReason::SourceNotAllowed.name().to_owned() }, entry);
+    // A Service that asks who its clients are leaves a pod's sockets to the edge, which sees the pod's address.
+    let by_packet = query.hook == Hook::Edge
+        || (query.hook == Hook::PodSocket && value.flags & SERVICE_CHECK_SOURCE != 0);
+    // A node in a range may use the address as if it came from that address itself.
+    let source = if by_packet { Address::from(query.from) } else { to.address };
+    if !allows(tables, &value, &source) {
+        return (dropped(DropReason::SourceNotAllowed), entry);
     }
-    if at_edge && value.count == 0 && value.flags & SERVICE_DROP_EMPTY != 0 {
-        return (Decision::Dropped { reason: DropReason::NoLocalEndpoints.name().to_owned() }, entry);
-    }
-    let Some(chosen) = select(tables, &value, &Client { client, datagram_socket: None }) else {
-        return (refused(DropReason::SocketNoEndpoints, DropReason::PacketNoEndpoints), entry);
+    let client = if by_packet { source } else { client };
+    let chosen = select(tables, &value, &Client { client, port: None, datagram_socket: None });
+    let Some(chosen) = chosen.filter(|backend| tables.backend(backend).is_some()) else {
+        return (without_backend(&value, by_packet), entry);
     };
     // With affinity the choice is the client's own as long as it is remembered; without, any other is as likely.
     let kept = (value.affinity_seconds > 0 && remembered(tables, &value, client)).then(|| BackendKeyed {
@@ -154,6 +155,23 @@ fn decide<T: Tables>(
         protocol: query.protocol,
     });
     (Decision::Backend { kept }, entry)
+}
+
+fn refused(reason: DropReason) -> Decision {
+    Decision::Refused { reason: reason.name().to_owned() }
+}
+
+fn dropped(reason: DropReason) -> Decision {
+    Decision::Dropped { reason: reason.name().to_owned() }
+}
+
+fn without_backend(value: &ServiceValue, by_packet: bool) -> Decision {
+    match (value.flags & SERVICE_DROP_EMPTY != 0, by_packet) {
+        (true, true) => dropped(DropReason::NoLocalEndpoints),
+        (true, false) => refused(DropReason::NoLocalEndpoints),
+        (false, true) => refused(DropReason::PacketNoEndpoints),
+        (false, false) => refused(DropReason::SocketNoEndpoints),
+    }
 }
 
 fn remembered<T: Tables>(tables: &T, value: &ServiceValue, client: Address) -> bool {
@@ -165,7 +183,11 @@ fn remembered<T: Tables>(tables: &T, value: &ServiceValue, client: Address) -> b
 /// Under which key the logic has found the Service: the address as it is, or the NodePort.
 fn key_of<T: Tables>(tables: &T, to: &Destination) -> ServiceKey {
     let key = ServiceKey { address: to.address, port: to.port, protocol: to.protocol, scope: to.scope };
-    if tables.service(&key).is_some() { key } else { ServiceKey { address: Address::ANY, ..key } }
+    if tables.service(&key).is_some() {
+        key
+    } else {
+        ServiceKey { address: to.address.any_of_family(), ..key }
+    }
 }
 
 /// The ports of an address, of whatever protocol.
@@ -173,7 +195,7 @@ fn served_at(maps: &Pinned, query: &Query) -> Result<Vec<FrontendKey>, ObserveEr
     let scope = if query.hook == Hook::Edge { Scope::Outside } else { Scope::Inside };
     let all = maps.services()?;
     let keys = all.iter().filter_map(|(key, _)| FrontendKey::try_from(*key).ok());
-    let mut served: Vec<_> = keys.filter(|key| key.address == Some(query.to) && key.scope == scope).collect();
+    let mut served: Vec<_> = keys.filter(|key| key.address == query.to && key.scope == scope).collect();
     served.sort();
     Ok(served)
 }

@@ -1,6 +1,7 @@
 //! A pure decision: what a question is answered with.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -183,6 +184,9 @@ impl Zone {
             let host = target(&[service, namespace]);
             pairs.extend(found.ports.iter().filter(named).map(|port| (port.port, host.clone())));
         }
+        // An endpoint with a host name and an address of each family has one name.
+        let mut seen = HashSet::new();
+        pairs.retain(|pair| seen.insert(pair.clone()));
         let weight = u16::try_from(100 / pairs.len().max(1)).unwrap_or(1).max(1);
         let srv = |(port, host): (u16, Option<Name>)| Some(RData::SRV(SRV::new(0, weight, port, host?)));
         pairs.into_iter().filter_map(srv).map(|data| record(name, data)).collect()
@@ -244,10 +248,13 @@ fn alias(name: &Name, target: &str) -> Answer {
     }
 }
 
-/// `10-42-0-7.<namespace>.pod`: the address that the name itself says.
+/// `10-42-0-7.<namespace>.pod` or `fd42--7.<namespace>.pod`: the address that the name itself says.
 fn pod(name: &Name, dashed: &str, kind: RecordType) -> Answer {
-    let Ok(address) = dashed.replace('-', ".").parse::<Ipv4Addr>() else { return Answer::NoSuchName };
-    Answer::Records(addresses_of(name, std::iter::once(IpAddr::V4(address)), kind))
+    let v4 = dashed.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
+    let Ok(address) = v4.or_else(|_| dashed.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)) else {
+        return Answer::NoSuchName;
+    };
+    Answer::Records(addresses_of(name, std::iter::once(address), kind))
 }
 
 /// The address of a whole reverse name.

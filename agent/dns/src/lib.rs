@@ -23,8 +23,8 @@ use crate::index::Index;
 /// Where to listen and what to answer for.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Address and port, for UDP and TCP.
-    pub listen: SocketAddr,
+    /// Addresses and ports, for UDP and TCP: one for each family that Services have.
+    pub listen: Vec<SocketAddr>,
     /// The cluster's domain, such as `cluster.local`.
     pub domain: String,
     /// Resolvers for names outside the cluster, tried in order; none makes such names fail with SERVFAIL.
@@ -59,23 +59,27 @@ pub enum Error {
 pub async fn run(config: Config, client: kube::Client, shutdown: CancellationToken) -> Result<(), Error> {
     let zone = Zone::new(&config.domain).ok_or(Error::Domain { domain: config.domain.clone() })?;
     let index = Arc::new(RwLock::new(Index::default()));
-    let forwarder = Forwarder::new(config.upstreams.clone());
-    let server = server::Server::bind(config.listen, zone, index.clone(), forwarder).await?;
+    let mut servers = Vec::new();
+    for address in &config.listen {
+        let forwarder = Forwarder::new(config.upstreams.clone());
+        servers.push(server::Server::bind(*address, zone.clone(), index.clone(), forwarder).await?);
+    }
+    let serving = futures::future::join_all(servers.into_iter().map(server::Server::serve));
     tokio::select! {
         () = shutdown.cancelled() => {}
         () = watch::keep(client, index) => {}
-        () = server.serve() => {}
+        _ = serving => {}
     }
     Ok(())
 }
 
 /// The resolvers that a resolv.conf names, without `own`.
-pub fn upstreams(resolv_conf: &str, own: std::net::IpAddr) -> Vec<SocketAddr> {
+pub fn upstreams(resolv_conf: &str, own: &[std::net::IpAddr]) -> Vec<SocketAddr> {
     resolv_conf
         .lines()
         .filter_map(|line| line.trim().strip_prefix("nameserver"))
         .filter_map(|address| address.trim().parse().ok())
-        .filter(|address| *address != own)
+        .filter(|address| !own.contains(address))
         .map(|address| SocketAddr::new(address, 53))
         .collect()
 }
@@ -86,8 +90,10 @@ mod tests {
 
     #[test]
     fn resolvers_are_read_and_this_one_is_left_out() {
-        let text =
-            "# by hand\nsearch lan\nnameserver 10.43.0.10\nnameserver 192.0.2.53\nnameserver fe80::1%eth0\n";
-        assert_eq!(upstreams(text, "10.43.0.10".parse().unwrap()), ["192.0.2.53:53".parse().unwrap()]);
+        let text = "# by hand\nsearch lan\nnameserver 10.43.0.10\nnameserver fd43::a\nnameserver 192.0.2.53\n\
+            nameserver fe80::1%eth0\nnameserver 2001:db8::53\n";
+        let own = ["10.43.0.10", "fd43::a"].map(|address| address.parse().unwrap());
+        let found: Vec<_> = upstreams(text, &own).iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["192.0.2.53:53", "[2001:db8::53]:53"]);
     }
 }

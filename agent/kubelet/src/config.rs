@@ -13,8 +13,10 @@ use crate::Error;
 pub struct Config {
     /// Name of the Node object.
     pub node_name: String,
-    /// The node's address, reported as InternalIP.
+    /// The node's address of the cluster's primary family, reported as InternalIP.
     pub node_ip: IpAddr,
+    /// Its address of the other family, in a cluster of both.
+    pub secondary_node_ip: Option<IpAddr>,
     /// The cluster's data folder; this node's is `nodes/<node>` in it.
     pub data_dir: PathBuf,
     /// Run-time state of all nodes; this node's is `<node>` in it.
@@ -86,6 +88,7 @@ impl Config {
         Self {
             node_name: node_name.to_owned(),
             node_ip,
+            secondary_node_ip: None,
             data_dir: data_dir.to_owned(),
             run_dir: PathBuf::from("/run/weft"),
             pod_log_dir: data_dir.join("nodes").join(node_name).join("logs/pods"),
@@ -121,10 +124,18 @@ impl Config {
                 wrong.push(format!("{what} {dir:?} is not absolute"));
             }
         }
+        if let Some(other) = self.secondary_node_ip.filter(|ip| ip.is_ipv6() == self.node_ip.is_ipv6()) {
+            wrong.push(format!("node addresses {} and {other} are of one family", self.node_ip));
+        }
         if self.cluster_domain.is_empty() {
             wrong.push("cluster domain is empty".to_owned());
         }
         if wrong.is_empty() { Ok(()) } else { Err(Error::Config(wrong.join("; "))) }
+    }
+
+    /// The node's addresses, the primary family's first.
+    pub(crate) fn node_ips(&self) -> Vec<IpAddr> {
+        std::iter::once(self.node_ip).chain(self.secondary_node_ip).collect()
     }
 
     /// The pods' folders, by uid.

@@ -191,8 +191,10 @@ mod tests {
         let p = pod(json!({"containers": [], "hostname": "h", "subdomain": "db", "setHostnameAsFQDN": true,
             "hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]}));
         assert_eq!(kernel_hostname(&p, "cluster.local"), "h.db.shop.svc.cluster.local");
-        let text = hosts(&p, &["10.42.0.5".parse().unwrap()], "cluster.local", "");
-        assert!(text.contains("10.42.0.5\th.db.shop.svc.cluster.local\th\n"), "{text}");
+        let ips = ["10.42.0.5", "fd42::5"].map(|ip| ip.parse().unwrap());
+        let text = hosts(&p, &ips, "cluster.local", "");
+        let both = "10.42.0.5\th.db.shop.svc.cluster.local\th\nfd42::5\th.db.shop.svc.cluster.local\th\n";
+        assert!(text.contains(both), "{text}");
         assert!(text.ends_with("1.2.3.4\ta\tb\n"), "{text}");
         assert_eq!(kernel_hostname(&pod(json!({"containers": []})), "x"), "web-0");
     }

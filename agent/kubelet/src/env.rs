@@ -35,7 +35,9 @@ const SERVICES_READ: std::time::Duration = std::time::Duration::from_secs(10);
 /// Facts about the node and the sandbox that fields may name.
 #[derive(Clone, Debug)]
 pub(crate) struct Facts {
-    pub(crate) node_ip: IpAddr,
+    /// The primary family's first; never empty.
+    pub(crate) node_ips: Vec<IpAddr>,
+    /// Likewise, empty until the pod has a network.
     pub(crate) pod_ips: Vec<IpAddr>,
     /// `cpu` in thousandths, the others in bytes; stands in for absent limits.
     pub(crate) allocatable: BTreeMap<String, i64>,
@@ -143,7 +145,8 @@ pub(crate) fn field(pod: &Pod, path: &str, facts: &Facts) -> Result<String, Erro
     let member = |map: &Option<BTreeMap<String, String>>, key: &str| {
         map.as_ref().and_then(|m| m.get(key)).cloned().unwrap_or_default()
     };
-    let first_ip = || facts.pod_ips.first().map(ToString::to_string).ok_or(Error::NoIp);
+    let first = |ips: &[IpAddr]| ips.first().map(ToString::to_string).ok_or(Error::NoIp);
+    let joined = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     Ok(match path {
         "metadata.name" => meta.name.clone().unwrap_or_default(),
         "metadata.namespace" => meta.namespace.clone().unwrap_or_default(),
@@ -152,9 +155,10 @@ pub(crate) fn field(pod: &Pod, path: &str, facts: &Facts) -> Result<String, Erro
         "metadata.annotations" => listed(&meta.annotations),
         "spec.nodeName" => pod::spec(pod).node_name.clone().unwrap_or_default(),
         "spec.serviceAccountName" => pod::spec(pod).service_account_name.clone().unwrap_or_default(),
-        "status.hostIP" | "status.hostIPs" => facts.node_ip.to_string(),
-        "status.podIP" => first_ip()?,
-        "status.podIPs" => facts.pod_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+        "status.hostIP" => first(&facts.node_ips)?,
+        "status.hostIPs" => joined(&facts.node_ips),
+        "status.podIP" => first(&facts.pod_ips)?,
+        "status.podIPs" => joined(&facts.pod_ips),
         _ => {
             let keyed = |prefix: &str| path.strip_prefix(prefix)?.strip_suffix("']");
             if let Some(key) = keyed("metadata.labels['") {
@@ -254,8 +258,8 @@ mod tests {
 
     fn facts() -> Facts {
         Facts {
-            node_ip: "10.0.0.1".parse().unwrap(),
-            pod_ips: vec!["10.42.0.5".parse().unwrap()],
+            node_ips: ["10.0.0.1", "fd44::1"].map(|ip| ip.parse().unwrap()).into(),
+            pod_ips: ["10.42.0.5", "fd42::5"].map(|ip| ip.parse().unwrap()).into(),
             allocatable: BTreeMap::from([("cpu".into(), 2000), ("memory".into(), 4096)]),
         }
     }
@@ -285,7 +289,14 @@ mod tests {
         .unwrap();
         assert_eq!(field(&pod, "metadata.labels", &facts()).unwrap(), "a=\"x\"\nb=\"say \\\"hi\\\"\"");
         assert_eq!(field(&pod, "metadata.labels['a']", &facts()).unwrap(), "x");
-        assert_eq!(field(&pod, "status.podIP", &facts()).unwrap(), "10.42.0.5");
+        for (path, expected) in [
+            ("status.podIP", "10.42.0.5"),
+            ("status.podIPs", "10.42.0.5,fd42::5"),
+            ("status.hostIP", "10.0.0.1"),
+            ("status.hostIPs", "10.0.0.1,fd44::1"),
+        ] {
+            assert_eq!(field(&pod, path, &facts()).unwrap(), expected, "{path}");
+        }
         assert_eq!(field(&pod, "spec.nope", &facts()), Err(Error::Field("spec.nope".into())));
         let c = &pod::containers(&pod)[0];
         let ask = |resource: &str, divisor: Option<&str>| {

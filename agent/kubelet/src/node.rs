@@ -1,7 +1,7 @@
 //! The Node object: registered at once, its status written on change and every five minutes.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
@@ -38,13 +38,13 @@ const IMAGES_LISTED: usize = 50;
 pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     let mut ready = shared.config.network_ready.clone();
     let mut network = *ready.borrow_and_update();
-    let mut conditions = Vec::new();
+    let mut known = Known { registered: false, conditions: Vec::new(), patience: Instant::now() + TAKE_OVER };
     let mut retry = RETRY_FIRST;
     shared.events.node(Kind::Normal, "Starting", "Starting kubelet.".to_owned());
     loop {
         let written = tokio::select! {
             () = stop.cancelled() => return,
-            written = report(&shared, network, &mut conditions) => written,
+            written = report(&shared, network, &mut known) => written,
         };
         let delay = match written {
             Ok(next) => {
@@ -70,50 +70,74 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     }
 }
 
-/// Writes the status; makes the object if it is not there. `before` keeps the conditions' times. Answers when the next report is due.
-async fn report(
-    shared: &Shared,
-    network: bool,
-    before: &mut Vec<NodeCondition>,
-) -> Result<Duration, kube::Error> {
+/// What this kubelet knows of its Node object.
+struct Known {
+    /// The object is there and has this machine's labels.
+    registered: bool,
+    /// Its conditions.
+    conditions: Vec<NodeCondition>,
+    /// Until then a network that is not there yet is one that is being taken over.
+    patience: Instant,
+}
+
+impl Known {
+    /// How much longer the Node stays as it is. The pods' network outlives the agent: not Ready for a moment would take
+    /// every pod from its Services.
+    fn takes_over(&self, network: bool, now: Instant) -> Option<Duration> {
+        let was_ready = self.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+        let left = self.patience.saturating_duration_since(now);
+        (!network && was_ready && !left.is_zero()).then_some(left)
+    }
+}
+
+/// Writes the status; makes the object if it is not there. Answers when the next report is due.
+async fn report(shared: &Shared, network: bool, known: &mut Known) -> Result<Duration, kube::Error> {
     let api: Api<Node> = Api::all(shared.client.clone());
     let name = &shared.config.node_name;
-    let first = before.is_empty();
     let now = clock::now();
-    if first {
+    if !known.registered {
         let status = status(shared, (network, &[], now)).await;
         let wanted = node(shared, status.clone());
         match api.create(&PostParams::default(), &wanted).await {
             Ok(_) => {
                 announce(shared, &[], status.conditions.iter().flatten());
-                *before = status.conditions.unwrap_or_default();
+                *known = Known {
+                    registered: true,
+                    conditions: status.conditions.unwrap_or_default(),
+                    patience: Instant::now(),
+                };
                 return Ok(REPORT);
             }
             Err(kube::Error::Api(answer)) if answer.code == 409 => {
                 let existing = api.get(name).await?;
-                *before = existing.status.and_then(|s| s.conditions).unwrap_or_default();
+                known.conditions = existing.status.and_then(|s| s.conditions).unwrap_or_default();
                 let patch = json!({"metadata": {"labels": shared.machine.labels(&shared.config)}});
                 api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
-                // The pods' network outlives the agent. Not Ready for a moment would take every pod from its Services.
-                if !network && before.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
-                    return Ok(TAKE_OVER);
-                }
+                known.registered = true;
             }
             Err(error) => return Err(error),
         }
     }
+    if let Some(left) = known.takes_over(network, Instant::now()) {
+        return Ok(left);
+    }
+    let before = &known.conditions;
     let status = status(shared, (network, before, now)).await;
-    let body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    let mut body = json!({"status": serde_json::to_value(&status).unwrap_or(Value::Null)});
+    // The schema merges addresses by type, and a node of two families has two of one type: the list goes as a whole.
+    if let Some(addresses) = body.pointer_mut("/status/addresses").and_then(Value::as_array_mut) {
+        addresses.push(json!({"$patch": "replace"}));
+    }
     match api.patch_status(name, &PatchParams::default(), &Patch::Strategic(body)).await {
         Ok(_) => {
             announce(shared, before, status.conditions.iter().flatten());
-            *before = status.conditions.unwrap_or_default();
+            known.conditions = status.conditions.unwrap_or_default();
             Ok(REPORT)
         }
         Err(error) => {
             if matches!(&error, kube::Error::Api(answer) if answer.code == 404) {
                 // Somebody deleted the node: the next round registers it again.
-                before.clear();
+                known.registered = false;
             }
             Err(error)
         }
@@ -156,6 +180,9 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
 
 async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition], Timestamp)) -> NodeStatus {
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
+    let ips = shared.config.node_ips();
+    let mut addresses: Vec<_> = ips.iter().map(|ip| address("InternalIP", ip.to_string())).collect();
+    addresses.push(address("Hostname", shared.config.node_name.clone()));
     let capacity = shared.machine.capacity();
     let runtime_error = shared.runtime.list_images().await;
     let images = runtime_error.as_ref().map(|list| {
@@ -165,10 +192,7 @@ async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition]
         })
     });
     NodeStatus {
-        addresses: Some(vec![
-            address("InternalIP", shared.config.node_ip.to_string()),
-            address("Hostname", shared.config.node_name.clone()),
-        ]),
+        addresses: Some(addresses),
         allocatable: Some(capacity.clone()),
         capacity: Some(capacity),
         conditions: Some(conditions(
@@ -237,6 +261,20 @@ fn conditions(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ready_node_stays_so_while_its_network_is_taken_over_however_often_a_write_fails() {
+        let start = Instant::now();
+        let ready = |network| conditions(network, None, &[], Timestamp::UNIX_EPOCH);
+        let mut known = Known { registered: false, conditions: ready(true), patience: start + TAKE_OVER };
+        assert_eq!(known.takes_over(false, start), Some(TAKE_OVER));
+        known.registered = true;
+        assert!(known.takes_over(false, start + TAKE_OVER / 2).is_some(), "a second round waits on");
+        assert_eq!(known.takes_over(true, start), None, "the network is there");
+        assert_eq!(known.takes_over(false, start + TAKE_OVER), None, "patience ends");
+        known.conditions = ready(false);
+        assert_eq!(known.takes_over(false, start), None, "it was not Ready");
+    }
 
     #[test]
     fn ready_needs_runtime_and_network_and_keeps_its_time() {

@@ -1,6 +1,7 @@
 //! Reading Pod objects: identities, container lists, policies. Pure.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
@@ -104,6 +105,12 @@ pub(crate) fn field_path(container: &str, init: bool) -> String {
     } else {
         format!("spec.containers{{{container}}}")
     }
+}
+
+/// A pod's addresses in the order that the API wants: that of the node's primary family first, one of each family.
+pub(crate) fn ordered_ips(ips: &[IpAddr], node: IpAddr) -> Vec<IpAddr> {
+    let of = |v6: bool| ips.iter().find(|ip| ip.is_ipv6() == v6);
+    of(node.is_ipv6()).into_iter().chain(of(!node.is_ipv6())).copied().collect()
 }
 
 /// The pod shares the node's network.

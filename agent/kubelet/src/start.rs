@@ -49,13 +49,13 @@ impl Failure {
 
 /// Addresses that fields and hooks may name.
 pub(crate) fn facts(shared: &Shared, pod: &Pod, sandbox: Option<&SandboxView>) -> Facts {
-    let node_ip = shared.config.node_ip;
+    let node_ips = shared.config.node_ips();
     let pod_ips: Vec<IpAddr> = if pod::host_network(pod) {
-        vec![node_ip]
+        node_ips.clone()
     } else {
-        sandbox.map(|s| s.ips.clone()).unwrap_or_default()
+        sandbox.map(|s| pod::ordered_ips(&s.ips, shared.config.node_ip)).unwrap_or_default()
     };
-    Facts { node_ip, pod_ips, allocatable: shared.machine.allocatable() }
+    Facts { node_ips, pod_ips, allocatable: shared.machine.allocatable() }
 }
 
 /// Carries out an order.

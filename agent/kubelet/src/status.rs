@@ -25,7 +25,7 @@ pub(crate) const OWN_CONDITIONS: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
 /// The status of a pod as it is now. `old` is the last one known; times of unchanged conditions come from it.
-pub(crate) fn generate(pod: &Pod, observed: &Observed, node_ip: IpAddr, now: Timestamp) -> PodStatus {
+pub(crate) fn generate(pod: &Pod, observed: &Observed, node_ips: &[IpAddr], now: Timestamp) -> PodStatus {
     let old = pod.status.clone().unwrap_or_default();
     if let Some(Ending::Rejected { reason, message }) = &observed.ending {
         return rejected(pod, old, (reason, message), now);
@@ -54,14 +54,15 @@ pub(crate) fn generate(pod: &Pod, observed: &Observed, node_ip: IpAddr, now: Tim
         observed,
         &conditions::Inputs { phase: &phase, init: &init, main: &main, old: &old, now },
     );
-    let pod_ips = pod_ips(pod, observed, node_ip, &old);
+    let pod_ips = pod_ips(pod, observed, node_ips, &old);
+    let host_ips: Vec<_> = node_ips.iter().map(|ip| HostIP { ip: ip.to_string() }).collect();
     PodStatus {
         phase: Some(phase),
         reason,
         message,
         conditions: Some(conditions),
-        host_ip: Some(node_ip.to_string()),
-        host_ips: Some(vec![HostIP { ip: node_ip.to_string() }]),
+        host_ip: host_ips.first().map(|host| host.ip.clone()),
+        host_ips: Some(host_ips),
         pod_ip: pod_ips.first().cloned(),
         pod_ips: (!pod_ips.is_empty()).then(|| pod_ips.into_iter().map(|ip| PodIP { ip }).collect()),
         start_time: old.start_time.clone().or_else(|| Some(clock::seconds(now))),
@@ -93,13 +94,14 @@ fn never_back(old: &PodStatus, phase: &str) -> String {
     }
 }
 
-fn pod_ips(pod: &Pod, observed: &Observed, node_ip: IpAddr, old: &PodStatus) -> Vec<String> {
-    if pod::host_network(pod) {
-        return if observed.sandbox.is_some() { vec![node_ip.to_string()] } else { known_ips(old) };
-    }
-    match &observed.sandbox {
-        Some(sandbox) if !sandbox.ips.is_empty() => sandbox.ips.iter().map(ToString::to_string).collect(),
-        // A pod that has ended keeps the address that it had.
+fn pod_ips(pod: &Pod, observed: &Observed, node_ips: &[IpAddr], old: &PodStatus) -> Vec<String> {
+    let written = |ips: &[IpAddr]| ips.iter().map(ToString::to_string).collect();
+    match (&observed.sandbox, node_ips) {
+        (Some(_), _) if pod::host_network(pod) => written(node_ips),
+        (Some(sandbox), [primary, ..]) if !sandbox.ips.is_empty() && !pod::host_network(pod) => {
+            written(&pod::ordered_ips(&sandbox.ips, *primary))
+        }
+        // A pod that has ended keeps the addresses that it had.
         _ => known_ips(old),
     }
 }

@@ -5,10 +5,10 @@
 //! takes over, and DEL or GC gives back. Nothing is synced: leases don't outlive a boot, because no namespace does. They lie
 //! in a folder named by the boot; folders of earlier boots are removed by the first ADD.
 
-use std::ffi::OsStr;
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -19,8 +19,12 @@ use crate::Pool;
 /// Names the boot that the kernel is in.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The address that was given last, as a link like the leases; only a hint.
+/// The addresses that were given last, as links like the leases; only a hint.
 const LAST: &str = "last";
+const LAST_6: &str = "last6";
+
+/// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing as leases do.
+const PORTS: &str = "ports";
 
 /// A container's interface.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -31,11 +35,18 @@ pub struct Owner {
     pub ifname: String,
 }
 
+impl Owner {
+    /// As links point to it.
+    fn to_target(&self) -> String {
+        format!("{}/{}", self.container, self.ifname)
+    }
+}
+
 /// An address and who holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// The address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its holder.
     pub owner: Owner,
 }
@@ -44,7 +55,7 @@ pub struct Lease {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Acquired {
     /// The address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Whether the owner didn't hold it before: then a failure gives it back.
     pub fresh: bool,
 }
@@ -57,10 +68,13 @@ pub enum Error {
     Exhausted,
     /// The address that was asked for is not one of the pool.
     #[error("the address {0} is not one for pods")]
-    NotInPool(Ipv4Addr),
+    NotInPool(IpAddr),
     /// The address that was asked for is taken.
     #[error("the address {0} is held by another container")]
-    Taken(Ipv4Addr),
+    Taken(IpAddr),
+    /// More than one address was asked for of a pool.
+    #[error("the address {0} is the second of its family that was asked for")]
+    Second(IpAddr),
     /// The folder can't be used.
     #[error("cannot {op} {path:?}")]
     Io {
@@ -74,38 +88,69 @@ pub enum Error {
     },
 }
 
-/// The leases of one network on this node, locked against other processes for as long as this lives.
-#[derive(Debug)]
+/// An address that ports of the node lead to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// The address.
+    pub address: IpAddr,
+    /// The node's device by which it is reached.
+    pub device: String,
+    /// Whose address it is.
+    pub owner: Owner,
+}
+
+/// The leases of one network on this node. Reading and giving back take no lock: each lease changes in one step.
+#[derive(Clone, Debug)]
 pub struct Leases {
+    state: PathBuf,
     folder: PathBuf,
-    _lock: Flock<File>,
+}
+
+/// Keeps other processes from acquiring addresses and mapping ports for as long as it lives.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
 }
 
 impl Leases {
-    /// Opens the leases of this boot below `state`, and forgets those of earlier boots.
+    /// The leases of this boot below `state`.
     ///
     /// # Errors
-    /// If the folder can't be made or read.
+    /// If the boot has no name.
     pub fn open(state: &Path) -> Result<Self, Error> {
         let boot = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
-        Self::open_for(state, boot.trim())
+        Ok(Self::open_for(state, boot.trim()))
     }
 
-    fn open_for(state: &Path, boot: &str) -> Result<Self, Error> {
-        fs::create_dir_all(state).map_err(failed("create", state))?;
-        let path = state.join("lock");
-        let file = File::options().create(true).append(true).open(&path).map_err(failed("open", &path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
+    fn open_for(state: &Path, boot: &str) -> Self {
+        Self { state: state.to_path_buf(), folder: state.join(format!("boot-{boot}")) }
+    }
+
+    /// Locks the leases, and makes their folder if it is missing, in place of those of earlier boots.
+    ///
+    /// # Errors
+    /// If the folder can't be made.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        let path = self.state.join("lock");
+        let open = || File::options().create(true).append(true).open(&path);
+        let file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&self.state).map_err(failed("create", &self.state))?;
+                open()
+            }
+            other => other,
+        };
+        let file = file.map_err(failed("open", &path))?;
+        let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
             op: "lock",
             path: path.clone(),
             source: errno.into(),
         })?;
-        let folder = state.join(format!("boot-{boot}"));
-        if !folder.is_dir() {
-            forget_earlier_boots(state)?;
-            fs::create_dir(&folder).map_err(failed("create", &folder))?;
+        if !self.folder.is_dir() {
+            forget_earlier_boots(&self.state)?;
+            fs::create_dir(&self.folder).map_err(failed("create", &self.folder))?;
         }
-        Ok(Self { folder, _lock: lock })
+        Ok(Lock { _file: file })
     }
 
     /// All leases.
@@ -113,54 +158,117 @@ impl Leases {
     /// # Errors
     /// If the folder can't be read.
     pub fn all(&self) -> Result<Vec<Lease>, Error> {
-        let mut leases = Vec::new();
-        for entry in fs::read_dir(&self.folder).map_err(failed("read", &self.folder))? {
-            let name = entry.map_err(failed("read", &self.folder))?.file_name();
-            let Some(address) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            if let Some(owner) = self.owner(&name)? {
-                leases.push(Lease { address, owner });
-            }
-        }
-        Ok(leases)
+        let named = entries(&self.folder)?;
+        let leases = named.into_iter().filter_map(|(name, owner)| Some((name.parse().ok()?, owner)));
+        Ok(leases.map(|(address, owner)| Lease { address, owner }).collect())
     }
 
-    fn owner(&self, name: &OsStr) -> Result<Option<Owner>, Error> {
-        let path = self.folder.join(name);
-        let target = fs::read_link(&path).map_err(failed("read", &path))?;
-        let owner = target.to_str().and_then(|target| target.split_once('/'));
-        Ok(owner
-            .map(|(container, ifname)| Owner { container: container.to_owned(), ifname: ifname.to_owned() }))
-    }
-
-    /// An address for an owner: `wanted` if given, the one it holds already, or the next that is free.
+    /// All addresses that ports of the node lead to.
     ///
     /// # Errors
-    /// If there is none, or the wanted one can't be had.
-    pub fn acquire(&self, pool: &Pool, owner: &Owner, wanted: Option<Ipv4Addr>) -> Result<Acquired, Error> {
+    /// If the folder can't be read.
+    pub fn mapped(&self) -> Result<Vec<Mapped>, Error> {
+        let read = |(name, owner): (String, Owner)| {
+            let (address, device) = name.split_once('@')?;
+            Some(Mapped { address: address.parse().ok()?, device: device.to_owned(), owner })
+        };
+        Ok(entries(&self.folder.join(PORTS))?.into_iter().filter_map(read).collect())
+    }
+
+    /// Notes that ports will lead to an address: before they do, so that a kill leaves no port that nobody knows of.
+    ///
+    /// # Errors
+    /// If the note can't be written.
+    pub fn note_mapped(&self, mapped: &Mapped, _locked: &Lock) -> Result<(), Error> {
+        let folder = self.folder.join(PORTS);
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed("create", &folder)(error));
+            }
+            _ => {}
+        }
+        let path = self.mapped_path(mapped);
+        remove(&path)?;
+        symlink(mapped.owner.to_target(), &path).map_err(failed("create", &path))
+    }
+
+    /// Forgets that ports led to an address: after they do no more.
+    ///
+    /// # Errors
+    /// If the note can't be removed.
+    pub fn forget_mapped(&self, mapped: &Mapped, _locked: &Lock) -> Result<(), Error> {
+        remove(&self.mapped_path(mapped))
+    }
+
+    fn mapped_path(&self, mapped: &Mapped) -> PathBuf {
+        self.folder.join(PORTS).join(format!("{}@{}", mapped.address, mapped.device))
+    }
+
+    /// An address of each pool for an owner: the wanted one if given, the one it holds already, or the next that is free.
+    /// All or none. The pools after the first give the address as far from their beginning as the first's, if it is free: what
+    /// belongs together looks so, and changes hands together.
+    ///
+    /// # Errors
+    /// If a pool has none left, or a wanted one can't be had.
+    pub fn acquire(&self, pools: &[Pool], owner: &Owner, wanted: &[IpAddr]) -> Result<Vec<Acquired>, Error> {
+        let _lock = self.lock()?;
         let leases = self.all()?;
-        let held = leases.iter().find(|lease| lease.owner == *owner).map(|lease| lease.address);
-        if let Some(wanted) = wanted {
-            if !pool.holds(wanted) {
-                return Err(Error::NotInPool(wanted));
-            }
-            let fresh = held != Some(wanted);
-            if fresh {
-                if leases.iter().any(|lease| lease.address == wanted) {
-                    return Err(Error::Taken(wanted));
+        if let Some(stray) = wanted.iter().find(|wanted| !pools.iter().any(|pool| pool.holds(**wanted))) {
+            return Err(Error::NotInPool(*stray));
+        }
+        let mut all: Vec<Acquired> = Vec::with_capacity(pools.len());
+        for pool in pools {
+            let offset = all.first().zip(pools.first()).and_then(|(one, first)| first.offset(one.address));
+            match self.acquire_one(pool, owner, wanted, &leases, offset) {
+                Ok(acquired) => all.push(acquired),
+                Err(error) => {
+                    self.give_back(&all)?;
+                    return Err(error);
                 }
-                self.write(wanted, owner)?;
             }
-            return Ok(Acquired { address: wanted, fresh });
         }
-        // A pool that was changed may no longer have it.
-        if let Some(held) = held.filter(|held| pool.holds(*held)) {
-            return Ok(Acquired { address: held, fresh: false });
+        Ok(all)
+    }
+
+    fn acquire_one(
+        &self,
+        pool: &Pool,
+        owner: &Owner,
+        wanted: &[IpAddr],
+        leases: &[Lease],
+        offset: Option<u128>,
+    ) -> Result<Acquired, Error> {
+        let holder = |address: IpAddr| leases.iter().find(|lease| lease.address == address).map(|l| &l.owner);
+        let mut wanted = wanted.iter().copied().filter(|wanted| pool.holds(*wanted));
+        if let Some(address) = wanted.next() {
+            if let Some(second) = wanted.next() {
+                return Err(Error::Second(second));
+            }
+            return match holder(address) {
+                None => self.write(address, owner).map(|()| Acquired { address, fresh: true }),
+                Some(holder) if holder == owner => Ok(Acquired { address, fresh: false }),
+                Some(_) => Err(Error::Taken(address)),
+            };
         }
-        let used: std::collections::HashSet<Ipv4Addr> = leases.iter().map(|lease| lease.address).collect();
-        let next = pool.next(self.last(), |address| used.contains(&address)).ok_or(Error::Exhausted)?;
-        self.write(next, owner)?;
-        self.remember(next)?;
-        Ok(Acquired { address: next, fresh: true })
+        // A pool that was changed may no longer have what is held.
+        if let Some(held) = leases.iter().find(|lease| lease.owner == *owner && pool.holds(lease.address)) {
+            return Ok(Acquired { address: held.address, fresh: false });
+        }
+        let used: HashSet<IpAddr> = leases.iter().map(|lease| lease.address).collect();
+        let same = offset.and_then(|offset| pool.at(offset)).filter(|address| !used.contains(address));
+        let next = || pool.next(self.last(pool), |address| used.contains(&address));
+        let address = same.or_else(next).ok_or(Error::Exhausted)?;
+        self.write(address, owner)?;
+        self.remember(address)?;
+        Ok(Acquired { address, fresh: true })
+    }
+
+    /// Gives back what was acquired fresh, and keeps what was held before.
+    ///
+    /// # Errors
+    /// If the folder can't be changed.
+    pub fn give_back(&self, acquired: &[Acquired]) -> Result<(), Error> {
+        acquired.iter().filter(|one| one.fresh).try_for_each(|one| self.remove(one.address))
     }
 
     /// Gives back everything that an owner holds; nothing held is no error.
@@ -174,24 +282,51 @@ impl Leases {
         Ok(())
     }
 
-    fn write(&self, address: Ipv4Addr, owner: &Owner) -> Result<(), Error> {
+    fn write(&self, address: IpAddr, owner: &Owner) -> Result<(), Error> {
         let path = self.folder.join(address.to_string());
-        symlink(format!("{}/{}", owner.container, owner.ifname), &path).map_err(failed("create", &path))
+        symlink(owner.to_target(), &path).map_err(failed("create", &path))
     }
 
-    fn remove(&self, address: Ipv4Addr) -> Result<(), Error> {
+    fn remove(&self, address: IpAddr) -> Result<(), Error> {
         remove(&self.folder.join(address.to_string()))
     }
 
-    fn last(&self) -> Option<Ipv4Addr> {
-        fs::read_link(self.folder.join(LAST)).ok()?.to_str()?.parse().ok()
+    fn last(&self, pool: &Pool) -> Option<IpAddr> {
+        let last = |name| fs::read_link(self.folder.join(name)).ok()?.to_str()?.parse().ok();
+        [LAST, LAST_6].into_iter().filter_map(last).find(|last| pool.serves(*last))
     }
 
-    fn remember(&self, address: Ipv4Addr) -> Result<(), Error> {
-        let path = self.folder.join(LAST);
+    fn remember(&self, address: IpAddr) -> Result<(), Error> {
+        let path = self.folder.join(if address.is_ipv4() { LAST } else { LAST_6 });
         remove(&path)?;
         symlink(address.to_string(), &path).map_err(failed("create", &path))
     }
+}
+
+/// The links of a folder, each with the owner that it points to; none if the folder is missing.
+fn entries(folder: &Path) -> Result<Vec<(String, Owner)>, Error> {
+    let listed = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed("read", folder))?,
+    };
+    let mut entries = Vec::new();
+    for entry in listed {
+        let entry = entry.map_err(failed("read", folder))?;
+        // What isn't ours to read has no such name.
+        let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
+        let target = match fs::read_link(entry.path()) {
+            // A folder, or given back at this moment.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+                continue;
+            }
+            other => other.map_err(failed("read", &entry.path()))?,
+        };
+        let owner = target.to_str().and_then(|target| target.split_once('/'));
+        entries.extend(owner.map(|(container, ifname)| {
+            (name, Owner { container: container.to_owned(), ifname: ifname.to_owned() })
+        }));
+    }
+    Ok(entries)
 }
 
 fn remove(path: &Path) -> Result<(), Error> {
@@ -217,88 +352,4 @@ fn failed(op: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pool() -> Pool {
-        Pool::new("10.42.1.0/29".parse().unwrap(), Ipv4Addr::new(10, 42, 1, 1))
-    }
-
-    fn owner(name: &str) -> Owner {
-        Owner { container: name.to_owned(), ifname: "eth0".to_owned() }
-    }
-
-    #[test]
-    fn an_owner_keeps_its_address_until_it_gives_it_back() {
-        let state = tempfile::tempdir().unwrap();
-        let acquire = |name: &str| {
-            Leases::open(state.path()).unwrap().acquire(&pool(), &owner(name), None).map(|got| got.address)
-        };
-        let a = acquire("a").unwrap();
-        assert_eq!(acquire("a").unwrap(), a);
-        let others: Vec<Ipv4Addr> = ["b", "c", "d", "e"].map(|name| acquire(name).unwrap()).to_vec();
-        assert!(!others.contains(&a));
-        assert!(matches!(acquire("f"), Err(Error::Exhausted)));
-        Leases::open(state.path()).unwrap().release(&owner("c")).unwrap();
-        Leases::open(state.path()).unwrap().release(&owner("c")).unwrap();
-        assert_eq!(acquire("f").unwrap(), others[1]);
-    }
-
-    #[test]
-    fn a_wanted_address_is_given_or_refused() {
-        let state = tempfile::tempdir().unwrap();
-        let leases = Leases::open(state.path()).unwrap();
-        let wanted = Ipv4Addr::new(10, 42, 1, 5);
-        assert_eq!(
-            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
-            Acquired { address: wanted, fresh: true }
-        );
-        assert_eq!(
-            leases.acquire(&pool(), &owner("a"), Some(wanted)).unwrap(),
-            Acquired { address: wanted, fresh: false }
-        );
-        assert!(matches!(leases.acquire(&pool(), &owner("b"), Some(wanted)), Err(Error::Taken(_))));
-        for reserved in [0, 1, 7, 8] {
-            let wanted = Ipv4Addr::new(10, 42, 1, reserved);
-            assert!(matches!(leases.acquire(&pool(), &owner("b"), Some(wanted)), Err(Error::NotInPool(_))));
-        }
-    }
-
-    #[test]
-    fn a_reboot_frees_everything() {
-        let state = tempfile::tempdir().unwrap();
-        let before = Leases::open_for(state.path(), "one").unwrap();
-        for name in ["a", "b", "c", "d", "e"] {
-            before.acquire(&pool(), &owner(name), None).unwrap();
-        }
-        drop(before);
-        let after = Leases::open_for(state.path(), "two").unwrap();
-        assert_eq!(after.all().unwrap(), []);
-        after.acquire(&pool(), &owner("f"), None).unwrap();
-        assert!(!state.path().join("boot-one").exists());
-    }
-
-    #[test]
-    fn threads_never_get_the_same_address() {
-        let state = tempfile::tempdir().unwrap();
-        let pool = Pool::new("10.42.1.0/24".parse().unwrap(), Ipv4Addr::new(10, 42, 1, 1));
-        let mut all: Vec<Ipv4Addr> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8)
-                .map(|thread| {
-                    let (state, pool) = (state.path(), &pool);
-                    scope.spawn(move || {
-                        let acquire = |n| {
-                            let owner = owner(&format!("{thread}-{n}"));
-                            Leases::open(state).unwrap().acquire(pool, &owner, None).unwrap().address
-                        };
-                        (0..30).map(acquire).collect::<Vec<_>>()
-                    })
-                })
-                .collect();
-            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
-        });
-        all.sort();
-        all.dedup();
-        assert_eq!(all.len(), 240);
-    }
-}
+mod tests;

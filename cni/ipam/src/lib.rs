@@ -4,5 +4,5 @@
 mod leases;
 mod pool;
 
-pub use leases::{Acquired, Error, Lease, Leases, Owner};
+pub use leases::{Acquired, Error, Lease, Leases, Lock, Mapped, Owner};
 pub use pool::Pool;

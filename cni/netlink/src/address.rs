@@ -11,6 +11,9 @@ use crate::error::{ok_if_exists, ok_if_gone};
 use crate::socket::About;
 use crate::{Error, Netlink};
 
+/// `RTNLGRP_IPV6_ROUTE`.
+const IPV6_ROUTES: u32 = 11;
+
 /// An address as found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {
@@ -35,7 +38,7 @@ impl Netlink {
         })
     }
 
-    /// Gives a device an address. One that it has already is no error.
+    /// Gives a device an address, and waits until packets to it are taken. One that it has already is no error.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -43,7 +46,13 @@ impl Netlink {
         let subject = network.to_string();
         let about = About { op: "add the address", subject: &subject };
         let message = RouteNetlinkMessage::NewAddress(message(index, network));
-        ok_if_exists(self.request(about, message, NLM_F_CREATE | NLM_F_EXCL))
+        ok_if_exists(self.request(about, message, NLM_F_CREATE | NLM_F_EXCL))?;
+        if network.is_ipv4() {
+            return Ok(());
+        }
+        // The kernel puts the route that makes an IPv6 address its own in the background, although nothing has to be detected.
+        let about = About { op: "wait for the address", subject: &subject };
+        self.until(about, IPV6_ROUTES, |netlink| netlink.is_local(network.ip()))
     }
 
     /// Takes an address from a device. One that it doesn't have is no error.

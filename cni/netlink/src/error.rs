@@ -43,6 +43,17 @@ pub enum Error {
         /// What was asked for.
         op: &'static str,
     },
+    /// A switch of the kernel could not be used.
+    #[error("cannot {op} {path:?}")]
+    Sysctl {
+        /// What was being done.
+        op: &'static str,
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A namespace could not be used.
     #[error("cannot {op} the network namespace {path:?}")]
     Namespace {
@@ -76,7 +87,7 @@ impl Error {
     pub fn class(&self) -> Class {
         let errno = match self {
             Self::Refused { errno, .. } => *errno,
-            Self::Socket { source, .. } | Self::Namespace { source, .. } => {
+            Self::Socket { source, .. } | Self::Namespace { source, .. } | Self::Sysctl { source, .. } => {
                 Errno::from_raw(source.raw_os_error().unwrap_or(0))
             }
             Self::Decode { .. } => return Class::Fatal,

@@ -10,13 +10,17 @@
 mod address;
 mod error;
 mod event;
+pub mod hostport;
 mod link;
 mod lookup;
 pub mod masquerade;
 pub mod namespace;
 mod neighbour;
+mod nft;
 mod route;
+mod shaping;
 mod socket;
+pub mod sysctl;
 
 pub use address::Address;
 pub use error::{Class, Error};
@@ -25,6 +29,7 @@ pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use lookup::Destined;
 pub use neighbour::{FdbEntry, Neighbour};
 pub use route::Route;
+pub use shaping::Shape;
 pub use socket::Netlink;
 
 /// A hardware address of Ethernet.

@@ -1,6 +1,6 @@
 //! Network devices: bridges, veth pairs, VXLAN.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -62,11 +62,11 @@ pub struct Vxlan<'a> {
     pub vni: u32,
     /// UDP port.
     pub port: u16,
-    /// Address that tunnel packets are sent from.
-    pub local: Ipv4Addr,
+    /// Address that tunnel packets are sent from; its family is the tunnels'.
+    pub local: IpAddr,
     /// Hardware address.
     pub mac: Mac,
-    /// Largest packet in bytes: the underlay's less 50.
+    /// Largest packet in bytes: the underlay's less 50, or less 70 over IPv6.
     pub mtu_bytes: u32,
 }
 
@@ -108,6 +108,21 @@ impl Netlink {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         let about = About { op: "find the device", subject: name };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
+    /// The device of a number.
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link_at(&mut self, index: u32) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let subject = index.to_string();
+        let about = About { op: "find the device", subject: &subject };
         match self.get(about, RouteNetlinkMessage::GetLink(message))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
@@ -178,7 +193,10 @@ impl Netlink {
         let data = vec![
             InfoVxlan::Id(vxlan.vni),
             InfoVxlan::Port(vxlan.port),
-            InfoVxlan::Local(vxlan.local),
+            match vxlan.local {
+                IpAddr::V4(local) => InfoVxlan::Local(local),
+                IpAddr::V6(local) => InfoVxlan::Local6(local),
+            },
             InfoVxlan::Learning(false),
         ];
         let attributes = vec![

@@ -44,7 +44,10 @@ pub fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T
 /// Runs `work` on the calling thread within the namespace, and comes back.
 ///
 /// For a process of one thread that can't afford another; others use [`within`].
-pub(crate) fn during<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> Result<T, Error> {
+///
+/// # Errors
+/// If the namespace can't be entered, or the thread can't come back; then it must not go on.
+pub fn during<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> Result<T, Error> {
     let current = Path::new(CURRENT);
     let own = open(current)?;
     let step = |op| move |errno: nix::errno::Errno| failed(op, current, errno.into());

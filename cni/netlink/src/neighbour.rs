@@ -1,6 +1,6 @@
 //! Neighbours (address to hardware address) and a VXLAN device's forwarding entries (hardware address to node).
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
@@ -32,7 +32,7 @@ pub struct FdbEntry {
     /// Hardware address behind the tunnel.
     pub mac: Mac,
     /// The node at its other end.
-    pub remote: Ipv4Addr,
+    pub remote: IpAddr,
 }
 
 impl Netlink {
@@ -129,7 +129,7 @@ fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {
     message.header.flags = NeighbourFlags::Own;
     message.attributes = vec![
         NeighbourAttribute::LinkLayerAddress(entry.mac.0.to_vec()),
-        NeighbourAttribute::Destination(IpAddr::V4(entry.remote).into()),
+        NeighbourAttribute::Destination(entry.remote.into()),
     ];
     message
 }
@@ -146,8 +146,7 @@ fn read_fdb(message: &NeighbourMessage, index: u32) -> Option<FdbEntry> {
     if message.header.ifindex != index {
         return None;
     }
-    let IpAddr::V4(remote) = destination(message)? else { return None };
-    Some(FdbEntry { index, mac: mac(message)?, remote })
+    Some(FdbEntry { index, mac: mac(message)?, remote: destination(message)? })
 }
 
 fn destination(message: &NeighbourMessage) -> Option<IpAddr> {
@@ -156,7 +155,9 @@ fn destination(message: &NeighbourMessage) -> Option<IpAddr> {
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
         // A bridge-family message carries the address as bytes.
         NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
-            <[u8; 4]>::try_from(bytes.as_slice()).ok().map(IpAddr::from)
+            let bytes = bytes.as_slice();
+            let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+            v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
         }
         _ => None,
     })

@@ -10,6 +10,8 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use nix::errno::Errno;
+
 use crate::error::ok_if_gone;
 use crate::socket::About;
 use crate::{Error, Netlink};
@@ -57,6 +59,43 @@ impl Netlink {
         let subject = route.destination.to_string();
         let about = About { op: "delete the route to", subject: &subject };
         ok_if_gone(self.request(about, RouteNetlinkMessage::DelRoute(message(route)), 0))
+    }
+
+    /// The number of the device by which an address is reached.
+    ///
+    /// # Errors
+    /// If no route leads there.
+    pub fn device_towards(&mut self, address: IpAddr) -> Result<u32, Error> {
+        let route = self.route_towards(address)?;
+        let index = route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        });
+        let op = "find the route to an address";
+        index.ok_or_else(|| Error::Decode { op, reason: "no device".to_owned() })
+    }
+
+    /// Whether packets to an address are taken as the host's own.
+    pub(crate) fn is_local(&mut self, address: IpAddr) -> Result<bool, Error> {
+        match self.route_towards(address) {
+            Ok(route) => Ok(route.header.kind == RouteType::Local),
+            Err(Error::Refused { errno: Errno::ENETUNREACH | Errno::EHOSTUNREACH, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn route_towards(&mut self, address: IpAddr) -> Result<RouteMessage, Error> {
+        let mut message = RouteMessage::default();
+        let host = IpNetwork::from(address);
+        message.header.address_family = family(host);
+        message.header.destination_prefix_length = host.prefix();
+        message.attributes.push(RouteAttribute::Destination(address.into()));
+        let subject = address.to_string();
+        let about = About { op: "find the route to", subject: &subject };
+        match self.get(about, RouteNetlinkMessage::GetRoute(message))? {
+            RouteNetlinkMessage::NewRoute(message) => Ok(message),
+            _ => Err(Error::Decode { op: about.op, reason: "no route".to_owned() }),
+        }
     }
 
     /// The unicast routes of the main table.

@@ -1,6 +1,7 @@
 //! One route socket: requests with an acknowledgement, and dumps that are repeated when they were interrupted.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::Duration;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -9,6 +10,9 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 use crate::{Error, namespace};
 
@@ -20,7 +24,12 @@ const DUMP_TRIES: u32 = 16;
 pub struct Netlink {
     socket: Socket,
     sequence: u32,
+    /// How many messages came that no request had asked for.
+    events: u64,
 }
+
+/// What the kernel does in the background takes moments; on a machine that is overwhelmed, longer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a request is about, for its error.
 #[derive(Clone, Copy)]
@@ -39,7 +48,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, events: 0 })
     }
 
     /// Opens a socket in another namespace, which the calling thread enters for that moment.
@@ -60,6 +69,7 @@ impl Netlink {
         loop {
             for message in self.receive(about.op)? {
                 if message.header.sequence_number != self.sequence {
+                    self.events += 1;
                     continue;
                 }
                 match message.payload {
@@ -77,6 +87,48 @@ impl Netlink {
                 }
             }
         }
+    }
+
+    /// Asks until the answer is yes, and waits for events of a group in between.
+    ///
+    /// Whatever a request skips while it waits for its answer counts as an event: the answer may be older.
+    pub(crate) fn until(
+        &mut self,
+        about: About<'_>,
+        group: u32,
+        mut holds: impl FnMut(&mut Self) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        if holds(self)? {
+            return Ok(());
+        }
+        let failed = |op| move |source| Error::Socket { op, source };
+        self.socket.add_membership(group).map_err(failed("subscribe"))?;
+        let timeout = |after: Duration| TimeVal::microseconds(i64::try_from(after.as_micros()).unwrap_or(0));
+        let set = |socket: &Socket, after| {
+            setsockopt(&borrowed(socket), ReceiveTimeout, &timeout(after))
+                .map_err(|errno| failed("set the time-out")(errno.into()))
+        };
+        set(&self.socket, PATIENCE)?;
+        let outcome = loop {
+            let seen = self.events;
+            match holds(self) {
+                Ok(false) if self.events == seen => {}
+                Ok(false) => continue,
+                Ok(true) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+            match self.receive(about.op) {
+                Ok(_) => self.events += 1,
+                Err(Error::Socket { source, .. }) if source.kind() == std::io::ErrorKind::WouldBlock => {
+                    let (op, subject) = (about.op, about.subject.to_owned());
+                    break Err(Error::Refused { op, subject, errno: Errno::EAGAIN });
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        set(&self.socket, Duration::ZERO)?;
+        self.socket.drop_membership(group).map_err(failed("unsubscribe"))?;
+        outcome
     }
 
     /// Sends a request and waits for its acknowledgement.
@@ -169,6 +221,11 @@ impl Netlink {
         let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
         parse(op, &datagram)
     }
+}
+
+fn borrowed(socket: &Socket) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as the socket that it is borrowed from.
+    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
 /// The messages of one datagram.

@@ -1,64 +1,80 @@
-//! ADD: lease, bridge, veth pair, address, route; undone in reverse if a step fails.
+//! ADD: leases, bridge, veth pair, addresses, routes; undone in reverse if a step fails.
 
-use std::fs::{self, File};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::fs::File;
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use ipnetwork::Ipv4Network;
-use weft_cni_ipam::Owner;
-use weft_cni_netlink::{Class, Link, LinkChange, Neighbour, Netlink, Route, VethEnd, namespace};
-use weft_cni_spec::{AddResult, Call, Config, Interface, IpConfig};
+use ipnetwork::IpNetwork;
+use weft_cni_ipam::{Acquired, Owner};
+use weft_cni_netlink::{Class, Link, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, namespace, sysctl};
+use weft_cni_spec::{AddResult, Bandwidth, Call, Config, Fabric, Interface, IpConfig, Range};
 
+use crate::capabilities::{self, Ends};
 use crate::error::PluginError;
-use crate::{detach, leases, names, pool};
-
-/// The switch of the calling thread's namespace.
-const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
-
-/// Where the default route leads: 0.0.0.0/0.
-const EVERYWHERE: Ipv4Network = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
-    Some(network) => network,
-    None => panic!("a prefix of no bits is one"),
-};
+use crate::{detach, leases, names, pools};
 
 /// What this call has made, for undoing it.
-#[derive(Default)]
 struct Made {
-    lease: bool,
+    leases: Vec<Acquired>,
     pair: bool,
+    ports: bool,
+}
+
+/// An address of the pod, and the range that it is of.
+#[derive(Clone, Copy)]
+struct Placed {
+    range: Range,
+    address: IpAddr,
+}
+
+impl Placed {
+    /// Everything of the address's family.
+    fn everywhere(&self) -> IpNetwork {
+        everywhere(self.address)
+    }
 }
 
 /// One attachment while it is being made.
 struct Attachment<'a> {
     config: &'a Config,
+    fabric: &'a Fabric,
     owner: &'a Owner,
-    address: Ipv4Addr,
+    addresses: Vec<Placed>,
+    mac: Mac,
     host_name: String,
     netns: File,
     sandbox: String,
 }
 
-pub(crate) fn add(call: &Call, config: &Config, owner: &Owner) -> Result<AddResult, PluginError> {
+pub(crate) fn add(
+    call: &Call,
+    config: &Config,
+    fabric: &Fabric,
+    owner: &Owner,
+) -> Result<AddResult, PluginError> {
+    if config.prev_result.is_some() {
+        return Err(PluginError::NotFirst);
+    }
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
     let netns =
         namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
-    let wanted = config.runtime.ips.iter().find_map(|ip| match ip.ip() {
-        IpAddr::V4(address) => Some(address),
-        IpAddr::V6(_) => None,
-    });
-    // The lock is let go at once: the kernel serves several ADDs at the same time.
-    let acquired = leases(config)?.acquire(&pool(config), owner, wanted)?;
+    let mut wanted: Vec<IpAddr> = config.runtime.ips.iter().map(IpNetwork::ip).collect();
+    wanted.extend(call.args.ips.iter().filter(|ip| !config.runtime.ips.iter().any(|one| one.ip() == **ip)));
+    let acquired = leases(config)?.acquire(&pools(fabric), owner, &wanted)?;
+    let placed = fabric.ipam.ranges.iter().zip(&acquired);
+    let mac = config.runtime.mac.or(call.args.mac).map(|mac| Mac(mac.0));
     let attachment = Attachment {
         config,
+        fabric,
         owner,
-        address: acquired.address,
+        addresses: placed.map(|(range, one)| Placed { range: *range, address: one.address }).collect(),
+        mac: mac.unwrap_or_else(|| names::mac(acquired.iter().map(|one| one.address))),
         host_name: names::host_interface(&config.name, owner),
         netns,
         sandbox: path.display().to_string(),
     };
-    let mut made = Made { lease: acquired.fresh, pair: false };
+    let mut made = Made { leases: acquired, pair: false, ports: false };
     attachment.make(&mut made).map_err(|failed| match attachment.undo(&made) {
         Ok(()) => failed,
         Err(source) => PluginError::Undo { failed: Box::new(failed), source: Box::new(source) },
@@ -69,110 +85,155 @@ impl Attachment<'_> {
     fn make(&self, made: &mut Made) -> Result<AddResult, PluginError> {
         let mut host = Netlink::open()?;
         let bridge = self.bridge(&mut host)?;
-        let mtu_bytes = self.config.mtu_bytes;
-        let pod_mac = names::mac(self.address);
+        let mtu_bytes = self.fabric.mtu_bytes;
         let ends = (
             VethEnd { name: &self.host_name, mac: None, mtu_bytes },
-            VethEnd { name: &self.owner.ifname, mac: Some(pod_mac), mtu_bytes },
+            VethEnd { name: &self.owner.ifname, mac: Some(self.mac), mtu_bytes },
         );
         host.create_veth_port(&ends.0, &ends.1, Some(self.netns.as_fd()), Some(bridge.index))?;
         made.pair = true;
         let port = host.link(&self.host_name)?;
         host.set_hairpin(port.index, true)?;
-        // Both sides know each other from the start: no packet waits for ARP, and none is lost.
-        let pod = Neighbour { index: bridge.index, address: self.address.into(), mac: pod_mac };
-        host.put_neighbour(&pod)?;
-        self.configure_pod(&port, &bridge)?;
+        // Both sides know each other from the start: no packet waits for an answer, and none is lost.
+        for placed in &self.addresses {
+            let pod = Neighbour { index: bridge.index, address: placed.address, mac: self.mac };
+            host.put_neighbour(&pod)?;
+        }
+        let mut pod = self.configure_pod(&port, &bridge)?;
+        self.add_capabilities(&mut host, &port, &mut pod, made)?;
         // From the pod outwards, as each depends on the one before.
         wait_until_running(&mut host, &self.host_name)?;
-        wait_until_running(&mut host, &self.config.bridge)?;
+        wait_until_running(&mut host, &self.fabric.bridge)?;
         Ok(self.result(&bridge, &port))
     }
 
-    /// The node's bridge, made if it is missing, with the gateway's address on it.
+    /// The node's bridge, made if it is missing, with the gateways' addresses on it.
     fn bridge(&self, host: &mut Netlink) -> Result<Link, PluginError> {
-        let name = &self.config.bridge;
+        let name = &self.fabric.bridge;
         let mut bridge = match host.link(name) {
             Err(error) if error.class() == Class::NotFound => {
-                host.ensure_bridge(name, self.config.mtu_bytes)?
+                host.ensure_bridge(name, self.fabric.mtu_bytes)?
             }
             other => other?,
         };
+        let gateways = self.fabric.ipam.ranges.iter().map(|range| range.gateway);
         // Unless it is set, a bridge takes the lowest of its ports' addresses, and changes it with them.
-        let mac = names::mac(self.config.ipam.gateway);
+        let mac = names::mac(gateways);
         // Likewise its size: without this it is that of Ethernet whenever it has no port.
-        let mtu_bytes = self.config.mtu_bytes;
+        let mtu_bytes = self.fabric.mtu_bytes;
         if bridge.mac != Some(mac) || bridge.mtu_bytes != mtu_bytes || !bridge.up {
+            // First, as what follows is how the next ADD sees that all is done.
+            sysctl::refuse_routers(name)?;
             let (mac, mtu_bytes) = (Some(mac), Some(mtu_bytes));
             host.change_link(
                 bridge.index,
                 &LinkChange { up: Some(true), mac, mtu_bytes, ..LinkChange::default() },
             )?;
+            bridge.mac = mac;
         }
-        if bridge.mac != Some(mac) {
-            bridge.mac = Some(mac);
+        for range in &self.fabric.ipam.ranges {
+            if range.subnet.is_ipv4() {
+                sysctl::forward_ipv4()?;
+            } else {
+                sysctl::forward_ipv6()?;
+            }
+            host.add_address(bridge.index, range.network(range.gateway))?;
         }
-        host.add_address(bridge.index, self.network(self.config.ipam.gateway).into())?;
-        turn_on_forwarding().map_err(|source| PluginError::Forwarding { source })?;
         Ok(bridge)
     }
 
-    fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<(), PluginError> {
-        let mut pod = Netlink::open_within(self.netns.as_fd())?;
+    fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
+        let mut pod = namespace::during(self.netns.as_fd(), || {
+            self.switch_pod()?;
+            Netlink::open()
+        })??;
         let index = match port.peer_index {
             Some(index) => index,
             None => pod.link(&self.owner.ifname)?.index,
         };
-        let gateway = IpAddr::V4(self.config.ipam.gateway);
         // The flags that a peer is made with don't set it up in another namespace.
         pod.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
-        pod.add_address(index, self.network(self.address).into())?;
-        if let Some(mac) = bridge.mac {
-            pod.put_neighbour(&Neighbour { index, address: gateway, mac })?;
+        for placed in &self.addresses {
+            let gateway = placed.range.gateway;
+            pod.add_address(index, placed.range.network(placed.address))?;
+            if let Some(mac) = bridge.mac {
+                pod.put_neighbour(&Neighbour { index, address: gateway, mac })?;
+            }
+            pod.put_route(&Route { gateway: Some(gateway), ..Route::new(placed.everywhere(), index) })?;
         }
-        pod.put_route(&Route { gateway: Some(gateway), ..Route::new(EVERYWHERE.into(), index) })?;
-        wait_until_running(&mut pod, &self.owner.ifname)
+        wait_until_running(&mut pod, &self.owner.ifname)?;
+        Ok(pod)
     }
 
-    fn network(&self, address: Ipv4Addr) -> Ipv4Network {
-        let subnet = self.config.ipam.subnet;
-        // The prefix is one that a subnet has already.
-        Ipv4Network::new(address, subnet.prefix()).unwrap_or(subnet)
+    /// Last, as they lead packets to a pod that must be able to answer.
+    fn add_capabilities(
+        &self,
+        host: &mut Netlink,
+        port: &Link,
+        pod: &mut Netlink,
+        made: &mut Made,
+    ) -> Result<(), PluginError> {
+        let asked = &self.config.runtime;
+        if asked.bandwidth != Bandwidth::default() {
+            let inside = pod.link(&self.owner.ifname)?;
+            let mut ends = Ends { host, port: Some(port), pod, inside: &inside };
+            capabilities::shape(self.config, &mut ends)?;
+        }
+        made.ports = !asked.ports.is_empty();
+        let addresses: Vec<IpAddr> = self.addresses.iter().map(|placed| placed.address).collect();
+        capabilities::map_ports(self.config, self.owner, &addresses, &self.fabric.bridge)
+    }
+
+    /// The switches of the pod's end, before it is set up; within the pod's namespace.
+    fn switch_pod(&self) -> Result<(), weft_cni_netlink::Error> {
+        let name = &self.owner.ifname;
+        // On IPv4 too: else another pod's announcements give this one an address and a route.
+        sysctl::refuse_routers(name)?;
+        if self.addresses.iter().any(|placed| placed.address.is_ipv6()) {
+            sysctl::use_ipv6(name)?;
+        }
+        Ok(())
     }
 
     fn result(&self, bridge: &Link, port: &Link) -> AddResult {
         let interface = |name: &str, mac: String, sandbox: Option<String>| Interface {
             name: name.to_owned(),
             mac,
-            mtu_bytes: self.config.mtu_bytes,
+            mtu_bytes: self.fabric.mtu_bytes,
             sandbox,
         };
         let written = |link: &Link| link.mac.map(|mac| mac.to_string()).unwrap_or_default();
-        let gateway = self.config.ipam.gateway;
+        let ip = |placed: &Placed| IpConfig {
+            address: placed.range.network(placed.address),
+            gateway: placed.range.gateway,
+            interface: 2,
+        };
+        let route = |placed: &Placed| weft_cni_spec::Route {
+            destination: placed.everywhere(),
+            gateway: placed.range.gateway,
+        };
         AddResult {
             interfaces: vec![
                 interface(&bridge.name, written(bridge), None),
                 interface(&port.name, written(port), None),
-                interface(
-                    &self.owner.ifname,
-                    names::mac(self.address).to_string(),
-                    Some(self.sandbox.clone()),
-                ),
+                interface(&self.owner.ifname, self.mac.to_string(), Some(self.sandbox.clone())),
             ],
-            ips: vec![IpConfig { address: self.network(self.address), gateway, interface: 2 }],
-            routes: vec![weft_cni_spec::Route { destination: EVERYWHERE, gateway }],
+            ips: self.addresses.iter().map(ip).collect(),
+            routes: self.addresses.iter().map(route).collect(),
+            dns: self.config.dns.clone(),
         }
     }
 
     /// Takes back what this call has made, and nothing that was there before.
     fn undo(&self, made: &Made) -> Result<(), PluginError> {
+        if made.ports {
+            capabilities::unmap_ports(self.config, self.owner)?;
+        }
         if made.pair {
-            detach::unlink(self.config, self.owner, &[self.address])?;
+            let addresses: Vec<IpAddr> = self.addresses.iter().map(|placed| placed.address).collect();
+            detach::unlink(self.config, self.fabric, self.owner, &addresses)?;
         }
-        if made.lease {
-            leases(self.config)?.release(self.owner)?;
-        }
-        Ok(())
+        Ok(leases(self.config)?.give_back(&made.leases)?)
     }
 }
 
@@ -196,9 +257,12 @@ fn wait_until_running(netlink: &mut Netlink, name: &str) -> Result<(), PluginErr
     Ok(())
 }
 
-fn turn_on_forwarding() -> io::Result<()> {
-    if fs::read(FORWARDING)?.first() == Some(&b'1') {
-        return Ok(());
-    }
-    fs::write(FORWARDING, "1")
+/// Where a default route leads.
+pub(crate) fn everywhere(of: IpAddr) -> IpNetwork {
+    let unspecified: IpAddr = match of {
+        IpAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    // A prefix of no bits is one.
+    IpNetwork::new(unspecified, 0).unwrap_or_else(|_| IpNetwork::from(unspecified))
 }

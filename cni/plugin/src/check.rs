@@ -1,50 +1,61 @@
 //! CHECK: whether everything is still as ADD left it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 
 use ipnetwork::IpNetwork;
 use serde_json::Value;
 use weft_cni_ipam::Owner;
-use weft_cni_netlink::{Class, Link, Netlink, namespace};
-use weft_cni_spec::{Call, Config};
+use weft_cni_netlink::{Address, Class, Link, Netlink, namespace};
+use weft_cni_spec::{Call, Config, Fabric};
 
+use crate::attach::everywhere;
+use crate::capabilities::{self, Ends};
 use crate::error::PluginError;
 use crate::{leases, names};
 
-pub(crate) fn check(call: &Call, config: &Config, owner: &Owner) -> Result<(), PluginError> {
+pub(crate) fn check(call: &Call, config: &Config, fabric: &Fabric, owner: &Owner) -> Result<(), PluginError> {
     let prev = config.prev_result.as_ref().ok_or(PluginError::Missing("prevResult"))?;
     let path = call.netns.as_deref().ok_or(PluginError::Missing("CNI_NETNS"))?;
     let netns =
         namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
 
-    let lease = leases(config)?.all()?.into_iter().find(|lease| lease.owner == *owner);
-    let address = lease.ok_or_else(|| wrong("the container holds no address"))?.address;
-    if !answered(prev, address) {
-        return Err(wrong(format!("the container holds {address}, which prevResult doesn't name")));
-    }
-
+    let held = leases(config)?.all()?;
+    let held: Vec<IpAddr> =
+        held.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
     let mut host = Netlink::open()?;
-    let bridge = find(&mut host, &config.bridge)?;
+    let bridge = find(&mut host, &fabric.bridge)?;
     let port = find(&mut host, &names::host_interface(&config.name, owner))?;
     if port.master != Some(bridge.index) {
         return Err(wrong(format!("{} is no port of {}", port.name, bridge.name)));
     }
-    let gateway = IpAddr::V4(config.ipam.gateway);
-    if !host.addresses()?.iter().any(|one| one.index == bridge.index && one.network.ip() == gateway) {
-        return Err(wrong(format!("{} doesn't have the address {gateway}", bridge.name)));
-    }
-
     let mut pod = Netlink::open_within(netns.as_fd())?;
     let interface = find(&mut pod, &owner.ifname)?;
-    let wanted = IpNetwork::new(address.into(), config.ipam.subnet.prefix()).ok();
-    if !pod.addresses()?.iter().any(|one| one.index == interface.index && Some(one.network) == wanted) {
-        return Err(wrong(format!("{} doesn't have the address {address}", interface.name)));
+    let (on_host, in_pod, routes) = (host.addresses()?, pod.addresses()?, pod.routes()?);
+    let has = |all: &[Address], link: &Link, network: IpNetwork| {
+        all.iter().any(|one| one.index == link.index && one.network == network)
+    };
+    for range in &fabric.ipam.ranges {
+        let address = held.iter().find(|address| range.subnet.contains(**address)).copied();
+        let address =
+            address.ok_or_else(|| wrong(format!("the container holds no address of {}", range.subnet)))?;
+        if !answered(prev, address) {
+            return Err(wrong(format!("the container holds {address}, which prevResult doesn't name")));
+        }
+        let gateway = range.gateway;
+        if !has(&on_host, &bridge, range.network(gateway)) {
+            return Err(wrong(format!("{} doesn't have the address {gateway}", bridge.name)));
+        }
+        if !has(&in_pod, &interface, range.network(address)) {
+            return Err(wrong(format!("{} doesn't have the address {address}", interface.name)));
+        }
+        let everywhere = everywhere(address);
+        if !routes.iter().any(|route| route.destination == everywhere && route.gateway == Some(gateway)) {
+            return Err(wrong(format!("the container has no default route through {gateway}")));
+        }
     }
-    if !pod.routes()?.iter().any(|route| route.destination.prefix() == 0 && route.gateway == Some(gateway)) {
-        return Err(wrong(format!("the container has no default route through {gateway}")));
-    }
-    Ok(())
+    let mut ends = Ends { host: &mut host, port: Some(&port), pod: &mut pod, inside: &interface };
+    capabilities::check(config, &held, &mut ends)
 }
 
 fn wrong(what: impl Into<String>) -> PluginError {
@@ -52,10 +63,10 @@ fn wrong(what: impl Into<String>) -> PluginError {
 }
 
 /// Whether a result names an address.
-fn answered(result: &Value, address: Ipv4Addr) -> bool {
+fn answered(result: &Value, address: IpAddr) -> bool {
     let ips = result.get("ips").and_then(Value::as_array).into_iter().flatten();
     let networks = ips.filter_map(|ip| ip.get("address")?.as_str()?.parse::<IpNetwork>().ok());
-    networks.into_iter().any(|network| network.ip() == IpAddr::V4(address))
+    networks.into_iter().any(|network| network.ip() == address)
 }
 
 /// A device that must be there and up.

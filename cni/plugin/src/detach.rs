@@ -1,20 +1,23 @@
 //! DEL and GC: what belongs to an owner goes, the lease last; what is gone already is no error.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use weft_cni_ipam::{Lease, Owner};
+use weft_cni_ipam::Owner;
 use weft_cni_netlink::{Class, Neighbour, Netlink};
-use weft_cni_spec::Config;
+use weft_cni_spec::{Config, Fabric};
 
 use crate::error::PluginError;
-use crate::{leases, names};
+use crate::{capabilities, leases, names};
 
 pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
+    capabilities::unmap_ports(config, owner)?;
+    // In chained use the interface is another's, and the bounds on traffic go with it.
+    let Some(fabric) = &config.fabric else { return Ok(()) };
     let leases = leases(config)?;
-    let held: Vec<Ipv4Addr> =
+    let held: Vec<IpAddr> =
         leases.all()?.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
-    unlink(config, owner, &held)?;
+    unlink(config, fabric, owner, &held)?;
     leases.release(owner)?;
     Ok(())
 }
@@ -25,28 +28,30 @@ pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
     let valid = config.valid_attachments.as_ref().ok_or(PluginError::Missing("cni.dev/valid-attachments"))?;
     let valid: HashSet<(&str, &str)> =
         valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
-    let is_valid =
-        |lease: &Lease| valid.contains(&(lease.owner.container.as_str(), lease.owner.ifname.as_str()));
-    let stale: Vec<Owner> = leases(config)?
-        .all()?
-        .into_iter()
-        .filter(|lease| !is_valid(lease))
-        .map(|lease| lease.owner)
-        .collect();
+    let leases = leases(config)?;
+    // An owner has a lease of each family.
+    let mut stale: HashSet<Owner> = leases.all()?.into_iter().map(|lease| lease.owner).collect();
+    stale.extend(leases.mapped()?.into_iter().map(|mapped| mapped.owner));
+    stale.retain(|owner| !valid.contains(&(owner.container.as_str(), owner.ifname.as_str())));
     // Every one is tried; the first failure is what is said (CNI 1.1.0 §4 GC).
     let outcomes: Vec<_> = stale.iter().map(|owner| del(config, owner)).collect();
     outcomes.into_iter().collect()
 }
 
 /// Removes an owner's pair, and the neighbours that the host has for its addresses.
-pub(crate) fn unlink(config: &Config, owner: &Owner, addresses: &[Ipv4Addr]) -> Result<(), PluginError> {
+pub(crate) fn unlink(
+    config: &Config,
+    fabric: &Fabric,
+    owner: &Owner,
+    addresses: &[IpAddr],
+) -> Result<(), PluginError> {
     let mut host = Netlink::open()?;
     host.delete_link_named(&names::host_interface(&config.name, owner))?;
-    match host.link(&config.bridge) {
+    match host.link(&fabric.bridge) {
         Ok(bridge) => {
             for address in addresses {
-                let (index, mac) = (bridge.index, names::mac(*address));
-                host.delete_neighbour(&Neighbour { index, address: (*address).into(), mac })?;
+                let (index, mac) = (bridge.index, names::mac([*address]));
+                host.delete_neighbour(&Neighbour { index, address: *address, mac })?;
             }
             Ok(())
         }

@@ -51,13 +51,21 @@ pub(crate) enum PluginError {
     /// A device doesn't come up.
     #[error("the device {0} does not come up")]
     NotRunning(String),
-    /// Forwarding can't be turned on.
-    #[error("cannot turn on IPv4 forwarding")]
-    Forwarding {
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// A port of the node leads to another pod.
+    #[error("host ports {0}: at least one leads to another container")]
+    PortTaken(String),
+    /// The kernel can't bound traffic.
+    #[error("runtimeConfig.bandwidth: this kernel has no token bucket (tbf)")]
+    NoShaping(#[source] weft_cni_netlink::Error),
+    /// What the container receives is bounded on the host, where its interface has no end.
+    #[error("runtimeConfig.bandwidth: the container's interface is no veth of this host")]
+    NoHostEnd,
+    /// Another plugin was called first, and the configuration says that this one is the first.
+    #[error("prevResult: set, although bridge and ipam say that this plugin makes the interface")]
+    NotFirst,
+    /// What only the plugin that makes the interface can give.
+    #[error("runtimeConfig: {0} can't be given behind another plugin")]
+    NotChained(&'static str),
     /// CHECK found something else.
     #[error("the network is not as ADD left it: {0}")]
     Check(String),
@@ -85,20 +93,24 @@ impl PluginError {
         match self {
             Self::Call(_) => Code::InvalidEnvironment,
             Self::Config(error) => error.code(),
-            Self::Input { .. } | Self::Forwarding { .. } => Code::Io,
+            Self::Input { .. } => Code::Io,
             Self::NotInVersion { .. } => Code::IncompatibleVersion,
             Self::Missing(_) => Code::InvalidConfig,
             Self::Netns { .. } => Code::UnknownContainer,
             Self::Address(weft_cni_ipam::Error::Exhausted) => Code::TryAgain,
-            Self::Address(weft_cni_ipam::Error::NotInPool(_) | weft_cni_ipam::Error::Taken(_)) => {
-                Code::InvalidConfig
-            }
+            Self::Address(
+                weft_cni_ipam::Error::NotInPool(_)
+                | weft_cni_ipam::Error::Taken(_)
+                | weft_cni_ipam::Error::Second(_),
+            ) => Code::InvalidConfig,
             Self::Address(weft_cni_ipam::Error::Io { .. }) => Code::Io,
             Self::Kernel(error) => match error.class() {
                 Class::Retry => Code::TryAgain,
                 Class::NotFound | Class::Exists | Class::Denied | Class::Fatal => Code::Kernel,
             },
-            Self::NotRunning(_) => Code::TryAgain,
+            Self::NotRunning(_) | Self::PortTaken(_) => Code::TryAgain,
+            Self::NoShaping(_) | Self::NoHostEnd | Self::NotChained(_) => Code::UnsupportedField,
+            Self::NotFirst => Code::InvalidConfig,
             Self::Check(_) => Code::CheckFailed,
             Self::Unavailable { .. } => Code::NotAvailable,
             Self::Undo { failed, .. } => failed.code(),

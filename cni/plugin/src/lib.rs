@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod capabilities;
+mod chained;
 mod check;
 mod detach;
 mod error;
@@ -12,7 +14,7 @@ mod names;
 
 use weft_cni_ipam::{Leases, Owner, Pool};
 use weft_cni_netlink::Netlink;
-use weft_cni_spec::{Call, Command, Config, ErrorReport, Version, VersionResult};
+use weft_cni_spec::{Call, Command, Config, ErrorReport, Fabric, Version, VersionResult};
 
 use error::PluginError;
 
@@ -42,15 +44,18 @@ fn dispatch(call: &Call, input: &[u8]) -> Result<String, PluginError> {
     let config = Config::read(input)?;
     check_spoken(call.command, config.version)?;
     let owner = Owner { container: call.container.clone(), ifname: call.ifname.clone() };
-    match call.command {
-        Command::Add => {
-            attach::add(call, &config, &owner).map(|result| json(&result.to_json(config.version)))
+    let done = |()| String::new();
+    match (call.command, &config.fabric) {
+        (Command::Add, Some(fabric)) => {
+            attach::add(call, &config, fabric, &owner).map(|result| json(&result.to_json(config.version)))
         }
-        Command::Del => detach::del(&config, &owner).map(|()| String::new()),
-        Command::Check => check::check(call, &config, &owner).map(|()| String::new()),
-        Command::Gc => detach::gc(&config).map(|()| String::new()),
-        Command::Status => status(&config).map(|()| String::new()),
-        Command::Version => Ok(String::new()),
+        (Command::Add, None) => chained::add(call, &config, &owner).map(|result| json(&result)),
+        (Command::Del, _) => detach::del(&config, &owner).map(done),
+        (Command::Check, Some(fabric)) => check::check(call, &config, fabric, &owner).map(done),
+        (Command::Check, None) => chained::check(call, &config).map(done),
+        (Command::Gc, _) => detach::gc(&config).map(done),
+        (Command::Status, _) => status(&config).map(done),
+        (Command::Version, _) => Ok(String::new()),
     }
 }
 
@@ -80,8 +85,9 @@ fn check_spoken(command: Command, version: Version) -> Result<(), PluginError> {
     Ok(())
 }
 
-fn pool(config: &Config) -> Pool {
-    Pool::new(config.ipam.subnet, config.ipam.gateway)
+/// A pool for each range, in their order.
+fn pools(fabric: &Fabric) -> Vec<Pool> {
+    fabric.ipam.ranges.iter().map(|range| Pool::new(range.subnet, range.gateway)).collect()
 }
 
 fn leases(config: &Config) -> Result<Leases, PluginError> {
@@ -90,10 +96,18 @@ fn leases(config: &Config) -> Result<Leases, PluginError> {
 
 /// Whether the next ADD can be served.
 fn status(config: &Config) -> Result<(), PluginError> {
-    let taken = leases(config).and_then(|leases| Ok(leases.all()?.len()));
     let unavailable = |source: PluginError| PluginError::Unavailable { source: Box::new(source) };
-    if taken.map_err(unavailable)? >= pool(config).size() as usize {
-        return Err(unavailable(weft_cni_ipam::Error::Exhausted.into()));
+    let taken = leases(config).and_then(|leases| {
+        // As ADD would.
+        let _locked = leases.lock()?;
+        Ok(leases.all()?)
+    });
+    let taken = taken.map_err(unavailable)?;
+    for pool in config.fabric.iter().flat_map(pools) {
+        let held = taken.iter().filter(|lease| pool.holds(lease.address)).count();
+        if held as u128 >= pool.size() {
+            return Err(unavailable(weft_cni_ipam::Error::Exhausted.into()));
+        }
     }
     Netlink::open().map_err(|error| unavailable(error.into()))?;
     Ok(())

@@ -1,6 +1,6 @@
 //! Names and hardware addresses that follow from what is known, so that nothing need be remembered to find or remove them.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use weft_cni_ipam::Owner;
 use weft_cni_netlink::Mac;
@@ -16,11 +16,23 @@ pub(crate) fn host_interface(network: &str, owner: &Owner) -> String {
     format!("weft{:011x}", (hash ^ (hash >> 44)) & ((1 << 44) - 1))
 }
 
-/// The hardware address of who has an address in the pods' subnet. Locally administered. An address that is used again has the
-/// same one again, so that nobody's neighbour entry is ever wrong.
-pub(crate) fn mac(address: Ipv4Addr) -> Mac {
-    let [a, b, c, d] = address.octets();
-    Mac([0x02, 0x77, a, b, c, d])
+/// The hardware address of who has these addresses in the pods' subnets: it follows from the IPv4 one, or else from the first.
+/// Locally administered. Addresses that are used again have the same one again, so that nobody's neighbour entry is ever wrong.
+pub(crate) fn mac(addresses: impl IntoIterator<Item = IpAddr> + Clone) -> Mac {
+    let v4 = addresses.clone().into_iter().find(IpAddr::is_ipv4);
+    match v4.or_else(|| addresses.into_iter().next()) {
+        Some(IpAddr::V4(address)) => {
+            let [a, b, c, d] = address.octets();
+            Mac([0x02, 0x77, a, b, c, d])
+        }
+        Some(IpAddr::V6(address)) => {
+            // Subnets count from their low end; what is above is folded in for those who ask for an address of their own.
+            let [_, _, _, _, h, i, j, k] = address.segments();
+            let ([a, b], [c, d]) = ((h ^ j).to_be_bytes(), (i ^ k).to_be_bytes());
+            Mac([0x02, 0x76, a, b, c, d])
+        }
+        None => Mac([0x02, 0x77, 0, 0, 0, 0]),
+    }
 }
 
 #[cfg(test)]
@@ -35,5 +47,17 @@ mod tests {
         assert_eq!(names.len(), 10_000);
         assert!(names.iter().all(|name| name.len() == 15));
         assert_ne!(host_interface("a", &owner("x")), host_interface("b", &owner("x")));
+    }
+
+    #[test]
+    fn hardware_addresses_follow_from_addresses() {
+        let mac = |addresses: &[&str]| {
+            let addresses: Vec<IpAddr> = addresses.iter().map(|one| one.parse().unwrap()).collect();
+            mac(addresses).to_string()
+        };
+        assert_eq!(mac(&["10.42.1.7"]), "02:77:0a:2a:01:07");
+        assert_eq!(mac(&["fd00:42::7", "10.42.1.7"]), "02:77:0a:2a:01:07");
+        assert_eq!(mac(&["fd00:42::7"]), "02:76:00:00:00:07");
+        assert_ne!(mac(&["fd00:42::1:0:0:7"]), mac(&["fd00:42::7"]));
     }
 }

@@ -5,6 +5,8 @@
 
 #[path = "plugin/calls.rs"]
 mod calls;
+#[path = "plugin/capabilities.rs"]
+mod capabilities;
 
 use std::time::{Duration, Instant};
 
@@ -59,6 +61,53 @@ fn a_pod_is_attached_checked_and_detached() {
     assert_eq!(node.leases(), 0);
 }
 
+#[test]
+fn a_pod_has_an_address_of_each_family() {
+    if !require("cni::dual", &["root", "ip", "ipv6"]) {
+        return;
+    }
+    let (node, a, b) = (Node::new(), pod(), pod());
+    let config = calls::dual(&node);
+    node.warm_up_with(&config);
+    let before = node.state();
+    let result = node.ok("ADD", "a", Some(&a), &config);
+    let [v4, v6]: [String; 2] = addresses_of(&result).try_into().unwrap();
+    assert_eq!(result["ips"][1]["gateway"], "fd00:42:0:1::1");
+    assert_eq!(result["ips"][1]["address"], format!("{v6}/64"));
+    assert_eq!(result["routes"][1], json!({"dst": "::/0", "gw": "fd00:42:0:1::1"}));
+    // No packet may be lost, and none may wait for the detection of a duplicate.
+    for (gateway, address) in [("fd00:42:0:1::1", &v6), ("10.42.1.1", &v4)] {
+        calls::connect(&a, &node.netns, gateway);
+        calls::connect(&node.netns, &a, address);
+    }
+    let other = addresses_of(&node.ok("ADD", "b", Some(&b), &config));
+    calls::connect(&a, &b, &other[1]);
+    calls::connect(&b, &a, &v6);
+    assert_eq!(calls::sysctl(&a, "ipv6/conf/eth0/accept_ra"), "0");
+    assert_eq!(calls::sysctl(&node.netns, "ipv6/conf/weft0/accept_ra"), "0");
+    assert_eq!(calls::sysctl(&node.netns, "ipv6/conf/all/forwarding"), "1");
+
+    let mut check = config.clone();
+    check["prevResult"] = result;
+    node.ok("CHECK", "a", Some(&a), &check);
+    calls::ip_in(&a, &["-6", "route", "del", "default"]);
+    assert_eq!(node.error("CHECK", "a", Some(&a), &check), 101);
+    node.ok("DEL", "a", Some(&a), &config);
+    node.ok("DEL", "b", Some(&b), &config);
+    assert_eq!((node.leases(), node.state()), (0, before));
+
+    // IPv6 alone, in a network of its own.
+    let mut alone = config.clone();
+    alone["ipam"] = alone["ipam"]["ranges"][1].clone();
+    (alone["name"], alone["bridge"]) = (json!("six"), json!("weft6"));
+    alone["ipam"]["subnet"] = json!("fd00:42:0:2::/64");
+    alone["ipam"]["gateway"] = json!("fd00:42:0:2::1");
+    let six = addresses_of(&node.ok("ADD", "a", Some(&a), &alone));
+    assert_eq!(six.len(), 1);
+    calls::connect(&a, &node.netns, "fd00:42:0:2::1");
+    calls::connect(&node.netns, &a, &six[0]);
+}
+
 /// A bridge loses its carrier with its last port, and the kernel takes up to a second to give it back.
 #[test]
 fn the_first_pod_of_a_bridge_loses_no_packet_either() {
@@ -66,11 +115,12 @@ fn the_first_pod_of_a_bridge_loses_no_packet_either() {
         return;
     }
     let node = Node::new();
+    let config = calls::dual(&node);
     for round in 0..20 {
         let (pod, id) = (pod(), format!("f{round}"));
-        node.ok("ADD", &id, Some(&pod), &conf(&node));
-        calls::connect(&pod, &node.netns, "10.42.1.1");
-        node.ok("DEL", &id, Some(&pod), &conf(&node));
+        node.ok("ADD", &id, Some(&pod), &config);
+        calls::connect(&pod, &node.netns, if round % 2 == 0 { "10.42.1.1" } else { "fd00:42:0:1::1" });
+        node.ok("DEL", &id, Some(&pod), &config);
     }
 }
 
@@ -166,8 +216,8 @@ fn gc_removes_what_is_not_valid_and_status_says_whether_there_is_room() {
         return;
     }
     let node = Node::new();
-    let mut config = conf(&node);
-    config["ipam"] = json!({"subnet": "10.42.1.0/29", "gateway": "10.42.1.1"});
+    let mut config = calls::dual(&node);
+    config["ipam"]["ranges"][0]["subnet"] = json!("10.42.1.0/29");
     let pods: Vec<Netns> = (0..5).map(|_| pod()).collect();
     for (n, pod) in pods.iter().enumerate() {
         node.ok("STATUS", "", None, &config);
@@ -180,7 +230,7 @@ fn gc_removes_what_is_not_valid_and_status_says_whether_there_is_room() {
     gc["cni.dev/valid-attachments"] =
         json!([{"containerID": "c1", "ifname": "eth0"}, {"containerID": "c2", "ifname": "eth1"}]);
     node.ok("GC", "", None, &gc);
-    assert_eq!(node.leases(), 1);
+    assert_eq!(node.leases(), 2);
     let attached: Vec<bool> = pods.iter().map(|pod| calls::links(pod).contains("eth0")).collect();
     assert_eq!(attached, [false, true, false, false, false]);
     node.ok("STATUS", "", None, &config);
@@ -197,6 +247,10 @@ fn an_address_can_be_asked_for() {
     config["runtimeConfig"] = json!({"ips": ["10.42.1.77/24"]});
     assert_eq!(node.ok("ADD", "a", Some(&a), &config)["ips"][0]["address"], "10.42.1.77/24");
     assert_eq!(node.error("ADD", "b", Some(&b), &config), 7);
+    let mut config = calls::dual(&node);
+    config["runtimeConfig"] = json!({"ips": ["fd00:42:0:1::77/64", "10.42.1.7/28"]});
+    let got = node.ok("ADD", "b", Some(&b), &config);
+    assert_eq!(addresses_of(&got), ["10.42.1.7", "fd00:42:0:1::77"]);
 }
 
 #[test]
@@ -219,14 +273,14 @@ fn adds_side_by_side_get_an_address_each() {
 
 #[test]
 fn kill_9_at_any_moment_leaks_no_address_and_no_device() {
-    if !require("cni::kill", &["root", "ip"]) {
+    if !require("cni::kill", &["root", "ip", "nft"]) {
         return;
     }
     const ROUNDS: usize = 200;
     let node = Node::new();
-    let mut config = conf(&node);
     // 13 addresses: a leak in every fifteenth round would end the test.
-    config["ipam"] = json!({"subnet": "10.42.1.0/28", "gateway": "10.42.1.1"});
+    let mut config = calls::dual(&node);
+    config["runtimeConfig"] = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80}]});
     let pod = pod();
     node.ok("ADD", "warm", Some(&pod), &config);
     node.ok("DEL", "warm", Some(&pod), &config);
@@ -272,6 +326,7 @@ fn kill_9_at_any_moment_leaks_no_address_and_no_device() {
         "the kills hit too few of the steps"
     );
     // The whole pool can still be given out.
+    let config = calls::dual(&node);
     let pods: Vec<Netns> = (0..13).map(|_| calls::bare_pod()).collect();
     for (n, pod) in pods.iter().enumerate() {
         node.ok("ADD", &format!("last{n}"), Some(pod), &config);

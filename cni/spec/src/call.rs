@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::Args;
+
 /// What the plugin is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -30,6 +32,8 @@ pub struct Call {
     pub netns: Option<PathBuf>,
     /// `CNI_IFNAME`; empty for GC, STATUS and VERSION.
     pub ifname: String,
+    /// `CNI_ARGS`; none for GC, STATUS and VERSION.
+    pub args: Args,
 }
 
 /// What is wrong with a call's environment.
@@ -89,6 +93,7 @@ impl Call {
             container: value("CNI_CONTAINERID").filter(|_| attached).unwrap_or_default(),
             netns: value("CNI_NETNS").filter(|_| attached).map(PathBuf::from),
             ifname: value("CNI_IFNAME").filter(|_| attached).unwrap_or_default(),
+            args: Args::read(&value("CNI_ARGS").filter(|_| attached).unwrap_or_default())?,
         };
         if attached {
             check_identifier("CNI_CONTAINERID", &call.container)?;

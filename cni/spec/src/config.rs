@@ -1,14 +1,14 @@
 //! The network's configuration, as a plugin gets it on standard input.
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::call::is_identifier;
-use crate::{Code, Version};
+use crate::range::RawIpam;
+use crate::runtime::RawRuntime;
+use crate::{Code, Dns, Ipam, RuntimeConfig, Version};
 
 /// A configuration that has been checked.
 #[derive(Clone, Debug)]
@@ -17,37 +17,29 @@ pub struct Config {
     pub version: Version,
     /// The network's name.
     pub name: String,
+    /// What pods are attached to; `None` in chained use, where another plugin attaches them.
+    pub fabric: Option<Fabric>,
+    /// Where leases are kept.
+    pub state_dir: PathBuf,
+    /// What the caller adds for this container.
+    pub runtime: RuntimeConfig,
+    /// What the result says about names.
+    pub dns: Dns,
+    /// What the plugin before this one answered, in chained use; what ADD answered, for CHECK and DEL.
+    pub prev_result: Option<Value>,
+    /// GC: the attachments that are still valid.
+    pub valid_attachments: Option<Vec<Attachment>>,
+}
+
+/// What pods are attached to.
+#[derive(Clone, Debug)]
+pub struct Fabric {
     /// The bridge that pods are ports of.
     pub bridge: String,
     /// Largest packet in bytes.
     pub mtu_bytes: u32,
     /// Where addresses come from.
     pub ipam: Ipam,
-    /// Where leases are kept.
-    pub state_dir: PathBuf,
-    /// What the caller adds for this container.
-    pub runtime: RuntimeConfig,
-    /// What ADD answered, for CHECK.
-    pub prev_result: Option<Value>,
-    /// GC: the attachments that are still valid.
-    pub valid_attachments: Option<Vec<Attachment>>,
-}
-
-/// Where addresses come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipam {
-    /// The pods' subnet.
-    pub subnet: Ipv4Network,
-    /// The bridge's address in it.
-    pub gateway: Ipv4Addr,
-}
-
-/// What the caller adds for one container (capability `ips`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct RuntimeConfig {
-    /// The addresses that the container must get; at most one of IPv4 is served.
-    #[serde(default)]
-    pub ips: Vec<IpNetwork>,
 }
 
 /// A container's interface.
@@ -105,20 +97,19 @@ struct Raw {
     ipam: Option<RawIpam>,
     state_dir: Option<PathBuf>,
     #[serde(default)]
-    runtime_config: RuntimeConfig,
+    runtime_config: RawRuntime,
+    #[serde(default)]
+    dns: Dns,
     prev_result: Option<Value>,
     #[serde(rename = "cni.dev/valid-attachments")]
     valid_attachments: Option<Vec<Attachment>>,
 }
 
-#[derive(Deserialize)]
-struct RawIpam {
-    subnet: Option<Ipv4Network>,
-    gateway: Option<Ipv4Addr>,
-}
-
 /// What IPv4 asks of every link (RFC 791), and the most that a packet can be.
 const MTU_BYTES: std::ops::RangeInclusive<u32> = 576..=65535;
+
+/// What IPv6 asks of every link (RFC 8200 §5).
+const IPV6_MTU_BYTES: u32 = 1280;
 
 /// Ethernet's.
 const DEFAULT_MTU_BYTES: u32 = 1500;
@@ -151,38 +142,50 @@ impl Config {
         if !is_identifier(&name) {
             return Err(invalid("name", "letters, digits, '_', '.' and '-' only"));
         }
-        let bridge = raw.bridge.ok_or_else(missing("bridge"))?;
-        if bridge.is_empty() || bridge.len() > 15 || bridge.contains(['/', ':', ' ']) {
-            return Err(invalid("bridge", "no name of a device"));
-        }
-        let mtu_bytes = raw.mtu.unwrap_or(DEFAULT_MTU_BYTES);
-        if !MTU_BYTES.contains(&mtu_bytes) {
-            return Err(invalid("mtu", "not within 576 and 65535"));
-        }
-        let ipam = raw.ipam.ok_or_else(missing("ipam"))?;
-        let subnet = ipam.subnet.ok_or_else(missing("ipam.subnet"))?;
-        if subnet.prefix() > 30 {
-            return Err(invalid("ipam.subnet", "has no room for a gateway and a pod"));
-        }
-        if subnet.ip() != subnet.network() {
-            return Err(invalid("ipam.subnet", "has host bits set"));
-        }
-        let gateway = ipam.gateway.ok_or_else(missing("ipam.gateway"))?;
-        if !subnet.contains(gateway) || gateway == subnet.network() || gateway == subnet.broadcast() {
-            return Err(invalid("ipam.gateway", "not an address of the subnet"));
-        }
+        let fabric = Fabric::read(raw.bridge, raw.mtu, raw.ipam)?;
         let state_dir = raw.state_dir.filter(|path| path.is_absolute());
+        let runtime = raw.runtime_config.check()?;
         Ok(Self {
             version,
             name,
-            bridge,
-            mtu_bytes,
-            ipam: Ipam { subnet, gateway },
+            fabric,
             state_dir: state_dir.ok_or_else(|| invalid("stateDir", "not an absolute path"))?,
-            runtime: raw.runtime_config,
+            dns: runtime.dns.clone().unwrap_or(raw.dns),
+            runtime,
             prev_result: raw.prev_result,
             valid_attachments: raw.valid_attachments,
         })
+    }
+}
+
+impl Fabric {
+    /// None of the three is chained use; what it lacks otherwise is missing.
+    fn read(
+        bridge: Option<String>,
+        mtu: Option<u32>,
+        ipam: Option<RawIpam>,
+    ) -> Result<Option<Self>, ConfigError> {
+        let invalid = |field, reason| ConfigError::Invalid { field, reason };
+        if bridge.is_none() && mtu.is_none() && ipam.is_none() {
+            return Ok(None);
+        }
+        let bridge = bridge.ok_or_else(|| invalid("bridge", "is missing"))?;
+        if bridge.is_empty()
+            || bridge.len() > 15
+            || bridge.contains(['/', ':', ' '])
+            || bridge.starts_with('.')
+        {
+            return Err(invalid("bridge", "no name of a device"));
+        }
+        let mtu_bytes = mtu.unwrap_or(DEFAULT_MTU_BYTES);
+        if !MTU_BYTES.contains(&mtu_bytes) {
+            return Err(invalid("mtu", "not within 576 and 65535"));
+        }
+        let ipam = ipam.ok_or_else(|| invalid("ipam", "is missing"))?.check()?;
+        if ipam.ranges.iter().any(|range| range.subnet.is_ipv6()) && mtu_bytes < IPV6_MTU_BYTES {
+            return Err(invalid("mtu", "less than the 1280 that IPv6 needs"));
+        }
+        Ok(Some(Self { bridge, mtu_bytes, ipam }))
     }
 }
 
@@ -193,55 +196,4 @@ fn object<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, ConfigError>
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn good() -> Value {
-        json!({
-            "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "bridge": "weft0", "mtu": 1450,
-            "ipam": {"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"}, "stateDir": "/run/weft/n/cni",
-            "a-field": "of somebody else"
-        })
-    }
-
-    fn read(value: &Value) -> Result<Config, ConfigError> {
-        Config::read(value.to_string().as_bytes())
-    }
-
-    #[test]
-    fn reads_what_the_agent_writes() {
-        let config = read(&good()).unwrap();
-        assert_eq!(config.ipam.subnet.to_string(), "10.42.1.0/24");
-        assert_eq!((config.bridge.as_str(), config.mtu_bytes), ("weft0", 1450));
-    }
-
-    #[test]
-    fn each_mistake_has_its_code() {
-        assert_eq!(Config::read(b"{not json").unwrap_err().code(), Code::Decode);
-        assert_eq!(Config::read(b"[]").unwrap_err().code(), Code::Decode);
-        let with = |pointer: &str, value: Value| {
-            let mut config = good();
-            *config.pointer_mut(pointer).unwrap() = value;
-            read(&config).unwrap_err().code()
-        };
-        assert_eq!(with("/cniVersion", json!("2.0.0")), Code::IncompatibleVersion);
-        assert_eq!(with("/cniVersion", Value::Null), Code::IncompatibleVersion);
-        assert_eq!(with("/mtu", json!("big")), Code::Decode);
-        for (pointer, value) in [
-            ("/name", json!("../x")),
-            ("/name", Value::Null),
-            ("/bridge", json!("")),
-            ("/mtu", json!(100)),
-            ("/ipam", Value::Null),
-            ("/ipam/subnet", json!("10.42.1.5/24")),
-            ("/ipam/subnet", json!("10.42.1.0/31")),
-            ("/ipam/gateway", json!("10.42.2.1")),
-            ("/ipam/gateway", json!("10.42.1.255")),
-            ("/stateDir", json!("relative")),
-        ] {
-            assert_eq!(with(pointer, value.clone()), Code::InvalidConfig, "{pointer} {value}");
-        }
-    }
-}
+mod tests;

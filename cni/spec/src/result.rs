@@ -1,12 +1,12 @@
 //! What a plugin answers on success, in the form of each version.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{SUPPORTED, Version};
+use crate::{Dns, SUPPORTED, Version};
 
 /// The result of ADD.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct AddResult {
     pub ips: Vec<IpConfig>,
     /// The routes in the container.
     pub routes: Vec<Route>,
+    /// What is known about names.
+    pub dns: Dns,
 }
 
 /// A device.
@@ -36,9 +38,9 @@ pub struct Interface {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IpConfig {
     /// The address and its subnet's prefix length.
-    pub address: Ipv4Network,
+    pub address: IpNetwork,
     /// The way out.
-    pub gateway: Ipv4Addr,
+    pub gateway: IpAddr,
     /// Which of the interfaces has it.
     pub interface: usize,
 }
@@ -47,9 +49,9 @@ pub struct IpConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Where to.
-    pub destination: Ipv4Network,
+    pub destination: IpNetwork,
     /// Through whom.
-    pub gateway: Ipv4Addr,
+    pub gateway: IpAddr,
 }
 
 impl AddResult {
@@ -63,7 +65,7 @@ impl AddResult {
                 let mut value =
                     json!({"address": ip.address.to_string(), "gateway": ip.gateway, "interface": ip.interface});
                 if version < Version::V1_0_0 {
-                    value["version"] = json!("4");
+                    value["version"] = json!(if ip.address.is_ipv4() { "4" } else { "6" });
                 }
                 value
             })
@@ -73,7 +75,9 @@ impl AddResult {
             .iter()
             .map(|one| json!({"dst": one.destination.to_string(), "gw": one.gateway}))
             .collect();
-        json!({"cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": {}})
+        json!({
+            "cniVersion": version.as_str(), "interfaces": interfaces, "ips": ips, "routes": routes, "dns": self.dns,
+        })
     }
 }
 
@@ -120,13 +124,14 @@ mod tests {
             }],
             ips: vec![IpConfig {
                 address: "10.42.1.7/24".parse().unwrap(),
-                gateway: Ipv4Addr::new(10, 42, 1, 1),
+                gateway: "10.42.1.1".parse().unwrap(),
                 interface: 0,
             }],
             routes: vec![Route {
                 destination: "0.0.0.0/0".parse().unwrap(),
-                gateway: Ipv4Addr::new(10, 42, 1, 1),
+                gateway: "10.42.1.1".parse().unwrap(),
             }],
+            dns: Dns { nameservers: vec!["10.43.0.10".to_owned()], ..Dns::default() },
         };
         let old = result.to_json(Version::V0_4_0);
         assert_eq!(
@@ -135,7 +140,10 @@ mod tests {
         );
         assert_eq!(old["interfaces"][0]["mtu"], Value::Null);
         let new = result.to_json(Version::V1_1_0);
-        assert_eq!(new["cniVersion"], "1.1.0");
+        assert_eq!(
+            (&new["cniVersion"], &new["dns"]),
+            (&json!("1.1.0"), &json!({"nameservers": ["10.43.0.10"]}))
+        );
         assert_eq!(new["ips"][0], json!({"address": "10.42.1.7/24", "gateway": "10.42.1.1", "interface": 0}));
         assert_eq!(new["interfaces"][0]["mtu"], 1450);
         assert_eq!(new["routes"][0], json!({"dst": "0.0.0.0/0", "gw": "10.42.1.1"}));

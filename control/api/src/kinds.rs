@@ -74,7 +74,7 @@ pub fn all() -> &'static [Kind] {
 }
 
 /// The kinds that are served without being asked for: those in a stable version.
-pub fn served() -> impl Iterator<Item = &'static Kind> {
+pub fn served() -> impl Iterator<Item = &'static Kind> + Clone {
     all().iter().filter(|kind| kind.is_stable())
 }
 

@@ -260,6 +260,37 @@ pub fn cidr(value: &str) -> Problems {
     vec!["must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)".to_owned()]
 }
 
+/// A network in CIDR notation as new fields demand it: in canonical form, without bits of a host.
+pub fn strict_cidr(value: &str) -> Problems {
+    let bad = cidr(value);
+    let Some((network, false)) = value.parse::<ipnetwork::IpNetwork>().ok().map(|n| (n, !bad.is_empty()))
+    else {
+        return bad;
+    };
+    let mapped = matches!(network, ipnetwork::IpNetwork::V6(v6) if v6.ip().to_ipv4_mapped().is_some());
+    let canonical = network.to_string();
+    if mapped {
+        return vec!["must not have an IPv4-mapped IPv6 address".to_owned()];
+    }
+    let mut problems = Vec::new();
+    if value != canonical {
+        problems.push(format!("must be in canonical form ({canonical:?})"));
+    }
+    if network.ip() != network.network() {
+        problems.push("must not have bits set beyond the prefix length".to_owned());
+    }
+    problems
+}
+
+/// The name of an IPAddress: an address as it is always written.
+pub fn canonical_ip(value: &str) -> Problems {
+    match value.parse::<IpAddr>() {
+        Ok(address) if address.to_string() == value => Vec::new(),
+        Ok(_) => vec!["must be a canonical format IP address".to_owned()],
+        Err(_) => ip(value),
+    }
+}
+
 /// A percentage such as `25%`.
 pub fn percent(value: &str) -> Problems {
     let digits = value.strip_suffix('%').unwrap_or_default();

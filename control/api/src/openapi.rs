@@ -2,6 +2,9 @@
 //!
 //! The documents carry what clients act on: types, list and merge keys, the type and parameters of each operation.
 //! Descriptions are left out, since the facts have none.
+pub mod gnostic;
+pub mod v2;
+
 use std::{collections::BTreeSet, sync::LazyLock};
 
 use serde_json::{Map, Value, json};

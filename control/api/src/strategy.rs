@@ -29,6 +29,7 @@ pub use fields::{field_label_supported, selectable_fields};
 pub use metadata::{name_problems, validate_metadata};
 pub use prepare::{Context, prepare_create, prepare_update};
 pub use scale::{scale_get, scale_set};
+pub use service::settle_families;
 pub use warnings::warnings;
 
 /// Sets every field that upstream's defaulting sets. Applying it again changes nothing.
@@ -127,7 +128,6 @@ const PARTIAL: &[(&str, &str)] = &[
     ("flowcontrol.apiserver.k8s.io/FlowSchema", "metadata only"),
     ("flowcontrol.apiserver.k8s.io/PriorityLevelConfiguration", "metadata only"),
     ("internal.apiserver.k8s.io/StorageVersion", "metadata only"),
-    ("networking.k8s.io/ServiceCIDR", "metadata only"),
     ("PersistentVolume", "sources of drivers other than hostPath, local, nfs and CSI are not checked"),
     (
         "Pod",

@@ -1,5 +1,7 @@
-//! Owns what a server does without being asked: events expire, the store is compacted, aggregated roles are filled.
+//! Owns what a server does without being asked: events expire, the store is compacted, aggregated roles are filled,
+//! allocations are repaired.
 
+use crate::alloc;
 use crate::api::Api;
 use crate::identity::{MASTERS, User};
 use crate::registry::{Change, update_object};
@@ -20,7 +22,7 @@ const RBAC: &str = "rbac.authorization.k8s.io";
 pub(crate) async fn run(api: Arc<Api>) {
     let shutdown = api.shutdown.clone();
     let work = async {
-        tokio::join!(expire_events(&api), compact(&api), aggregate_roles(&api));
+        tokio::join!(expire_events(&api), compact(&api), aggregate_roles(&api), alloc::repair(&api));
     };
     tokio::select! {
         () = shutdown.cancelled() => {}

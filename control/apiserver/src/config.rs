@@ -59,8 +59,9 @@ pub struct Config {
     pub client_ca: String,
     /// Keys of service-account tokens.
     pub service_accounts: ServiceAccountKeys,
-    /// The network that cluster IPs are taken from.
-    pub service_cidr: Network,
+    /// The networks that cluster IPs are taken from, one or one of each family; the first says the default family.
+    /// They become the ServiceCIDR `kubernetes`; further ServiceCIDRs may be added while the server runs.
+    pub service_cidrs: Vec<Network>,
     /// The ports that node ports are taken from.
     pub node_port_range: RangeInclusive<u16>,
     /// How kubelets are reached; without it logs and exec answer 503.
@@ -94,6 +95,9 @@ pub enum ConfigError {
         "the service network must be an IPv4 network of 8 to 65536 addresses, or an IPv6 one of /108 or smaller"
     )]
     ServiceNetwork,
+    /// Not one service network, nor one of each family.
+    #[error("there must be one service network, or one of each family")]
+    ServiceFamilies,
     /// Pods can't reach that address.
     #[error("{0} can't be advertised: pods must be able to reach the API server there")]
     AdvertiseAddress(IpAddr),
@@ -181,17 +185,28 @@ impl Config {
         if self.advertise_address.is_loopback() || self.advertise_address.is_unspecified() {
             return Err(ConfigError::AdvertiseAddress(self.advertise_address));
         }
-        let size = self.service_cidr.size();
-        let bound = if self.service_cidr.is_ipv6() { 1 << 20 } else { 1 << 16 };
-        if !(8..=bound).contains(&size) {
-            return Err(ConfigError::ServiceNetwork);
+        match self.service_cidrs.as_slice() {
+            [_] => {}
+            [one, other] if one.is_ipv6() != other.is_ipv6() => {}
+            _ => return Err(ConfigError::ServiceFamilies),
+        }
+        for network in &self.service_cidrs {
+            let bound = if network.is_ipv6() { 1 << 20 } else { 1 << 16 };
+            if !(8..=bound).contains(&network.size()) {
+                return Err(ConfigError::ServiceNetwork);
+            }
         }
         Ok(())
     }
 
-    /// The cluster IP of the Service `kubernetes`: the first of the network.
-    pub fn kubernetes_service_ip(&self) -> IpAddr {
-        self.service_cidr.nth(1)
+    /// The cluster IP of the Service `kubernetes`: the first of the first network. None before [`Config::check`] passes.
+    pub fn kubernetes_service_ip(&self) -> Option<IpAddr> {
+        self.service_cidrs.first().map(|network| network.nth(1))
+    }
+
+    /// The families that Services can have, the default one first.
+    pub(crate) fn service_families(&self) -> Vec<&'static str> {
+        self.service_cidrs.iter().map(|network| if network.is_ipv6() { "IPv6" } else { "IPv4" }).collect()
     }
 
     /// The audiences that tokens for this server carry.

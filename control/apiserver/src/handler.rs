@@ -50,7 +50,7 @@ impl Api {
     ) -> Result<Response, Status> {
         let (head, body) = request.into_parts();
         let peer = head.extensions.get::<Peer>();
-        let user = authn::authenticate(&self.tokens, peer, &head.headers, &info.path).map_err(|error| {
+        let user = authn::authenticate(&self.tokens, peer, &head.headers).map_err(|error| {
             tracing::debug!(error = %crate::cache::Chain(&error), path = info.path, "unauthenticated");
             Status::unauthorized()
         })?;

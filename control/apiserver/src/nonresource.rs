@@ -48,6 +48,7 @@ pub(crate) async fn answer(
         ["api", version] => document(discovery::resource_list(served(), "", version)),
         ["apis", group] => document(discovery::group(served(), group)),
         ["apis", group, version] => document(discovery::resource_list(served(), group, version)),
+        ["openapi", "v2"] => openapi_v2(head),
         ["openapi", "v3"] => Ok(value(&openapi::index(served()))),
         ["openapi", "v3", rest @ ..] => openapi_document(rest, head, query),
         [".well-known", "openid-configuration"] => Ok(value(&json!({
@@ -89,6 +90,49 @@ fn discovery_root(api: &Api, head: &Parts, root: &str) -> Result<Response, Statu
     Ok(response)
 }
 
+/// Everything in one document, as JSON or as the protobuf that client-go asks for.
+fn openapi_v2(head: &Parts) -> Result<Response, Status> {
+    let accepted: Vec<&str> = head
+        .headers
+        .get_all(http::header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|clause| clause.split(';').next().unwrap_or_default().trim())
+        .filter(|media_type| !media_type.is_empty())
+        .collect();
+    let protobuf = |media_type: &str| openapi::gnostic::MEDIA_TYPES.contains(&media_type);
+    let json = |media_type: &str| matches!(media_type, "application/json" | "application/*" | "*/*");
+    let first = accepted.iter().copied().find(|media_type| protobuf(media_type) || json(media_type));
+    if first.is_none() && !accepted.is_empty() {
+        return Err(Status::not_acceptable(&["application/json", openapi::gnostic::MEDIA_TYPES[1]]));
+    }
+    let tag = format!("\"{}\"", openapi::hash());
+    let known =
+        head.headers.get(http::header::IF_NONE_MATCH).is_some_and(|value| value.as_bytes() == tag.as_bytes());
+    let mut response = if known {
+        let mut response = reply::text(StatusCode::NOT_MODIFIED, "");
+        response.headers_mut().remove(http::header::CONTENT_TYPE);
+        response
+    } else {
+        let document = openapi::v2::document(served());
+        let binary = first.is_some_and(protobuf);
+        let bytes =
+            if binary { openapi::gnostic::encode(&document) } else { document.to_string().into_bytes() };
+        let mut response = reply::json_pieces(vec![Bytes::from(bytes)], accept::takes_gzip(&head.headers));
+        if binary {
+            let media_type = HeaderValue::from_static(openapi::gnostic::MEDIA_TYPES[1]);
+            response.headers_mut().insert(http::header::CONTENT_TYPE, media_type);
+        }
+        response
+    };
+    response.headers_mut().append(http::header::VARY, HeaderValue::from_static("Accept"));
+    if let Ok(tag) = HeaderValue::from_str(&tag) {
+        response.headers_mut().insert(http::header::ETAG, tag);
+    }
+    Ok(response)
+}
+
 fn openapi_document(rest: &[&str], head: &Parts, query: &Query) -> Result<Response, Status> {
     let found = match rest {
         ["api", version] => openapi::document(served(), "", version),
@@ -118,6 +162,7 @@ fn paths() -> Vec<String> {
         "/healthz",
         "/livez",
         "/metrics",
+        "/openapi/v2",
         "/openapi/v3",
         "/openid/v1/jwks",
         "/readyz",

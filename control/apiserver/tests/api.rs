@@ -14,5 +14,7 @@ mod lifetime;
 mod objects;
 #[path = "api/refusals.rs"]
 mod refusals;
+#[path = "api/services.rs"]
+mod services;
 #[path = "api/support.rs"]
 mod support;

@@ -16,6 +16,7 @@ mod replicaset;
 mod shared;
 
 pub use error::Error;
+pub use node::ipam::{NODE_PREFIX_V4, NODE_PREFIX_V6};
 
 use ipnetwork::IpNetwork;
 use kube::Client;
@@ -49,10 +50,11 @@ pub const CONTROLLERS: &[&str] = &[
 /// How the controllers work.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Pod addresses of the whole cluster; each node gets a /24 (IPv4) or /64 (IPv6) of it.
-    pub cluster_cidr: IpNetwork,
+    /// Pod addresses of the whole cluster, one range for each family, the primary family's first; each node gets a /24 (IPv4)
+    /// or /64 (IPv6) of each.
+    pub cluster_cidrs: Vec<IpNetwork>,
     /// Service addresses, which no node's range may overlap.
-    pub service_cidr: IpNetwork,
+    pub service_cidrs: Vec<IpNetwork>,
     /// The cluster CA, published to every namespace.
     pub root_ca_pem: String,
     /// Name under which the lease is held; the same after a restart.
@@ -73,10 +75,18 @@ impl Config {
         if !self.root_ca_pem.contains("BEGIN CERTIFICATE") {
             wrong.push("the root CA is not a PEM certificate".to_owned());
         }
-        if self.cluster_cidr.contains(self.service_cidr.network())
-            || self.service_cidr.contains(self.cluster_cidr.network())
+        for (what, ranges) in [("pod", &self.cluster_cidrs), ("Service", &self.service_cidrs)] {
+            let differ = |a: &IpNetwork, b: &IpNetwork| a.is_ipv6() != b.is_ipv6();
+            if !matches!(ranges.as_slice(), [_]) && !matches!(ranges.as_slice(), [a, b] if differ(a, b)) {
+                wrong.push(format!("{} {what} ranges, not one for each family", ranges.len()));
+            }
+        }
+        for (pods, services) in
+            self.cluster_cidrs.iter().flat_map(|pods| self.service_cidrs.iter().map(move |s| (pods, s)))
         {
-            wrong.push(format!("{} and {} overlap", self.cluster_cidr, self.service_cidr));
+            if pods.contains(services.network()) || services.contains(pods.network()) {
+                wrong.push(format!("{pods} and {services} overlap"));
+            }
         }
         if wrong.is_empty() { Ok(()) } else { Err(Error::Config(wrong.join("; "))) }
     }
@@ -174,7 +184,7 @@ impl Tasks {
     fn start_nodes(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {
         let client = clients("node-ipam-controller");
         let recorder = self.recorder(&client, "node-ipam-controller");
-        let ranges = (config.cluster_cidr, config.service_cidr);
+        let ranges = (config.cluster_cidrs.clone(), config.service_cidrs.clone());
         let ipam = node::ipam::Controller::new(client, shared.clone(), recorder, ranges);
         self.spawn(|term| async move { ipam.run(&term).await });
 

@@ -1,6 +1,6 @@
 //! A node's role: runtime, kubelet, data plane and cluster DNS.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +20,7 @@ use crate::cli::AgentArgs;
 use crate::cluster::{Cluster, DOMAIN, KUBELET_PORT};
 use crate::paths::{NodePaths, Paths};
 use crate::pki::{Authority, Identity, Subject};
+use crate::ranges::PerFamily;
 use crate::{kubeconfig, lock, logging, network, nodes, pki};
 
 /// User and group of the service proxy, and of the cluster DNS.
@@ -34,13 +35,20 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Node {
     pub(crate) name: String,
-    pub(crate) address: Ipv4Addr,
+    pub(crate) addresses: PerFamily<IpAddr>,
     pub(crate) cluster: Cluster,
     pub(crate) paths: Paths,
     pub(crate) programs: Programs,
     /// The kubelet's serving certificate.
     pub(crate) serving: Identity,
     pub(crate) authority: String,
+}
+
+impl Node {
+    /// The node's end of the tunnels to the others. IPv4 wherever there is one: its header is 20 bytes shorter.
+    pub(crate) fn tunnel(&self) -> IpAddr {
+        self.addresses.family(false).unwrap_or(self.addresses.primary)
+    }
 }
 
 /// One identity for each part of a node.
@@ -84,7 +92,7 @@ pub(crate) fn enroll(
     authority: &Authority,
     folder: &std::path::Path,
     node: &str,
-    address: Ipv4Addr,
+    addresses: PerFamily<IpAddr>,
     server: &str,
 ) -> anyhow::Result<()> {
     let user = format!("system:node:{node}");
@@ -98,7 +106,7 @@ pub(crate) fn enroll(
         let text = kubeconfig::render(server, authority.certificate(), subject.name, &identity);
         pki::write(&folder.join(format!("{name}.kubeconfig")), &text, 0o600)?;
     }
-    serving(authority, folder, node, address)?;
+    serving(authority, folder, node, addresses)?;
     pki::write(&folder.join("ca.crt"), authority.certificate(), 0o644)?;
     Ok(())
 }
@@ -108,14 +116,14 @@ pub(crate) fn serving(
     authority: &Authority,
     folder: &std::path::Path,
     node: &str,
-    address: Ipv4Addr,
+    addresses: PerFamily<IpAddr>,
 ) -> Result<Identity, pki::Error> {
     let user = format!("system:node:{node}");
     let subject = Subject {
         name: &user,
         groups: &[NODES],
         dns: vec![node.to_owned()],
-        addresses: vec![address.into()],
+        addresses: addresses.iter().collect(),
     };
     authority.identity_in(folder, "serving", &subject)
 }
@@ -158,7 +166,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
     };
     Ok(Node {
         name: args.node.clone(),
-        address: args.node_ip,
+        addresses: args.node_ip,
         cluster,
         paths: paths.clone(),
         programs: artifacts::unpack(&paths.bin())?,
@@ -219,13 +227,14 @@ fn runtime_config(node: &Node) -> builtin::Config {
 fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
     dataplane::Config {
         node_name: node.name.clone(),
-        node_ip: node.address,
-        cluster_cidr: node.cluster.cluster_cidr,
-        service_cidr: node.cluster.service_cidr,
-        node_local: vec![node.cluster.dns_ip()],
+        node_ip: node.tunnel(),
+        cluster_cidr: node.cluster.cluster_cidr.iter().collect(),
+        service_cidr: node.cluster.service_cidr.iter().collect(),
+        node_local: node.cluster.dns_ips().iter().collect(),
         pin_dir: paths.bpffs(),
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
+        proxy: dataplane::ProxyConfig::default(),
     }
 }
 
@@ -244,23 +253,24 @@ fn kubelet_config(node: &Node, paths: &NodePaths, ready: watch::Receiver<bool>) 
         key_pem: node.serving.key.clone(),
         client_ca_pem: node.authority.clone(),
     };
-    let address = IpAddr::V4(node.address);
+    let address = node.addresses.primary;
     let mut config = kubelet::Config::new(&node.name, address, &node.paths.data, tls, ready);
     config.run_dir = node.paths.run.clone();
     config.pod_log_dir = paths.logs();
-    config.cluster_dns = node.cluster.dns_ip().into();
+    config.secondary_node_ip = node.addresses.secondary;
+    config.cluster_dns = node.cluster.dns_ips().primary;
     config.cluster_domain = DOMAIN.to_owned();
     config.listen = SocketAddr::new(address, KUBELET_PORT);
     config
 }
 
 fn dns_config(node: &Node) -> dns::Config {
-    let own = IpAddr::V4(node.cluster.dns_ip());
+    let own: Vec<IpAddr> = node.cluster.dns_ips().iter().collect();
     let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     dns::Config {
-        listen: SocketAddr::new(own, 53),
+        listen: own.iter().map(|address| SocketAddr::new(*address, 53)).collect(),
         domain: DOMAIN.to_owned(),
-        upstreams: dns::upstreams(&resolv_conf, own),
+        upstreams: dns::upstreams(&resolv_conf, &own),
     }
 }
 

@@ -1,12 +1,14 @@
 //! The command line: names and flags.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use ipnetwork::IpNetwork;
 
-use crate::net::args::{FlowsArgs, ServiceCommand, WhyArgs};
+use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
+use crate::ranges::PerFamily;
 
 /// Kubernetes in one binary, built network-first.
 #[derive(Debug, Parser)]
@@ -39,6 +41,11 @@ pub(crate) enum Command {
     Why(WhyArgs),
     /// Watch connections get their backends, and what is refused or dropped, as it happens
     Flows(FlowsArgs),
+    /// Try the network of the running cluster
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Look through what the cluster stands on, and say what to do about what is wrong
+    Doctor(DoctorArgs),
     /// See which Services the kernels of the nodes carry
     #[command(subcommand, visible_alias = "svc")]
     Service(ServiceCommand),
@@ -62,9 +69,15 @@ pub(crate) struct UpArgs {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ServerArgs {
-    /// Address and port that the API listens on
-    #[arg(long, default_value = "0.0.0.0:6443", value_name = "ADDRESS:PORT")]
-    pub(crate) listen: SocketAddr,
+    /// Address and port that the API listens on [default: 0.0.0.0:6443; [::]:6443 if IPv6 is the primary family]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Addresses of the pods: a range, or one of IPv4 and one of IPv6, the primary family first [default: 10.42.0.0/16]
+    #[arg(long, value_name = "CIDR[,CIDR]")]
+    pub(crate) cluster_cidr: Option<PerFamily<IpNetwork>>,
+    /// Addresses of the Services, in the same way [default: 10.43.0.0/16]
+    #[arg(long, value_name = "CIDR[,CIDR]")]
+    pub(crate) service_cidr: Option<PerFamily<IpNetwork>>,
     /// Keep the cluster's state in etcd instead of in the data directory: etcd=https://a:2379,https://b:2379
     #[arg(long, value_name = "etcd=URL,...", value_parser = parse_store)]
     pub(crate) store: Option<EtcdUrls>,
@@ -94,9 +107,9 @@ pub(crate) struct AgentArgs {
     /// The node's name
     #[arg(long, value_name = "NAME")]
     pub(crate) node: String,
-    /// The node's address
-    #[arg(long, value_name = "ADDRESS")]
-    pub(crate) node_ip: std::net::Ipv4Addr,
+    /// The node's address, or one of IPv4 and one of IPv6, the primary family first
+    #[arg(long, value_name = "ADDRESS[,ADDRESS]")]
+    pub(crate) node_ip: PerFamily<IpAddr>,
     /// Folder with the files ns/net, ns/mnt and ns/uts of the namespaces to enter first
     #[arg(long, value_name = "DIR")]
     pub(crate) enter: Option<PathBuf>,

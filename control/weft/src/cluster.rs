@@ -1,12 +1,13 @@
 //! What a cluster was made with, kept in its data directory, so that it resumes as it was.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::{Deserialize, Serialize};
 
 use crate::pki;
+use crate::ranges::{self, Family as _, PerFamily};
 
 /// Name that the cluster DNS answers for.
 pub(crate) const DOMAIN: &str = "cluster.local";
@@ -16,11 +17,21 @@ pub(crate) const KUBELET_PORT: u16 = 10250;
 /// Everything that must not change between two starts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Cluster {
-    pub(crate) cluster_cidr: Ipv4Network,
-    pub(crate) service_cidr: Ipv4Network,
-    /// Network that joins the nodes, and holds this machine's address where it has none of its own.
-    pub(crate) underlay_cidr: Ipv4Network,
+    /// Addresses of all pods; the first range's family is the cluster's primary one.
+    pub(crate) cluster_cidr: PerFamily<IpNetwork>,
+    /// Addresses of all Services.
+    pub(crate) service_cidr: PerFamily<IpNetwork>,
+    /// Network that joins the nodes, and holds this machine's address where it has none of its own. Has the pods' families.
+    pub(crate) underlay_cidr: PerFamily<IpNetwork>,
     pub(crate) nodes: Vec<String>,
+}
+
+/// What was asked for; `None` is as it is, or the default.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Wanted {
+    pub(crate) nodes: Option<u8>,
+    pub(crate) cluster_cidr: Option<PerFamily<IpNetwork>>,
+    pub(crate) service_cidr: Option<PerFamily<IpNetwork>>,
 }
 
 /// Why the cluster's record can't be used.
@@ -44,25 +55,41 @@ pub(crate) enum Error {
         "this cluster was made with {present} node(s), not {wanted}; remove it first with `weft down --purge`"
     )]
     OtherNodes { present: usize, wanted: usize },
+    #[error(
+        "this cluster was made with {flag} {present}, not {wanted}; remove it first with `weft down --purge`"
+    )]
+    OtherRange { flag: &'static str, present: PerFamily<IpNetwork>, wanted: PerFamily<IpNetwork> },
+    #[error("{}", .0.join("; "))]
+    Ranges(Vec<String>),
 }
 
 impl Cluster {
-    /// Refuses a number of nodes other than the cluster was made with; makes nothing.
-    pub(crate) fn check(path: &Path, nodes: Option<u8>) -> Result<Option<Self>, Error> {
-        let Some(cluster) = Self::read(path)? else { return Ok(None) };
-        let (present, wanted) = (cluster.nodes.len(), nodes.map_or(cluster.nodes.len(), usize::from));
-        if wanted == present { Ok(Some(cluster)) } else { Err(Error::OtherNodes { present, wanted }) }
+    /// The record in the data directory if it is as wanted, or what a new one would say; makes nothing.
+    pub(crate) fn plan(path: &Path, wanted: &Wanted, hostname: &str) -> Result<Self, Error> {
+        let Some(cluster) = Self::read(path)? else { return Self::new(wanted, hostname) };
+        let (present, nodes) = (cluster.nodes.len(), wanted.nodes.map_or(cluster.nodes.len(), usize::from));
+        if nodes != present {
+            return Err(Error::OtherNodes { present, wanted: nodes });
+        }
+        for (flag, present, wanted) in [
+            ("--cluster-cidr", cluster.cluster_cidr, wanted.cluster_cidr),
+            ("--service-cidr", cluster.service_cidr, wanted.service_cidr),
+        ] {
+            if let Some(wanted) = wanted.filter(|wanted| *wanted != present) {
+                return Err(Error::OtherRange { flag, present, wanted });
+            }
+        }
+        Ok(cluster)
     }
 
-    /// The record in the data directory, or a new one with `nodes` nodes.
-    pub(crate) fn open(path: &Path, nodes: Option<u8>, hostname: &str) -> Result<Self, Error> {
-        if let Some(cluster) = Self::check(path, nodes)? {
-            return Ok(cluster);
+    /// The record in the data directory, or a new one.
+    pub(crate) fn open(path: &Path, wanted: &Wanted, hostname: &str) -> Result<Self, Error> {
+        let cluster = Self::plan(path, wanted, hostname)?;
+        if !path.exists() {
+            let text = serde_json::to_string_pretty(&cluster)
+                .map_err(|source| Error::Damaged { path: path.to_path_buf(), source })?;
+            pki::write(path, &text, 0o644)?;
         }
-        let cluster = Self::new(nodes.unwrap_or(1), hostname);
-        let text = serde_json::to_string_pretty(&cluster)
-            .map_err(|source| Error::Damaged { path: path.to_path_buf(), source })?;
-        pki::write(path, &text, 0o644)?;
         Ok(cluster)
     }
 
@@ -77,46 +104,49 @@ impl Cluster {
         cluster.map(Some).map_err(|source| Error::Damaged { path: path.to_path_buf(), source })
     }
 
-    fn new(nodes: u8, hostname: &str) -> Self {
-        let network = |second, prefix| {
-            Ipv4Network::new(Ipv4Addr::new(10, second, 0, 0), prefix).expect("the prefix is within 0..=32")
+    fn new(wanted: &Wanted, hostname: &str) -> Result<Self, Error> {
+        let standard = |second| {
+            let network = Ipv4Network::new(Ipv4Addr::new(10, second, 0, 0), 16);
+            PerFamily::single(network.expect("the prefix is within 0..=32").into())
         };
+        let nodes = wanted.nodes.unwrap_or(1);
+        let cluster_cidr = wanted.cluster_cidr.unwrap_or_else(|| standard(42));
+        let service_cidr = wanted.service_cidr.unwrap_or_else(|| standard(43));
+        let mistakes = ranges::mistakes(cluster_cidr, service_cidr, nodes.into());
+        if !mistakes.is_empty() {
+            return Err(Error::Ranges(mistakes));
+        }
+        let others: Vec<_> = cluster_cidr.iter().chain(service_cidr.iter()).collect();
+        let underlay = cluster_cidr.iter().filter_map(|range| ranges::underlay(range.is_v6(), &others));
+        let none = || Error::Ranges(vec!["they leave no room for the network between the nodes".to_owned()]);
         let names = if nodes == 1 {
             vec![node_name(hostname)]
         } else {
             (1..=nodes).map(|number| format!("node-{number}")).collect()
         };
-        Self {
-            cluster_cidr: network(42, 16),
-            service_cidr: network(43, 16),
-            underlay_cidr: network(44, 24),
-            nodes: names,
-        }
+        let underlay_cidr = PerFamily::of(underlay).ok_or_else(none)?;
+        Ok(Self { cluster_cidr, service_cidr, underlay_cidr, nodes: names })
     }
 
-    /// First address of the service range: the API's own Service.
-    pub(crate) fn api_service_ip(&self) -> Ipv4Addr {
-        offset(self.service_cidr, 1)
+    /// First address of the primary service range: the API's own Service.
+    pub(crate) fn api_service_ip(&self) -> IpAddr {
+        ranges::nth(self.service_cidr.primary, 1)
     }
 
-    /// Tenth address of the service range: the cluster DNS.
-    pub(crate) fn dns_ip(&self) -> Ipv4Addr {
-        offset(self.service_cidr, 10)
+    /// Tenth addresses of the service ranges: the cluster DNS.
+    pub(crate) fn dns_ips(&self) -> PerFamily<IpAddr> {
+        self.service_cidr.nth(10)
     }
 
-    /// This machine's address on the underlay.
-    pub(crate) fn underlay_gateway(&self) -> Ipv4Addr {
-        offset(self.underlay_cidr, 1)
+    /// This machine's addresses on the underlay.
+    pub(crate) fn underlay_gateway(&self) -> PerFamily<IpAddr> {
+        self.underlay_cidr.nth(1)
     }
 
-    /// The address of a node on the underlay; nodes are counted from 0.
-    pub(crate) fn underlay_address(&self, index: usize) -> Ipv4Addr {
-        offset(self.underlay_cidr, 2 + u32::try_from(index).unwrap_or(0))
+    /// The addresses of a node on the underlay; nodes are counted from 0.
+    pub(crate) fn underlay_addresses(&self, index: usize) -> PerFamily<IpAddr> {
+        self.underlay_cidr.nth(2 + u32::try_from(index).unwrap_or(0))
     }
-}
-
-fn offset(network: Ipv4Network, by: u32) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(network.network()) + by)
 }
 
 /// A host name as a node's name: lower case, and a DNS subdomain.
@@ -134,23 +164,55 @@ fn node_name(hostname: &str) -> String {
 mod tests {
     use super::*;
 
+    fn wanted(nodes: Option<u8>, ranges: Option<(&str, &str)>) -> Wanted {
+        let (cluster_cidr, service_cidr) =
+            ranges.map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap())).unzip();
+        Wanted { nodes, cluster_cidr, service_cidr }
+    }
+
+    fn file(label: &str) -> std::path::PathBuf {
+        std::env::temp_dir().join(format!("weft-cluster-{label}-{}.json", std::process::id()))
+    }
+
     #[test]
     fn a_cluster_resumes_as_it_was_made() {
-        let path = std::env::temp_dir().join(format!("weft-cluster-{}.json", std::process::id()));
-        let made = Cluster::open(&path, Some(3), "Host").unwrap();
+        let path = file("resume");
+        let dual = ("10.42.0.0/16,fd42::/56", "10.43.0.0/16,fd43::/112");
+        let made = Cluster::open(&path, &wanted(Some(3), Some(dual)), "Host").unwrap();
         assert_eq!(made.nodes, ["node-1", "node-2", "node-3"]);
-        assert_eq!(Cluster::open(&path, None, "Host").unwrap(), made);
-        let other = Cluster::open(&path, Some(2), "Host").unwrap_err();
+        assert_eq!(made.underlay_cidr.to_string(), "10.44.0.0/24,fd44::/64");
+        assert_eq!(Cluster::open(&path, &wanted(None, None), "Host").unwrap(), made);
+        assert_eq!(Cluster::open(&path, &wanted(Some(3), Some(dual)), "Host").unwrap(), made);
+        let other = Cluster::open(&path, &wanted(Some(2), None), "Host").unwrap_err();
         assert!(other.to_string().contains("3 node(s), not 2"), "{other}");
+        let ranges = Some(("10.42.0.0/16", "10.43.0.0/16"));
+        let other = Cluster::open(&path, &wanted(None, ranges), "Host").unwrap_err();
+        assert!(other.to_string().contains("fd42::/56, not 10.42.0.0/16"), "{other}");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_record_of_the_first_version_still_reads() {
+        let path = file("old");
+        let text = r#"{"cluster_cidr": "10.42.0.0/16", "service_cidr": "10.43.0.0/16",
+            "underlay_cidr": "10.44.0.0/24", "nodes": ["vm"]}"#;
+        std::fs::write(&path, text).unwrap();
+        let read = Cluster::open(&path, &wanted(None, None), "vm").unwrap();
+        assert_eq!(read, Cluster::new(&wanted(None, None), "vm").unwrap());
         std::fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn names_and_addresses_follow_from_the_record() {
-        let cluster = Cluster::new(1, "My_Host.local.");
+        let cluster = Cluster::new(&wanted(None, None), "My_Host.local.").unwrap();
         assert_eq!(cluster.nodes, ["my-host.local"]);
-        assert_eq!(cluster.api_service_ip(), Ipv4Addr::new(10, 43, 0, 1));
-        assert_eq!(cluster.dns_ip(), Ipv4Addr::new(10, 43, 0, 10));
-        assert_eq!(cluster.underlay_address(1), Ipv4Addr::new(10, 44, 0, 3));
+        assert_eq!(cluster.api_service_ip().to_string(), "10.43.0.1");
+        assert_eq!(cluster.dns_ips().to_string(), "10.43.0.10");
+        assert_eq!(cluster.underlay_addresses(1).to_string(), "10.44.0.3");
+        let dual = ("fd42::/56,10.42.0.0/16", "fd43::/112,10.43.0.0/16");
+        let cluster = Cluster::new(&wanted(Some(2), Some(dual)), "x").unwrap();
+        assert_eq!(cluster.api_service_ip().to_string(), "fd43::1");
+        assert_eq!(cluster.dns_ips().to_string(), "fd43::a,10.43.0.10");
+        assert_eq!(cluster.underlay_addresses(1).to_string(), "fd44::3,10.44.0.3");
     }
 }

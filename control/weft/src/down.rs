@@ -44,14 +44,14 @@ pub(crate) fn down(paths: &Paths, purge: bool) -> anyhow::Result<()> {
 /// A process of its own does it, within the node's namespaces.
 fn remove_node(paths: &Paths, cluster: &Cluster, index: usize, purge: bool) -> anyhow::Result<()> {
     let name = &cluster.nodes[index];
-    let address = match network::machine_address()? {
-        Some(address) if cluster.nodes.len() == 1 => address,
-        _ if cluster.nodes.len() == 1 => cluster.underlay_gateway(),
-        _ => cluster.underlay_address(index),
+    let addresses = if cluster.nodes.len() == 1 {
+        network::machine_addresses(cluster)?.addresses
+    } else {
+        cluster.underlay_addresses(index)
     };
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--data-dir").arg(&paths.data).args(["--log", "warn", "agent", "--node", name]);
-    command.arg("--node-ip").arg(address.to_string()).arg(if purge { "--purge" } else { "--stop" });
+    command.arg("--node-ip").arg(addresses.to_string()).arg(if purge { "--purge" } else { "--stop" });
     let namespaces = paths.node(name).namespaces();
     if nodes::exist(&namespaces) {
         command.arg("--enter").arg(&namespaces);

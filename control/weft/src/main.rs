@@ -14,6 +14,7 @@ mod network;
 mod nodes;
 mod paths;
 mod pki;
+mod ranges;
 mod server;
 mod up;
 
@@ -44,6 +45,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Why(args) => return Ok(net::why(&paths, &args)),
         Command::Flows(args) => return Ok(net::flows(&paths, &args)),
+        Command::Net(command) => return Ok(net::net(&paths, &command)),
+        Command::Doctor(args) => return Ok(net::doctor(&paths, &args)),
         Command::Service(command) => return Ok(net::service(&paths, &command)),
         Command::Up(args) => up::up(&paths, &args, &cli.log)?,
         Command::Down(args) => down::down(&paths, args.purge)?,

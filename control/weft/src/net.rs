@@ -1,6 +1,8 @@
 //! What an administrator sees of the network: `weft service`, `why`, `flows`, `net check`, `doctor`.
 
 pub(crate) mod args;
+mod check;
+mod doctor;
 mod endpoints;
 mod flows;
 mod reach;
@@ -12,7 +14,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::paths::Paths;
-use args::{FlowsArgs, Output, ServiceCommand, WhyArgs};
+use args::{DoctorArgs, FlowsArgs, NetCommand, Output, ServiceCommand, WhyArgs};
 use reach::Reach;
 
 /// The question was answered, and the answer is no.
@@ -31,6 +33,18 @@ pub(crate) fn service(paths: &Paths, command: &ServiceCommand) -> ExitCode {
 /// `weft why`.
 pub(crate) fn why(paths: &Paths, args: &WhyArgs) -> ExitCode {
     finish(paths, async |reach| why::why(&reach, args).await)
+}
+
+/// `weft doctor`.
+pub(crate) fn doctor(paths: &Paths, args: &DoctorArgs) -> ExitCode {
+    finish(paths, async |reach| doctor::doctor(&reach, args).await)
+}
+
+/// `weft net`.
+pub(crate) fn net(paths: &Paths, command: &NetCommand) -> ExitCode {
+    finish(paths, async |reach| match command {
+        NetCommand::Check(args) => Box::pin(check::check(&reach, args)).await,
+    })
 }
 
 /// `weft flows`.

@@ -3,14 +3,14 @@
 //! A node's namespaces are kept by files in its run-time folder, so that they, its devices and its pods outlive the agent.
 
 use std::fs::{self, File};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::Signal;
@@ -23,6 +23,7 @@ use crate::cluster::Cluster;
 use crate::lock::{self, Process};
 use crate::network;
 use crate::paths::Paths;
+use crate::ranges::{self, Family as _, PerFamily};
 
 /// The files of a node's namespaces, with what each is entered as.
 const KINDS: [(&str, CloneFlags); 3] =
@@ -126,22 +127,29 @@ fn link(cluster: &Cluster, index: usize, netns: &Path) -> anyhow::Result<()> {
     netlink.create_veth(&end(&host), &end(UPLINK), Some(namespace.as_fd()))?;
     let port = netlink.link(&host)?;
     netlink.change_link(port.index, &LinkChange { master: Some(bridge.index), ..LinkChange::default() })?;
-    let address = Ipv4Network::new(cluster.underlay_address(index), cluster.underlay_cidr.prefix())?;
-    let gateway = cluster.underlay_gateway();
-    namespace::within(netns, || address_uplink(address, gateway))?
+    let number = 2 + u32::try_from(index)?;
+    let own = |range: IpNetwork| IpNetwork::new(ranges::nth(range, number), range.prefix());
+    let addresses = cluster.underlay_cidr.iter().map(own).collect::<Result<Vec<_>, _>>()?;
+    let gateways = cluster.underlay_gateway();
+    namespace::within(netns, || address_uplink(&addresses, gateways))?
 }
 
-fn address_uplink(address: Ipv4Network, gateway: Ipv4Addr) -> anyhow::Result<()> {
+fn address_uplink(addresses: &[IpNetwork], gateways: PerFamily<IpAddr>) -> anyhow::Result<()> {
     let mut netlink = Netlink::open()?;
     let loopback = netlink.link("lo")?;
     netlink.change_link(loopback.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
     let uplink = netlink.link(UPLINK)?;
     netlink.change_link(uplink.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
-    netlink.add_address(uplink.index, address.into())?;
-    let everywhere: IpNetwork = Ipv4Network::new(Ipv4Addr::UNSPECIFIED, 0)?.into();
-    let mut route = Route::new(everywhere, uplink.index);
-    route.gateway = Some(gateway.into());
-    netlink.put_route(&route)?;
+    for address in addresses {
+        netlink.add_address(uplink.index, *address)?;
+    }
+    for gateway in gateways.iter() {
+        let any: IpAddr =
+            if gateway.is_v6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        let mut route = Route::new(IpNetwork::new(any, 0)?, uplink.index);
+        route.gateway = Some(gateway);
+        netlink.put_route(&route)?;
+    }
     Ok(())
 }
 
@@ -169,16 +177,16 @@ pub(crate) fn remove(paths: &Paths, name: &str) -> anyhow::Result<()> {
 pub(crate) struct Supervisor {
     paths: Paths,
     name: String,
-    address: Ipv4Addr,
+    addresses: PerFamily<IpAddr>,
     namespaces: PathBuf,
 }
 
 impl Supervisor {
-    pub(crate) fn new(paths: &Paths, name: &str, address: Ipv4Addr) -> Self {
+    pub(crate) fn new(paths: &Paths, name: &str, addresses: PerFamily<IpAddr>) -> Self {
         Self {
             paths: paths.clone(),
             name: name.to_owned(),
-            address,
+            addresses,
             namespaces: paths.node(name).namespaces(),
         }
     }
@@ -213,7 +221,7 @@ impl Supervisor {
         let log = fs::OpenOptions::new().create(true).append(true).open(log)?;
         let mut command = tokio::process::Command::new(std::env::current_exe()?);
         command.arg("--data-dir").arg(&self.paths.data).args(["agent", "--node", &self.name]);
-        command.arg("--node-ip").arg(self.address.to_string()).arg("--enter").arg(&self.namespaces);
+        command.arg("--node-ip").arg(self.addresses.to_string()).arg("--enter").arg(&self.namespaces);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child =
             command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;

@@ -1,10 +1,11 @@
 //! The control plane's role: store, API server, controllers and scheduler in one process.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use ipnetwork::IpNetwork;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,7 @@ use weft_control_store::embedded::{self, EmbeddedStore};
 use weft_control_store::etcd::{EtcdStore, TlsOptions};
 
 use crate::cli::ServerArgs;
-use crate::cluster::{Cluster, DOMAIN};
+use crate::cluster::{Cluster, DOMAIN, Wanted};
 use crate::paths::Paths;
 use crate::pki::{self, Authority, Identity, Subject};
 use crate::{kubeconfig, lock, logging, network};
@@ -24,6 +25,8 @@ use crate::{kubeconfig, lock, logging, network};
 /// Common name by which kubelets know the API server.
 const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 const MASTERS: &str = "system:masters";
+/// Where the API listens unless told otherwise.
+const API_PORT: u16 = 6443;
 
 /// A control plane that serves.
 pub(crate) struct Running {
@@ -37,14 +40,15 @@ pub(crate) struct Running {
 /// `weft server`: the control plane alone, until SIGTERM or SIGINT.
 pub(crate) fn command(paths: &Paths, args: &ServerArgs, log: &str) -> anyhow::Result<()> {
     logging::start(log)?;
-    let listener = listen(args.listen)?;
+    let wanted = args.wanted(None);
+    let listener = listen(args, &Cluster::plan(&paths.cluster_file(), &wanted, &network::hostname())?)?;
     let _claim = claim(paths)?;
-    let cluster = Cluster::open(&paths.cluster_file(), None, &network::hostname())?;
-    let advertise = network::machine_address()?.unwrap_or(cluster.underlay_gateway());
+    let cluster = Cluster::open(&paths.cluster_file(), &wanted, &network::hostname())?;
+    let advertise = network::machine_addresses(&cluster)?.addresses.primary;
     crate::up::runtime()?.block_on(async {
         let shutdown = crate::up::shutdown_on_signal()?;
         let plane = Plane { paths, cluster: &cluster, args };
-        let running = plane.start(listener, advertise.into(), shutdown.clone()).await?;
+        let running = plane.start(listener, advertise, shutdown.clone()).await?;
         tracing::info!(port = running.port, "the control plane is up");
         crate::up::until_done(running.tasks, &shutdown).await
     })
@@ -59,8 +63,21 @@ pub(crate) fn claim(paths: &Paths) -> anyhow::Result<lock::Claim> {
     }
 }
 
+impl ServerArgs {
+    /// What is asked for of the cluster.
+    pub(crate) fn wanted(&self, nodes: Option<u8>) -> Wanted {
+        Wanted { nodes, cluster_cidr: self.cluster_cidr, service_cidr: self.service_cidr }
+    }
+}
+
 /// Takes the API's port.
-pub(crate) fn listen(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+pub(crate) fn listen(args: &ServerArgs, cluster: &Cluster) -> anyhow::Result<std::net::TcpListener> {
+    let any: IpAddr = match cluster.cluster_cidr.primary {
+        IpNetwork::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        // Takes connections over IPv4 too.
+        IpNetwork::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let address = args.listen.unwrap_or(SocketAddr::new(any, API_PORT));
     let listener = std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen at {address} for the API"))?;
     listener.set_nonblocking(true)?;
@@ -114,8 +131,8 @@ fn spawn_controllers(
     shutdown: &CancellationToken,
 ) {
     let config = controllers::Config {
-        cluster_cidr: cluster.cluster_cidr.into(),
-        service_cidr: cluster.service_cidr.into(),
+        cluster_cidrs: cluster.cluster_cidr.iter().collect(),
+        service_cidrs: cluster.service_cidr.iter().collect(),
         root_ca_pem: authority.certificate().to_owned(),
         identity: network::hostname(),
         leader_election: true,
@@ -170,12 +187,8 @@ fn api_config(
     let mut dns: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
     dns.push(format!("kubernetes.default.svc.{DOMAIN}"));
     dns.push(network::hostname());
-    let addresses = vec![
-        IpAddr::from([127, 0, 0, 1]),
-        cluster.api_service_ip().into(),
-        cluster.underlay_gateway().into(),
-        advertise.ip(),
-    ];
+    let mut addresses = vec![IpAddr::from([127, 0, 0, 1]), cluster.api_service_ip(), advertise.ip()];
+    addresses.extend(cluster.underlay_gateway().iter());
     let serving = Subject { name: "kube-apiserver", groups: &[], dns, addresses };
     let pem = |identity: Identity| apiserver::CertifiedKeyPem {
         certificates: identity.certificate,
@@ -194,7 +207,11 @@ fn api_config(
             issuer: format!("https://kubernetes.default.svc.{DOMAIN}"),
             audiences: Vec::new(),
         },
-        service_cidr: cluster.service_cidr.to_string().parse()?,
+        service_cidrs: cluster
+            .service_cidr
+            .iter()
+            .map(|range| range.to_string().parse())
+            .collect::<Result<_, _>>()?,
         node_port_range: 30000..=32767,
         kubelet_client: Some(apiserver::KubeletClient {
             identity: pem(kubelet),

@@ -1,7 +1,7 @@
 //! `weft up`: a whole cluster on this machine.
 
 use std::io::{Read as _, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Stdio;
@@ -20,6 +20,7 @@ use crate::artifacts;
 use crate::cli::UpArgs;
 use crate::cluster::Cluster;
 use crate::paths::Paths;
+use crate::ranges::PerFamily;
 use crate::{lock, logging, network, nodes, server};
 
 /// Names the descriptor on which a detached child says that it is ready.
@@ -38,7 +39,8 @@ pub(crate) fn up(paths: &Paths, args: &UpArgs, log: &str) -> anyhow::Result<()> 
     let listener = preflight(paths, args)?;
     let _claim = server::claim(paths)?;
     let ready = ready_pipe();
-    let cluster = Cluster::open(&paths.cluster_file(), args.nodes, &network::hostname())?;
+    let cluster =
+        Cluster::open(&paths.cluster_file(), &args.server.wanted(args.nodes), &network::hostname())?;
     logging::start(log)?;
     let programs = artifacts::unpack(&paths.bin())?;
     runtime()?.block_on(async {
@@ -73,27 +75,27 @@ impl Up<'_> {
         listener: std::net::TcpListener,
         programs: artifacts::Programs,
     ) -> anyhow::Result<server::Running> {
-        let machine = network::machine_address()?;
         let alone = self.cluster.nodes.len() == 1;
-        let advertise = machine.filter(|_| alone).unwrap_or(self.cluster.underlay_gateway());
-        if machine.is_none() || !alone {
+        let machine = network::machine_addresses(self.cluster)?;
+        let here = if alone { machine.addresses } else { self.cluster.underlay_gateway() };
+        if machine.on_underlay || !alone {
             network::ensure_underlay(self.cluster)?;
         }
         let plane = server::Plane { paths: self.paths, cluster: self.cluster, args: &self.args.server };
-        let mut running = plane.start(listener, advertise.into(), self.shutdown.clone()).await?;
+        let mut running = plane.start(listener, here.primary, self.shutdown.clone()).await?;
         if let [name] = self.cluster.nodes.as_slice() {
-            let node = self.node_here(&running, name, advertise, programs)?;
+            let node = self.node_here(&running, name, here, programs)?;
             let clients = Clients::in_process(&running.server, name);
             let stop = self.shutdown.clone();
             running.tasks.spawn(agent::run(node, clients, stop));
             return Ok(running);
         }
         for (index, name) in self.cluster.nodes.iter().enumerate() {
-            let address = self.cluster.underlay_address(index);
+            let addresses = self.cluster.underlay_addresses(index);
             nodes::make(self.paths, self.cluster, index)?;
-            let api = format!("https://{}:{}", self.cluster.underlay_gateway(), running.port);
-            agent::enroll(&running.authority, &self.paths.node(name).pki(), name, address, &api)?;
-            let supervisor = nodes::Supervisor::new(self.paths, name, address);
+            let api = format!("https://{}", SocketAddr::new(here.primary, running.port));
+            agent::enroll(&running.authority, &self.paths.node(name).pki(), name, addresses, &api)?;
+            let supervisor = nodes::Supervisor::new(self.paths, name, addresses);
             running.tasks.spawn(supervisor.run(self.shutdown.clone()));
         }
         Ok(running)
@@ -103,17 +105,17 @@ impl Up<'_> {
         &self,
         running: &server::Running,
         name: &str,
-        address: Ipv4Addr,
+        addresses: PerFamily<IpAddr>,
         programs: artifacts::Programs,
     ) -> anyhow::Result<Node> {
         let folder = self.paths.node(name).pki();
         Ok(Node {
             name: name.to_owned(),
-            address,
+            addresses,
             cluster: self.cluster.clone(),
             paths: self.paths.clone(),
             programs,
-            serving: agent::serving(&running.authority, &folder, name, address)?,
+            serving: agent::serving(&running.authority, &folder, name, addresses)?,
             authority: running.authority.certificate().to_owned(),
         })
     }
@@ -125,8 +127,10 @@ fn preflight(paths: &Paths, args: &UpArgs) -> anyhow::Result<std::net::TcpListen
     if let Some(pid) = lock::holder(&paths.server_lock()) {
         bail!("weft already runs with this data directory, as process {pid}");
     }
-    Cluster::check(&paths.cluster_file(), args.nodes)?;
-    server::listen(args.server.listen)
+    let wanted = args.server.wanted(args.nodes);
+    let cluster = Cluster::plan(&paths.cluster_file(), &wanted, &network::hostname())?;
+    network::check_families(&cluster)?;
+    server::listen(&args.server, &cluster)
 }
 
 /// What weft can't do without, each missing thing in one sentence.

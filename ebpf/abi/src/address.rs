@@ -10,8 +10,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub struct Address(pub [u8; 16]);
 
 impl Address {
-    /// The unspecified address: any address of the node.
+    /// The unspecified address of IPv6: any IPv6 address of the node.
     pub const ANY: Self = Self([0; 16]);
+    /// The unspecified address of IPv4: any IPv4 address of the node.
+    pub const ANY_V4: Self = Self::v4([0; 4]);
 
     /// An IPv4 address.
     #[inline(always)]
@@ -37,6 +39,13 @@ impl Address {
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Some([a, b, c, d]),
             _ => None,
         }
+    }
+
+    /// The unspecified address of the same family.
+    #[inline(always)]
+    #[must_use]
+    pub const fn any_of_family(&self) -> Self {
+        if self.as_v4().is_some() { Self::ANY_V4 } else { Self::ANY }
     }
 
     /// The last four bytes, which are the address if it is IPv4.

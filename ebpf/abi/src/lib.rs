@@ -49,8 +49,10 @@ pub mod names {
     pub const WATCHED: &str = "weft_seen_2";
     /// Index 0 to the number of events that found no room, per CPU.
     pub const LOST: &str = "weft_lost_2";
+    /// [`FragmentKey`](super::FragmentKey) to [`FragmentValue`](super::FragmentValue), least recently used dropped.
+    pub const FRAGMENTS: &str = "weft_frag_2";
     /// All of them.
-    pub const ALL: [&str; 13] = [
+    pub const ALL: [&str; 14] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -64,6 +66,7 @@ pub mod names {
         EVENTS,
         WATCHED,
         LOST,
+        FRAGMENTS,
     ];
 }
 
@@ -88,6 +91,8 @@ pub mod sizes {
     pub const SOURCES: u32 = 65_536;
     /// The ring of events: some 3,000 of them.
     pub const EVENT_BYTES: u32 = 262_144;
+    /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
+    pub const FRAGMENTS: u32 = 4_096;
 }
 
 /// IPPROTO_TCP.
@@ -104,7 +109,7 @@ pub const SCOPE_EXTERNAL: u8 = 1;
 
 /// An address and port that is a Service.
 ///
-/// NodePorts have the unspecified address: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
+/// NodePorts have the unspecified address of their family: the programs ask [`names::NODE_ADDRESSES`] whether the destination is the node.
 /// Port 0 and protocol 0 mark a cluster address as a Service's: what it does not serve is refused.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -126,7 +131,7 @@ const _: () = assert!(size_of::<ServiceKey>() == 20 && offset_of!(ServiceKey, po
 pub const SERVICE_KEEP_SOURCE: u32 = 1;
 /// Only clients in [`names::SOURCES`] may use it (loadBalancerSourceRanges); others' packets are dropped.
 pub const SERVICE_CHECK_SOURCE: u32 = 2;
-/// The list is a Maglev table: the slot is a hash of the flow, the same on every node.
+/// The list is a Maglev table: the slot is a hash of the client, the same on every node.
 pub const SERVICE_HASHED: u32 = 4;
 /// Without a backend, packets are dropped instead of refused: another node has one (externalTrafficPolicy Local).
 pub const SERVICE_DROP_EMPTY: u32 = 8;
@@ -293,6 +298,38 @@ pub struct FlowValue {
     pub last_seen: u32,
 }
 const _: () = assert!(size_of::<FlowValue>() == 52 && offset_of!(FlowValue, ifindex) == 36);
+
+/// What the fragments of a packet have in common (RFC 791 §3.2, RFC 8200 §4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Address,
+    /// Destination address.
+    pub destination: Address,
+    /// Identification.
+    pub id: u32,
+    /// Protocol for IPv4, where it is part of what identifies; 0 for IPv6.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+const _: () = assert!(size_of::<FragmentKey>() == 40 && offset_of!(FragmentKey, id) == 32);
+
+/// What only the first fragment of a packet says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FragmentValue {
+    /// Source port.
+    pub source_port: Port,
+    /// Destination port.
+    pub destination_port: Port,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+const _: () = assert!(size_of::<FragmentValue>() == 8);
 
 /// A client of a list of backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -87,6 +87,20 @@ pub const fn forward_key(reply: &FlowValue, protocol: u8) -> FlowKey {
     reply_key(reply, protocol)
 }
 
+/// The key of the packets that go against `key`.
+#[inline(always)]
+#[must_use]
+pub const fn reversed(key: &FlowKey) -> FlowKey {
+    FlowKey {
+        source: key.destination,
+        destination: key.source,
+        source_port: key.destination_port,
+        destination_port: key.source_port,
+        protocol: key.protocol,
+        pad: [0; 3],
+    }
+}
+
 /// The backend of a forward entry.
 #[inline(always)]
 #[must_use]

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod flow;
+pub mod hash;
 pub mod packet;
 pub mod service;
 

@@ -1,19 +1,20 @@
-//! Packets as bytes: parsing, checksums, and the answers that refuse them.
+//! Packets as bytes: parsing and checksums of both families. What refuses a packet is in [`answer`].
 
-use weft_ebpf_abi::{Address, FlowKey, Port, TCP, UDP};
+pub mod answer;
+mod v4;
+mod v6;
+
+use weft_ebpf_abi::{Address, FlowKey, FragmentKey, FragmentValue, Port, TCP, UDP};
+
+pub use v4::V4;
+pub use v6::V6;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET_BYTES: usize = 14;
-/// Bytes of an IPv4 header without options.
-pub const IPV4_BYTES: usize = 20;
 /// Bytes of a TCP header without options.
 pub const TCP_BYTES: usize = 20;
 /// Bytes of an ICMP header.
 pub const ICMP_BYTES: usize = 8;
-/// EtherType of IPv4.
-pub const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
-/// What an ICMP error quotes of the packet: its IPv4 header and 8 bytes (RFC 792).
-pub const ICMP_QUOTE_BYTES: usize = IPV4_BYTES + 8;
 
 /// TCP flag FIN.
 pub const FIN: u8 = 0x01;
@@ -24,53 +25,183 @@ pub const RST: u8 = 0x04;
 /// TCP flag ACK.
 pub const ACK: u8 = 0x10;
 
-/// What is needed of an IPv4 header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipv4 {
-    /// Source.
-    pub source: [u8; 4],
-    /// Destination.
-    pub destination: [u8; 4],
-    /// Protocol.
-    pub protocol: u8,
-    /// Bytes of the header with its options.
-    pub header_bytes: u8,
-    /// Bytes of the whole packet.
-    pub total_bytes: u16,
+/// A frame to read from: the kernel's buffer, or a slice.
+pub trait Bytes {
+    /// `N` bytes from `at` on; `None` behind the end.
+    fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]>;
 }
 
-/// Reads an IPv4 header. `None` for what the programs leave alone: other versions, a header shorter than the
-/// minimum, a protocol other than TCP and UDP, a fragment after the first (it has no ports).
+impl Bytes for [u8] {
+    fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.get(at..at.checked_add(N)?)?.try_into().ok()
+    }
+}
+
+/// What differs between IPv4 and IPv6 in a packet.
+pub trait Family {
+    /// EtherType.
+    const ETHERTYPE: [u8; 2];
+    /// Bytes of the header without options and extensions.
+    const HEADER_BYTES: usize;
+    /// Protocol number of the family's ICMP.
+    const ICMP: u8;
+    /// ICMP type and code "port unreachable".
+    const PORT_UNREACHABLE: [u8; 2];
+    /// Whether the ICMP checksum covers the addresses.
+    const ICMP_COVERS_ADDRESSES: bool;
+    /// A header without options and extensions.
+    type Header: Copy;
+    /// What an ICMP error quotes of a packet: such a header and 8 bytes.
+    type Quote: Copy;
+
+    /// Reads the header at `at`, down to the transport's. `None` for what the programs leave alone: another
+    /// version, a damaged header, extensions that change what the destination is.
+    fn header<B: Bytes + ?Sized>(bytes: &B, at: usize) -> Option<Packet>;
+    /// Whether ICMP messages of this type are errors that quote a packet.
+    fn is_error(icmp_type: u8) -> bool;
+    /// The header of an answer to a packet.
+    fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> Self::Header;
+    /// Sum of the words of a quote.
+    fn sum_quote(quote: &Self::Quote) -> u32;
+}
+
+/// Which part of a packet a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Part {
+    /// All of it.
+    Whole = 0,
+    /// The first fragment, which has the ports.
+    First,
+    /// A later fragment, which has none.
+    Later,
+}
+
+/// A packet as parsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Its flow; ports are 0 where it has none.
+    pub key: FlowKey,
+    /// Bytes from the IP header to the transport's: options and extensions included.
+    pub header_bytes: u32,
+    /// Bytes from the IP header to the packet's end.
+    pub total_bytes: u32,
+    /// Identification, if it is a fragment.
+    pub fragment: FragmentId,
+    /// TCP's flags; 0 for all else.
+    pub flags: u8,
+    /// Fragment or not.
+    pub part: Part,
+}
+
+/// What tells fragmented packets between two addresses apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentId {
+    /// Identification.
+    pub id: u32,
+    /// Protocol for IPv4, 0 for IPv6.
+    pub protocol: u8,
+}
+
+impl Packet {
+    /// A packet without ports.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) const fn between(source: Address, destination: Address) -> Self {
+        let none = Port::new(0);
+        let key = FlowKey {
+            source,
+            destination,
+            source_port: none,
+            destination_port: none,
+            protocol: 0,
+            pad: [0; 3],
+        };
+        let fragment = FragmentId { id: 0, protocol: 0 };
+        Self { key, header_bytes: 0, total_bytes: 0, fragment, flags: 0, part: Part::Whole }
+    }
+
+    /// Where the transport begins in a frame.
+    #[inline(always)]
+    #[must_use]
+    pub const fn transport(&self) -> usize {
+        ETHERNET_BYTES + self.header_bytes as usize
+    }
+
+    /// What its fragments share.
+    #[inline(always)]
+    #[must_use]
+    pub const fn fragment_key(&self) -> FragmentKey {
+        FragmentKey {
+            source: self.key.source,
+            destination: self.key.destination,
+            id: self.fragment.id,
+            protocol: self.fragment.protocol,
+            pad: [0; 3],
+        }
+    }
+
+    /// What a first fragment tells those behind it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn fragment_value(&self) -> FragmentValue {
+        FragmentValue {
+            source_port: self.key.source_port,
+            destination_port: self.key.destination_port,
+            protocol: self.key.protocol,
+            pad: [0; 3],
+        }
+    }
+
+    /// Takes from the first fragment what a later one lacks.
+    #[inline(always)]
+    pub const fn complete(&mut self, first: &FragmentValue) {
+        self.key.source_port = first.source_port;
+        self.key.destination_port = first.destination_port;
+        self.key.protocol = first.protocol;
+    }
+}
+
+/// Reads a frame. `None` for what the programs leave alone: another family, a protocol other than TCP and UDP (ICMP
+/// errors excepted), a frame that ends before the ports do. A later fragment has no ports yet.
 #[inline(always)]
-#[must_use]
-pub fn ipv4(header: &[u8; IPV4_BYTES]) -> Option<Ipv4> {
-    let header_bytes = (header[0] & 0x0f) * 4;
-    let protocol = header[9];
-    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
-    if header[0] >> 4 != 4 || header_bytes < 20 || fragment != 0 || (protocol != TCP && protocol != UDP) {
+pub fn parse<F: Family, B: Bytes + ?Sized>(bytes: &B) -> Option<Packet> {
+    let mut packet = F::header(bytes, ETHERNET_BYTES)?;
+    if packet.part == Part::Later {
+        return Some(packet);
+    }
+    if packet.key.protocol == F::ICMP {
+        let [icmp_type] = bytes.read(packet.transport())?;
+        return (packet.part == Part::Whole && F::is_error(icmp_type)).then_some(packet);
+    }
+    read_ports(bytes, &mut packet, ETHERNET_BYTES)?;
+    if packet.key.protocol == TCP {
+        [packet.flags] = bytes.read(packet.transport() + 13)?;
+    }
+    Some(packet)
+}
+
+/// Reads the packet that an ICMP error quotes. `None` if it is none of TCP and UDP, or quoted too short.
+#[inline(always)]
+pub fn parse_quote<F: Family, B: Bytes + ?Sized>(bytes: &B, error: &Packet) -> Option<Packet> {
+    let at = error.transport() + ICMP_BYTES;
+    let mut quoted = F::header(bytes, at)?;
+    if quoted.part == Part::Later {
         return None;
     }
-    Some(Ipv4 {
-        source: [header[12], header[13], header[14], header[15]],
-        destination: [header[16], header[17], header[18], header[19]],
-        protocol,
-        header_bytes,
-        total_bytes: u16::from_be_bytes([header[2], header[3]]),
-    })
+    read_ports(bytes, &mut quoted, at)?;
+    Some(quoted)
 }
 
-/// The key of a packet's flow. `ports` are the first four bytes behind the IPv4 header.
 #[inline(always)]
-#[must_use]
-pub const fn flow_key(ip: &Ipv4, ports: [u8; 4]) -> FlowKey {
-    FlowKey {
-        source: Address::v4(ip.source),
-        destination: Address::v4(ip.destination),
-        source_port: Port([ports[0], ports[1]]),
-        destination_port: Port([ports[2], ports[3]]),
-        protocol: ip.protocol,
-        pad: [0; 3],
+fn read_ports<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet, at: usize) -> Option<()> {
+    if packet.key.protocol != TCP && packet.key.protocol != UDP {
+        return None;
     }
+    let ports: [u8; 4] = bytes.read(at + packet.header_bytes as usize)?;
+    packet.key.source_port = Port([ports[0], ports[1]]);
+    packet.key.destination_port = Port([ports[2], ports[3]]);
+    Some(())
 }
 
 /// Sum of 16-bit words, not yet folded (RFC 1071).
@@ -87,6 +218,14 @@ pub fn sum<const N: usize>(bytes: &[u8; N]) -> u32 {
         total += u32::from(bytes[N - 1]) << 8;
     }
     total
+}
+
+/// Sum of the pseudo-header, not yet folded. It is one for both families: what a mapped address has before the IPv4
+/// address sums up to 0xffff, which is zero in one's complement.
+#[inline(always)]
+#[must_use]
+pub fn sum_pseudo(source: &Address, destination: &Address, protocol: u8, bytes: u16) -> u32 {
+    sum(&source.0) + sum(&destination.0) + protocol as u32 + bytes as u32
 }
 
 /// The checksum of a sum: folded and inverted.
@@ -106,70 +245,4 @@ fn write<const N: usize>(to: &mut [u8], at: usize, bytes: [u8; N]) {
         to[at + i] = bytes[i];
         i += 1;
     }
-}
-
-#[inline(always)]
-fn ipv4_header(source: [u8; 4], destination: [u8; 4], protocol: u8, total_bytes: u16) -> [u8; IPV4_BYTES] {
-    let mut header = [0_u8; IPV4_BYTES];
-    header[0] = 0x45;
-    write(&mut header, 2, total_bytes.to_be_bytes());
-    header[6] = 0x40;
-    header[8] = 64;
-    header[9] = protocol;
-    write(&mut header, 12, source);
-    write(&mut header, 16, destination);
-    let checksum = fold(sum(&header));
-    write(&mut header, 10, checksum);
-    header
-}
-
-/// A TCP reset that refuses a packet, from IPv4 header to end, as RFC 9293 §3.10.7.1 wants it: with ACK, its
-/// sequence number is that acknowledgement; without, it acknowledges all the segment occupies.
-#[inline(always)]
-#[must_use]
-pub fn tcp_reset(ip: &Ipv4, tcp: &[u8; TCP_BYTES]) -> [u8; IPV4_BYTES + TCP_BYTES] {
-    let mut out = [0_u8; IPV4_BYTES + TCP_BYTES];
-    write(&mut out, 0, ipv4_header(ip.destination, ip.source, TCP, 40));
-    write(&mut out, 20, [tcp[2], tcp[3], tcp[0], tcp[1]]);
-    let flags = tcp[13];
-    if flags & ACK != 0 {
-        write(&mut out, 24, [tcp[8], tcp[9], tcp[10], tcp[11]]);
-        out[33] = RST;
-    } else {
-        let occupied = u32::from(ip.total_bytes)
-            .wrapping_sub(u32::from(ip.header_bytes))
-            .wrapping_sub(u32::from(tcp[12] >> 4) * 4)
-            .wrapping_add(u32::from(flags & SYN != 0))
-            .wrapping_add(u32::from(flags & FIN != 0));
-        let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-        write(&mut out, 28, sequence.wrapping_add(occupied).to_be_bytes());
-        out[33] = RST | ACK;
-    }
-    out[32] = 0x50;
-    let mut segment = [0_u8; TCP_BYTES + 12];
-    write(&mut segment, 0, ip.destination);
-    write(&mut segment, 4, ip.source);
-    segment[9] = TCP;
-    segment[11] = 20;
-    let mut i = 0;
-    while i < TCP_BYTES {
-        segment[12 + i] = out[20 + i];
-        i += 1;
-    }
-    let checksum = fold(sum(&segment));
-    write(&mut out, 36, checksum);
-    out
-}
-
-/// ICMP "port unreachable" for a packet, from IPv4 header to the end of its own header; `quote` follows it.
-#[inline(always)]
-#[must_use]
-pub fn port_unreachable(ip: &Ipv4, quote: &[u8; ICMP_QUOTE_BYTES]) -> [u8; IPV4_BYTES + ICMP_BYTES] {
-    let mut out = [0_u8; IPV4_BYTES + ICMP_BYTES];
-    write(&mut out, 0, ipv4_header(ip.destination, ip.source, 1, 56));
-    out[20] = 3;
-    out[21] = 3;
-    let checksum = fold(0x0303 + sum(quote));
-    write(&mut out, 22, checksum);
-    out
 }

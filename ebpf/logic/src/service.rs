@@ -1,10 +1,11 @@
 //! Which Service an address is, and which backend serves it.
 
-use crate::Tables;
 use weft_ebpf_abi::{
-    Address, AffinityKey, AffinityValue, BACKEND_ACTIVE, BackendKey, Port, SCOPE_INTERNAL, ServiceKey,
-    ServiceValue, SlotKey, UDP,
+    Address, AffinityKey, AffinityValue, BACKEND_ACTIVE, BackendKey, Port, SCOPE_INTERNAL,
+    SERVICE_CHECK_SOURCE, SERVICE_HASHED, ServiceKey, ServiceValue, SlotKey, UDP,
 };
+
+use crate::{Tables, hash};
 
 /// How long an unconnected UDP socket stays with a backend it does not hear about being gone: as long as
 /// netfilter keeps an answered UDP flow (`nf_conntrack_udp_timeout_stream`).
@@ -44,7 +45,7 @@ pub fn find<T: Tables>(tables: &T, to: &Destination) -> Found {
         return Found::Service(value);
     }
     if (to.loopback_is_node && to.address.is_v4_loopback()) || tables.is_node_address(&to.address) {
-        key.address = Address::ANY;
+        key.address = to.address.any_of_family();
         return match tables.service(&key) {
             Some(value) => Found::Service(value),
             None => Found::Nothing,
@@ -57,11 +58,19 @@ pub fn find<T: Tables>(tables: &T, to: &Destination) -> Found {
     Found::Nothing
 }
 
-/// Who asks, for affinity.
+/// Whether a client may use the Service (loadBalancerSourceRanges).
+#[inline(always)]
+pub fn allows<T: Tables>(tables: &T, service: &ServiceValue, source: &Address) -> bool {
+    service.flags & SERVICE_CHECK_SOURCE == 0 || tables.source_allowed(service.list, source)
+}
+
+/// Who asks, for affinity and hashed choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client {
     /// The client itself: its address, or the namespace of its socket.
     pub client: Address,
+    /// The port of its packets; a socket that connects has none yet.
+    pub port: Option<Port>,
     /// Its unconnected UDP socket, whose datagrams should stay together.
     pub datagram_socket: Option<Address>,
 }
@@ -75,7 +84,7 @@ pub fn select<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) ->
     let (who, seconds) = match client.datagram_socket {
         _ if service.affinity_seconds > 0 => (client.client, service.affinity_seconds),
         Some(socket) => (socket, UDP_STICKY_SECONDS),
-        None => return pick(tables, service),
+        None => return pick(tables, service, client),
     };
     let key = AffinityKey { client: who, list: service.list };
     let now = tables.now_seconds();
@@ -88,16 +97,24 @@ pub fn select<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) ->
         }
         return Some(last.backend);
     }
-    let backend = pick(tables, service)?;
+    let backend = pick(tables, service, client)?;
     tables.remember(&key, &AffinityValue { backend, last_used: now });
     Some(backend)
 }
 
-/// A random backend. The list may shrink between the lookups: the agent lowers the count before it empties
-/// a slot, so a reader that was overtaken tries slot 0 before it gives up.
+/// A random backend, or the one that the client's hash leads to. The list may shrink between the lookups: the agent
+/// lowers the count before it empties a slot, so a reader that was overtaken tries slot 0 before it gives up.
 #[inline(always)]
-fn pick<T: Tables>(tables: &T, service: &ServiceValue) -> Option<BackendKey> {
-    let index = scale(tables.random(), service.count);
+fn pick<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) -> Option<BackendKey> {
+    let number = match client.port {
+        Some(port) if service.flags & SERVICE_HASHED != 0 => {
+            // With affinity all ports of a client lead to one backend, on every node.
+            let port = if service.affinity_seconds > 0 { Port::new(0) } else { port };
+            hash::client(&client.client, port)
+        }
+        Some(_) | None => tables.random(),
+    };
+    let index = scale(number, service.count);
     match tables.slot(&SlotKey { list: service.list, index }) {
         Some(backend) => Some(backend),
         None => tables.slot(&SlotKey { list: service.list, index: 0 }),

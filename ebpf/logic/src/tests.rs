@@ -6,8 +6,10 @@ use std::collections::{HashMap, HashSet};
 use proptest::prelude::*;
 use weft_ebpf_abi::*;
 
-use crate::service::{Client, Destination, Found, find, flow_is_current, scale, select};
-use crate::{Tables, flow, packet};
+use crate::service::{Client, Destination, Found, allows, find, flow_is_current, scale, select};
+use crate::{Tables, flow, hash};
+
+mod packets;
 
 #[derive(Default)]
 struct Memory {
@@ -64,7 +66,7 @@ fn with_backends(count: u8, protocol: u8, affinity_seconds: u32) -> (Memory, Ser
     let value = ServiceValue { list: 1, count: u32::from(count), affinity_seconds, flags: 0 };
     memory.services.insert(key(VIP, 80, protocol, SCOPE_INTERNAL), value);
     memory.services.insert(key(VIP, 0, 0, SCOPE_INTERNAL), ServiceValue { count: 0, ..value });
-    memory.services.insert(key(Address::ANY, 30080, protocol, SCOPE_INTERNAL), value);
+    memory.services.insert(key(Address::ANY_V4, 30080, protocol, SCOPE_INTERNAL), value);
     for i in 0..count {
         memory.slots.insert(SlotKey { list: 1, index: u32::from(i) }, backend(i, protocol));
         let known = BackendValue { generation: u32::from(i) + 1, flags: BACKEND_ACTIVE, owner: 0 };
@@ -114,7 +116,7 @@ fn destinations() {
     }
 }
 
-const CLIENT: Client = Client { client: Address::from_id(1), datagram_socket: None };
+const CLIENT: Client = Client { client: Address::from_id(1), port: None, datagram_socket: None };
 
 #[test]
 fn every_backend_is_picked_and_evenly() {
@@ -168,7 +170,8 @@ fn affinity_lasts_its_seconds_and_no_longer_than_the_backend() {
 #[test]
 fn datagrams_of_a_socket_stay_together() {
     let (memory, value) = with_backends(50, UDP, 0);
-    let client = |n| Client { client: Address::from_id(1), datagram_socket: Some(Address::from_id(n)) };
+    let client =
+        |n| Client { client: Address::from_id(1), port: None, datagram_socket: Some(Address::from_id(n)) };
     let first = select(&memory, &value, &client(5));
     assert!((0..100).all(|_| select(&memory, &value, &client(5)) == first));
     let others: HashSet<_> = (10..40).map(|n| select(&memory, &value, &client(n))).collect();
@@ -190,62 +193,10 @@ fn generations() {
     assert!(!flow_is_current(&memory, &backend(0, UDP), 1), "UDP leaves a draining backend");
 }
 
-/// The checksum as RFC 1071 words it, for comparison.
-fn reference_checksum(bytes: &[u8]) -> u16 {
-    let mut total: u64 =
-        bytes.chunks(2).map(|c| u64::from(u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]))).sum();
-    while total >> 16 != 0 {
-        total = (total & 0xffff) + (total >> 16);
-    }
-    !u16::try_from(total).unwrap()
-}
-
-fn pseudo(packet: &[u8]) -> Vec<u8> {
-    let mut all = packet[12..20].to_vec();
-    all.extend([0, packet[9]]);
-    all.extend(u16::try_from(packet.len() - 20).unwrap().to_be_bytes());
-    all.extend(&packet[20..]);
-    all
-}
-
 proptest! {
     #[test]
     fn scaling_stays_in_range(random: u32, count in 1_u32..) {
         prop_assert!(scale(random, count) < count);
-    }
-
-    #[test]
-    fn checksums(bytes: [u8; 33]) {
-        prop_assert_eq!(packet::fold(packet::sum(&bytes)), reference_checksum(&bytes).to_be_bytes());
-    }
-
-    #[test]
-    fn parsing_never_panics_and_reads_ports(header: [u8; 20], ports: [u8; 4]) {
-        if let Some(ip) = packet::ipv4(&header) {
-            let key = packet::flow_key(&ip, ports);
-            prop_assert_eq!(key.source_port.0, [ports[0], ports[1]]);
-            prop_assert!(ip.header_bytes >= 20 && (ip.protocol == TCP || ip.protocol == UDP));
-        }
-    }
-
-    #[test]
-    fn resets_are_valid(source: [u8; 4], destination: [u8; 4], tcp: [u8; 20], total in 40_u16..) {
-        let ip = packet::Ipv4 { source, destination, protocol: TCP, header_bytes: 20, total_bytes: total };
-        let out = packet::tcp_reset(&ip, &tcp);
-        prop_assert_eq!(reference_checksum(&out[..20]), 0);
-        prop_assert_eq!(reference_checksum(&pseudo(&out)), 0);
-        prop_assert_eq!(&out[12..16], &destination);
-        prop_assert_eq!([out[20], out[21], out[22], out[23]], [tcp[2], tcp[3], tcp[0], tcp[1]]);
-        prop_assert!(out[33] & packet::RST != 0);
-    }
-
-    #[test]
-    fn unreachables_are_valid(source: [u8; 4], destination: [u8; 4], quote: [u8; 28]) {
-        let ip = packet::Ipv4 { source, destination, protocol: UDP, header_bytes: 20, total_bytes: 100 };
-        let out = packet::port_unreachable(&ip, &quote);
-        prop_assert_eq!(reference_checksum(&out[..20]), 0);
-        let message: Vec<u8> = out[20..].iter().chain(&quote).copied().collect();
-        prop_assert_eq!(reference_checksum(&message), 0);
     }
 
     #[test]
@@ -261,6 +212,7 @@ proptest! {
         prop_assert_eq!(flow::backend(&forward, TCP), to);
         let answer = flow::reply_key(&forward, TCP);
         prop_assert_eq!((answer.source, answer.source_port), (to.address, to.port));
+        prop_assert_eq!(flow::reversed(&flow::reversed(&key)), key);
     }
 
     #[test]
@@ -269,6 +221,75 @@ proptest! {
         prop_assert_eq!(ports.len(), flow::NAT_PORT_TRIES as usize);
         prop_assert!(ports.iter().all(|p| *p >= NAT_PORT_FIRST));
     }
+}
+
+#[test]
+fn the_hash_is_murmur3() {
+    // A published vector, which every node and every version must agree with.
+    assert_eq!(hash::words(&[u32::from_le_bytes(*b"test")]), 0xba6b_d213);
+}
+
+fn hashed(count: u8, affinity_seconds: u32) -> (Memory, ServiceValue) {
+    let (memory, value) = with_backends(count, TCP, affinity_seconds);
+    (memory, ServiceValue { flags: SERVICE_HASHED, ..value })
+}
+
+fn from(address: [u8; 4], port: u16) -> Client {
+    Client { client: Address::v4(address), port: Some(Port::new(port)), datagram_socket: None }
+}
+
+#[test]
+fn hashed_choice_is_the_same_everywhere_and_even() {
+    let (here, value) = hashed(50, 0);
+    let (there, elsewhere) = hashed(50, 0);
+    there.random.set(99);
+    let elsewhere = ServiceValue { list: 1, ..elsewhere };
+    let (mut by_port, mut by_address) = (HashMap::new(), HashMap::new());
+    for n in 0..10_000_u16 {
+        let [high, low] = n.to_be_bytes();
+        for (client, hits) in [
+            (from([192, 168, 0, 7], 32_768 + n), &mut by_port),
+            (from([172, 16, high, low], 40_000), &mut by_address),
+        ] {
+            let chosen = select(&here, &value, &client).unwrap();
+            assert_eq!(select(&there, &elsewhere, &client), Some(chosen));
+            *hits.entry(chosen).or_insert(0_u32) += 1;
+        }
+    }
+    for hits in [by_port, by_address] {
+        assert_eq!(hits.len(), 50);
+        // 200 expected, standard deviation 14.
+        assert!(hits.values().all(|&n| (130..=270).contains(&n)), "{hits:?}");
+    }
+}
+
+#[test]
+fn hashed_choice_with_affinity_looks_at_the_address_only() {
+    let (here, value) = hashed(50, 600);
+    let (there, _) = hashed(50, 600);
+    let first = select(&here, &value, &from([192, 168, 0, 7], 1)).unwrap();
+    assert_eq!(select(&there, &value, &from([192, 168, 0, 7], 2)), Some(first), "another node, another port");
+    let others: HashSet<_> = (0..50).map(|n| select(&here, &value, &from([192, 168, 1, n], 1))).collect();
+    assert!(others.len() > 20);
+}
+
+#[test]
+fn sockets_of_a_hashed_list_choose_at_random() {
+    let (memory, value) = hashed(50, 0);
+    let hits: HashSet<_> = (0..1_000).map(|_| select(&memory, &value, &CLIENT)).collect();
+    assert_eq!(hits.len(), 50);
+}
+
+#[test]
+fn source_ranges() {
+    let (mut memory, value) = with_backends(1, TCP, 0);
+    let (inside, outside) = (Address::v4([10, 0, 0, 1]), Address::v4([10, 0, 0, 2]));
+    memory.sources.insert((value.list, inside));
+    let checked = ServiceValue { flags: SERVICE_CHECK_SOURCE, ..value };
+    let other = ServiceValue { list: 2, ..checked };
+    assert!(allows(&memory, &value, &outside), "it checks nobody");
+    assert!(allows(&memory, &checked, &inside) && !allows(&memory, &checked, &outside));
+    assert!(!allows(&memory, &other, &inside), "another list's range");
 }
 
 #[test]

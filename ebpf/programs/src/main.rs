@@ -3,8 +3,10 @@
 #![no_main]
 
 mod events;
+mod family;
 mod maps;
 mod reject;
+mod rewrite;
 mod sock;
 mod tc;
 

@@ -6,6 +6,7 @@ use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::packet::Packet;
 
 /// BPF_F_NO_PREALLOC: memory follows the number of Services, not the bound.
 const NO_PREALLOC: u32 = 1;
@@ -30,6 +31,27 @@ static AFFINITY: LruHashMap<AffinityKey, AffinityValue> = LruHashMap::pinned(siz
 static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(DropReason::COUNT, 0);
 #[map(name = "weft_src_2")]
 static SOURCES: LpmTrie<SourceData, u32> = LpmTrie::pinned(sizes::SOURCES, NO_PREALLOC);
+#[map(name = "weft_frag_2")]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(sizes::FRAGMENTS, 0);
+/// Not pinned: nothing in it outlives a packet.
+#[map]
+static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
+
+/// What a packet program works on. It lies in a map because the stack of 512 bytes has to hold keys and the kernel's parameters.
+#[derive(Clone, Copy)]
+pub struct Work {
+    /// The packet as parsed.
+    pub packet: Packet,
+    /// What it becomes.
+    pub entry: FlowValue,
+}
+
+/// This CPU's. A packet program is not interrupted by another one: both run with softirqs off.
+#[inline(always)]
+pub fn work() -> Option<&'static mut Work> {
+    // SAFETY: zeros are a valid value, and no other reference is alive on this CPU.
+    WORK.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+}
 
 /// The node's configuration; `None` until the agent has written it.
 #[inline(always)]

@@ -1,25 +1,29 @@
 //! Refusals: the packet itself is turned into the answer and sent back where it came from.
 
-use aya_ebpf::bindings::{BPF_F_ADJ_ROOM_NO_CSUM_RESET, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
+use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::{
-    ETHERNET_BYTES, ICMP_BYTES, ICMP_QUOTE_BYTES, IPV4_BYTES, RST, TCP_BYTES, port_unreachable, tcp_reset,
-};
+use weft_ebpf_logic::packet::answer::{icmp_bytes, port_unreachable, tcp_reset};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, Packet, Part, RST, TCP_BYTES};
 
 use crate::events;
+use crate::family::Family;
 use crate::maps::count;
-use crate::tc::{Packet, raw};
+use crate::tc::raw;
 
 const DROP: i32 = TC_ACT_SHOT as i32;
 
 /// Counts the reason and answers with a TCP reset, or ICMP "port unreachable" for UDP.
-#[inline(always)]
-pub fn reject(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
+#[inline(never)]
+pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
     count(reason);
     events::dropped(&packet.key, reason);
-    let answered = if packet.key.protocol == TCP { reset(ctx, packet) } else { unreachable(ctx, packet) };
+    let answered = match packet.key.protocol {
+        _ if packet.part == Part::Later => None,
+        TCP => reset::<F>(ctx, packet),
+        _ => unreachable::<F>(ctx, packet),
+    };
     match answered {
         // SAFETY: a helper with numbers: out of the device that it came in by.
         Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, 0) as i32 },
@@ -35,37 +39,39 @@ fn turn_ethernet(ctx: &TcContext) -> Option<()> {
     ctx.store(0, &new, 0).ok()
 }
 
+/// Sets the frame's length to that of a header and `bytes` behind it.
 #[inline(always)]
-fn change_tail(ctx: &TcContext, bytes: usize) -> Option<()> {
+fn resize<F: Family>(ctx: &TcContext, bytes: usize) -> Option<()> {
+    let length = ETHERNET_BYTES + F::HEADER_BYTES + bytes;
     // SAFETY: the context is valid.
-    (unsafe { bpf_skb_change_tail(raw(ctx), bytes as u32, 0) } == 0).then_some(())
+    (unsafe { bpf_skb_change_tail(raw(ctx), length as u32, 0) } == 0).then_some(())
 }
 
 #[inline(always)]
-fn reset(ctx: &TcContext, packet: &Packet) -> Option<()> {
+fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     // A reset is never answered (RFC 9293 §3.10.7.1).
     if packet.flags & RST != 0 {
         return None;
     }
     let tcp: [u8; TCP_BYTES] = ctx.load(packet.transport()).ok()?;
-    let answer = tcp_reset(&packet.ip, &tcp);
-    change_tail(ctx, ETHERNET_BYTES + IPV4_BYTES + TCP_BYTES)?;
+    let answer = tcp_reset(packet, &tcp);
+    resize::<F>(ctx, TCP_BYTES)?;
     turn_ethernet(ctx)?;
-    ctx.store(ETHERNET_BYTES, &answer, 0).ok()
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES as u16), 0).ok()?;
+    ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
 }
 
 #[inline(always)]
-fn unreachable(ctx: &TcContext, packet: &Packet) -> Option<()> {
-    // The quote is taken as it stands only without IP options, which UDP to Services never has.
-    if packet.ip.header_bytes as usize != IPV4_BYTES {
+fn unreachable<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
+    // The quote is taken as it stands only without options and extensions, which UDP to Services hardly ever has.
+    if packet.header_bytes as usize != F::HEADER_BYTES {
         return None;
     }
-    let quote: [u8; ICMP_QUOTE_BYTES] = ctx.load(ETHERNET_BYTES).ok()?;
-    let answer = port_unreachable(&packet.ip, &quote);
-    let room = (IPV4_BYTES + ICMP_BYTES) as i32;
-    ctx.adjust_room(room, BPF_ADJ_ROOM_MAC, u64::from(BPF_F_ADJ_ROOM_NO_CSUM_RESET)).ok()?;
-    change_tail(ctx, ETHERNET_BYTES + IPV4_BYTES + ICMP_BYTES + ICMP_QUOTE_BYTES)?;
+    let quote: F::Quote = ctx.load(ETHERNET_BYTES).ok()?;
+    let answer = port_unreachable::<F>(packet, &quote);
+    resize::<F>(ctx, icmp_bytes::<F>() as usize)?;
     turn_ethernet(ctx)?;
-    ctx.store(ETHERNET_BYTES, &answer, 0).ok()?;
-    ctx.store(ETHERNET_BYTES + IPV4_BYTES + ICMP_BYTES, &quote, 0).ok()
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, F::ICMP, icmp_bytes::<F>()), 0).ok()?;
+    ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()?;
+    ctx.store(ETHERNET_BYTES + F::HEADER_BYTES + ICMP_BYTES, &quote, 0).ok()
 }

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use weft_ebpf_abi::*;
-use weft_ebpf_logic::service::{Client, Destination, Found, find, select};
+use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, select};
 
 use crate::events;
 use crate::maps::{Kernel, SOCKETS, config, count};
@@ -147,14 +147,28 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
         Found::UnknownPort => return refuse(&to, DropReason::SocketUnknownPort),
         Found::Service(service) => service,
     };
+    if service.flags & SERVICE_CHECK_SOURCE != 0 {
+        // A pod's socket has no address yet: its packets will, and the edge asks them.
+        if !loopback_is_node {
+            return ALLOW;
+        }
+        // As for kube-proxy: a node that is in a range may use the address as if it came from that address itself.
+        if !allows(&Kernel, &service, &address) {
+            count(DropReason::SourceNotAllowed);
+            events::socket_refused(&address, port, protocol, DropReason::SourceNotAllowed);
+            return DENY;
+        }
+    }
     // SAFETY: the context is valid.
     let (cookie, netns) = unsafe { (bpf_get_socket_cookie(ctx.cast()), bpf_get_netns_cookie(ctx.cast())) };
     let client = Client {
         client: Address::from_id(netns),
+        port: None,
         datagram_socket: if datagram { Some(Address::from_id(cookie)) } else { None },
     };
     let Some(backend) = select(&Kernel, &service, &client) else {
-        return refuse(&to, DropReason::SocketNoEndpoints);
+        let local = service.flags & SERVICE_DROP_EMPTY != 0;
+        return refuse(&to, if local { DropReason::NoLocalEndpoints } else { DropReason::SocketNoEndpoints });
     };
     if !F::reaches(&backend.address) {
         return refuse(&to, DropReason::SocketNoEndpoints);

@@ -1,8 +1,8 @@
 //! Node edge: packets to Services that no socket hook saw, and the answers to them.
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC,
-    BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT,
+    bpf_fib_lookup as FibLookup,
 };
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
@@ -10,82 +10,143 @@ use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
-use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, ETHERTYPE_IPV4, FIN, IPV4_BYTES, Ipv4, RST, SYN};
-use weft_ebpf_logic::service::{Client, Destination, Found, find, flow_is_current, select};
+use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
+use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
 use crate::events;
-use crate::maps::{FLOWS, Kernel, config, count};
+use crate::family::{Family, Frame};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
 use crate::reject::reject;
+use crate::rewrite::{rewrite, rewrite_error};
 
 const PASS: i32 = TC_ACT_OK as i32;
 const DROP: i32 = TC_ACT_SHOT as i32;
-const AF_INET: u8 = 2;
-
-/// A packet as parsed.
-pub struct Packet {
-    /// Its IPv4 header.
-    pub ip: Ipv4,
-    /// Its flow.
-    pub key: FlowKey,
-    /// TCP's flags; 0 for UDP.
-    pub flags: u8,
-}
-
-impl Packet {
-    /// Where TCP or UDP begins.
-    #[inline(always)]
-    pub fn transport(&self) -> usize {
-        ETHERNET_BYTES + self.ip.header_bytes as usize
-    }
-}
-
-#[inline(always)]
-fn parse(ctx: &TcContext) -> Option<Packet> {
-    let ethertype: [u8; 2] = ctx.load(12).ok()?;
-    if ethertype != ETHERTYPE_IPV4 {
-        return None;
-    }
-    let header: [u8; IPV4_BYTES] = ctx.load(ETHERNET_BYTES).ok()?;
-    let ip = packet::ipv4(&header)?;
-    let at = ETHERNET_BYTES + ip.header_bytes as usize;
-    let ports: [u8; 4] = ctx.load(at).ok()?;
-    let flags = if ip.protocol == TCP { ctx.load(at + 13).ok()? } else { 0 };
-    Some(Packet { key: packet::flow_key(&ip, ports), ip, flags })
-}
 
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
-    let Some(packet) = parse(&ctx) else { return PASS };
-    // SAFETY: copied at once.
-    if let Some(entry) = unsafe { FLOWS.get(packet.key).copied() } {
-        match established(&packet, &entry) {
-            Known::Goes => return send(&ctx, &packet, &entry),
-            Known::Gone => {
-                forget(&packet.key, &entry);
-                return reject(&ctx, &packet, DropReason::BackendGone);
-            }
-            Known::Anew => forget(&packet.key, &entry),
-        }
+    match ctx.load(12) {
+        Ok(V4::ETHERTYPE) => ingress::<V4>(&ctx),
+        Ok(V6::ETHERTYPE) => ingress::<V6>(&ctx),
+        _ => PASS,
     }
-    begin(&ctx, &packet)
 }
 
 /// Packets that the node's own processes send: answers of a backend that is the node itself.
 #[classifier]
 pub fn weft_egress(ctx: TcContext) -> i32 {
-    let Some(packet) = parse(&ctx) else { return PASS };
-    // SAFETY: copied at once.
-    match unsafe { FLOWS.get(packet.key).copied() } {
-        Some(entry) if entry.flags & FLOW_REPLY != 0 => {
-            touch(&packet, &entry);
-            if rewrite(&ctx, &packet, &entry).is_none() {
-                count(DropReason::RewriteFailed);
-                return DROP;
-            }
-            PASS
-        }
+    match ctx.load(12) {
+        Ok(V4::ETHERTYPE) => egress::<V4>(&ctx),
+        Ok(V6::ETHERTYPE) => egress::<V6>(&ctx),
         _ => PASS,
+    }
+}
+
+/// What becomes of a packet.
+enum Outcome {
+    /// It is nobody's.
+    Pass,
+    /// It becomes what the entry says.
+    Goes,
+    /// It is answered with a refusal.
+    Refused(DropReason),
+    /// It is dropped.
+    Dropped(DropReason),
+}
+
+#[inline(always)]
+fn ingress<F: Family>(ctx: &TcContext) -> i32 {
+    let Some(Work { packet, entry }) = work() else { return PASS };
+    if read::<F>(ctx, packet).is_none() {
+        return PASS;
+    }
+    if packet.key.protocol == F::ICMP {
+        return error::<F>(ctx, packet, entry, true);
+    }
+    match judge::<F>(ctx, packet, entry) {
+        Outcome::Pass => PASS,
+        Outcome::Goes => match translate::<F>(ctx, packet, entry) {
+            Ok(()) => leave(entry.ifindex),
+            Err(reason) => dropped(reason),
+        },
+        Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
+        Outcome::Dropped(reason) => {
+            events::dropped(&packet.key, reason);
+            dropped(reason)
+        }
+    }
+}
+
+#[inline(always)]
+fn egress<F: Family>(ctx: &TcContext) -> i32 {
+    let Some(Work { packet, entry }) = work() else { return PASS };
+    if read::<F>(ctx, packet).is_none() {
+        return PASS;
+    }
+    if packet.key.protocol == F::ICMP {
+        return error::<F>(ctx, packet, entry, false);
+    }
+    if known(&packet.key, entry).is_none() || entry.flags & FLOW_REPLY == 0 {
+        return PASS;
+    }
+    touch(packet, entry);
+    translate::<F>(ctx, packet, entry).map_or_else(dropped, |()| PASS)
+}
+
+#[inline(always)]
+fn dropped(reason: DropReason) -> i32 {
+    count(reason);
+    DROP
+}
+
+/// Parses a frame. A later fragment gets the ports that the first one had.
+#[inline(never)]
+fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    *packet = packet::parse::<F, _>(&Frame(ctx))?;
+    if packet.part == Part::Later {
+        // SAFETY: copied at once; one reused meanwhile leads to a flow between other addresses, which is not found.
+        let first = unsafe { FRAGMENTS.get(packet.fragment_key()).copied() }?;
+        packet.complete(&first);
+    }
+    Some(())
+}
+
+/// Decides on a packet: by its flow if it is known, else by its destination.
+#[inline(never)]
+fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> Outcome {
+    if known(&packet.key, entry).is_some() {
+        match established(packet, entry) {
+            Known::Goes => return Outcome::Goes,
+            Known::Gone => {
+                forget(&packet.key, entry);
+                return Outcome::Refused(DropReason::BackendGone);
+            }
+            Known::Anew => forget(&packet.key, entry),
+        }
+    }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry) }
+}
+
+/// Copies the entry of a flow.
+#[inline(always)]
+fn known(key: &FlowKey, entry: &mut FlowValue) -> Option<()> {
+    // SAFETY: copied at once.
+    *entry = unsafe { FLOWS.get(key).copied() }?;
+    Some(())
+}
+
+/// An ICMP error about a packet that was translated on this node goes on to the other end of the flow, and quotes what
+/// that end sent. One that the node itself sends goes on by the stack.
+#[inline(never)]
+fn error<F: Family>(ctx: &TcContext, error: &Packet, entry: &mut FlowValue, came_in: bool) -> i32 {
+    let Some(quoted) = packet::parse_quote::<F, _>(&Frame(ctx), error) else { return PASS };
+    if known(&flow::reversed(&quoted.key), entry).is_none() {
+        return PASS;
+    }
+    match rewrite_error::<F>(ctx, error, &quoted, entry) {
+        Some(()) if came_in => leave(entry.ifindex),
+        Some(()) => PASS,
+        None => dropped(DropReason::RewriteFailed),
     }
 }
 
@@ -144,8 +205,8 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin(ctx: &TcContext, packet: &Packet) -> i32 {
-    let Some(config) = config() else { return PASS };
+fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> Outcome {
+    let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
     let internal = ifindex == config.bridge_ifindex || ifindex == config.overlay_ifindex;
     let key = &packet.key;
@@ -157,35 +218,34 @@ fn begin(ctx: &TcContext, packet: &Packet) -> i32 {
         loopback_is_node: false,
     };
     let service = match find(&Kernel, &to) {
-        Found::Nothing => return PASS,
-        Found::UnknownPort => return reject(ctx, packet, DropReason::PacketUnknownPort),
+        Found::Nothing => return Outcome::Pass,
+        Found::UnknownPort => return Outcome::Refused(DropReason::PacketUnknownPort),
         Found::Service(service) => service,
     };
-    if key.protocol == TCP && packet.flags & SYN == 0 {
-        return reject(ctx, packet, DropReason::UnknownFlow);
+    if !allows(&Kernel, &service, &key.source) {
+        return Outcome::Dropped(DropReason::SourceNotAllowed);
     }
-    let client = Client { client: key.source, datagram_socket: None };
-    let Some(backend) = select(&Kernel, &service, &client) else {
-        return reject(ctx, packet, DropReason::PacketNoEndpoints);
+    if key.protocol == TCP && packet.flags & SYN == 0 {
+        return Outcome::Refused(DropReason::UnknownFlow);
+    }
+    let client = Client { client: key.source, port: Some(key.source_port), datagram_socket: None };
+    let chosen = select(&Kernel, &service, &client);
+    let Some((backend, known)) = chosen.and_then(|b| Some((b, Kernel.backend(&b)?))) else {
+        return match service.flags & SERVICE_DROP_EMPTY {
+            0 => Outcome::Refused(DropReason::PacketNoEndpoints),
+            _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
+        };
     };
-    let Some(known) = Kernel.backend(&backend) else {
-        return reject(ctx, packet, DropReason::PacketNoEndpoints);
+    let Some(route) = route::<F>(ctx, packet, &backend, service.flags) else {
+        return Outcome::Dropped(DropReason::NoRoute);
     };
-    let Some(route) = route(ctx, packet, &backend, service.flags) else {
-        count(DropReason::NoRoute);
-        events::dropped(key, DropReason::NoRoute);
-        return DROP;
-    };
-    match record(key, &backend, &route, ifindex, known.generation) {
-        Ok(entry) => {
+    *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
+    match record(key, route.source, ifindex, entry) {
+        Ok(()) => {
             events::packet(key, &backend);
-            send(ctx, packet, &entry)
+            Outcome::Goes
         }
-        Err(reason) => {
-            count(reason);
-            events::dropped(key, reason);
-            DROP
-        }
+        Err(reason) => Outcome::Dropped(reason),
     }
 }
 
@@ -197,16 +257,16 @@ fn ingress_ifindex(ctx: &TcContext) -> u32 {
 
 /// Asks the kernel's routes for the way to a backend and the source address it would use.
 #[inline(always)]
-fn route(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flags: u32) -> Option<Route> {
+fn route<F: Family>(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flags: u32) -> Option<Route> {
     if Kernel.is_node_address(&backend.address) {
         return Some(Route { source: None, ifindex: 0 });
     }
     // SAFETY: all zeros are a valid value.
     let mut fib: FibLookup = unsafe { core::mem::zeroed() };
-    fib.family = AF_INET;
+    fib.family = F::NUMBER;
     fib.l4_protocol = packet.key.protocol;
     fib.ifindex = ingress_ifindex(ctx);
-    fib.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(backend.address.low());
+    F::set_destination(&mut fib, &backend.address);
     // SAFETY: context and parameters are valid for the length given.
     let result = unsafe {
         bpf_fib_lookup(
@@ -219,91 +279,54 @@ fn route(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flags: u32) -> 
     if result != 0 {
         return None;
     }
-    if flags & SERVICE_KEEP_SOURCE != 0 {
-        return Some(Route { source: None, ifindex: fib.ifindex });
-    }
-    // SAFETY: the lookup filled in the IPv4 source.
-    let source = Address::v4(unsafe { fib.__bindgen_anon_3.ipv4_src }.to_ne_bytes());
-    Some(Route { source: Some(source), ifindex: fib.ifindex })
+    let keep = flags & SERVICE_KEEP_SOURCE != 0;
+    Some(Route { source: if keep { None } else { Some(F::source(&fib)) }, ifindex: fib.ifindex })
 }
 
 /// Enters both directions of a new flow, the answers first: no packet may leave whose answer would not be known.
+/// With a `source` other than the client's, looks for a port that is free there.
 #[inline(always)]
 fn record(
     key: &FlowKey,
-    backend: &BackendKey,
-    route: &Route,
+    source: Option<Address>,
     ifindex: u32,
-    generation: u32,
-) -> Result<FlowValue, DropReason> {
-    let now = Kernel.now_seconds();
-    let mut reply = flow::reply(key, ifindex, generation);
-    reply.last_seen = now;
+    entry: &mut FlowValue,
+) -> Result<(), DropReason> {
+    entry.last_seen = Kernel.now_seconds();
+    let mut reply = flow::reply(key, ifindex, entry.generation);
+    reply.last_seen = entry.last_seen;
     let random = Kernel.random();
     for n in 0..NAT_PORT_TRIES {
-        let source = match route.source {
-            Some(address) => (address, flow::nat_port(random, n)),
-            None => (key.source, key.source_port),
-        };
-        let mut forward = flow::forward(backend, source, route.ifindex, generation);
-        forward.last_seen = now;
-        let mode = if route.source.is_some() { BPF_NOEXIST as u64 } else { 0 };
-        if FLOWS.insert(flow::reply_key(&forward, key.protocol), reply, mode).is_ok() {
-            return match FLOWS.insert(key, forward, 0) {
-                Ok(()) => Ok(forward),
-                Err(_) => Err(DropReason::FlowTableFull),
-            };
+        if let Some(address) = source {
+            (entry.source, entry.source_port) = (address, flow::nat_port(random, n));
+        }
+        let mode = if source.is_some() { BPF_NOEXIST as u64 } else { 0 };
+        if FLOWS.insert(flow::reply_key(entry, key.protocol), reply, mode).is_ok() {
+            return FLOWS.insert(key, *entry, 0).map_err(|_| DropReason::FlowTableFull);
         }
     }
     Err(DropReason::NatPortsExhausted)
 }
 
-/// Rewrites a packet and sends it on its way. Routing it in the stack instead would drop it: its
-/// source is now an address of this node ("martian source").
-#[inline(always)]
-fn send(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> i32 {
-    if rewrite(ctx, packet, entry).is_none() {
-        count(DropReason::RewriteFailed);
-        return DROP;
+/// Rewrites a packet. The first fragment tells the others which flow is theirs.
+#[inline(never)]
+fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Result<(), DropReason> {
+    if packet.part == Part::First {
+        let known = FRAGMENTS.insert(packet.fragment_key(), packet.fragment_value(), 0);
+        known.map_err(|_| DropReason::FlowTableFull)?;
     }
-    if entry.ifindex == 0 {
+    rewrite::<F>(ctx, packet, entry).ok_or(DropReason::RewriteFailed)
+}
+
+/// Out of a device; 0 leaves the packet to the stack. Routing it there would drop it: its source is now an address of
+/// this node ("martian source").
+#[inline(always)]
+fn leave(ifindex: u32) -> i32 {
+    if ifindex == 0 {
         return PASS;
     }
     // SAFETY: no parameters are given; the kernel looks the neighbour up by the packet's destination.
-    unsafe { bpf_redirect_neigh(entry.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
-}
-
-#[inline(always)]
-fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
-    let key = &packet.key;
-    let transport = packet.transport();
-    let udp = key.protocol == UDP;
-    let checksum = transport + if udp { 6 } else { 16 };
-    // A UDP checksum of 0 means "none", and stays none.
-    let mangled = if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-    let pairs = [(key.source.low(), entry.source.low()), (key.destination.low(), entry.destination.low())];
-    for (old, new) in pairs {
-        if old != new {
-            let (from, to) = (u64::from(u32::from_ne_bytes(old)), u64::from(u32::from_ne_bytes(new)));
-            ctx.l4_csum_replace(checksum, from, to, u64::from(BPF_F_PSEUDO_HDR) | mangled | 4).ok()?;
-            ctx.l3_csum_replace(ETHERNET_BYTES + 10, from, to, 4).ok()?;
-        }
-    }
-    let old =
-        [key.source_port.0[0], key.source_port.0[1], key.destination_port.0[0], key.destination_port.0[1]];
-    let new = [
-        entry.source_port.0[0],
-        entry.source_port.0[1],
-        entry.destination_port.0[0],
-        entry.destination_port.0[1],
-    ];
-    if old != new {
-        let (from, to) = (u64::from(u32::from_ne_bytes(old)), u64::from(u32::from_ne_bytes(new)));
-        ctx.l4_csum_replace(checksum, from, to, mangled | 4).ok()?;
-        ctx.store(transport, &new, 0).ok()?;
-    }
-    let (s, d) = (entry.source.low(), entry.destination.low());
-    ctx.store(ETHERNET_BYTES + 12, &[s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]], 0).ok()
+    unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// The raw context, for helpers that aya does not wrap.

@@ -1,11 +1,13 @@
 //! What the end-to-end tests share: a cluster with the sample images, and manifests.
 
 pub mod traffic;
+pub mod writes;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::unistd::Pid;
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::{require, wait_until};
 
@@ -104,4 +106,22 @@ pub fn eventually(cluster: &Cluster, args: &[&str], accept: impl Fn(&str) -> boo
         Ok(accept(&last).then(|| last.clone()))
     });
     waited.with_context(|| format!("the last answer was:\n{last}"))
+}
+
+/// The agent of a node, found by its command line.
+///
+/// # Errors
+/// If none runs.
+pub fn agent_of(cluster: &Cluster, node: &str) -> anyhow::Result<Pid> {
+    let data = cluster.data_dir().to_string_lossy().into_owned();
+    for entry in std::fs::read_dir("/proc")? {
+        let path = entry?.path();
+        let command = std::fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+        let words: Vec<&str> = command.split('\0').collect();
+        if words.contains(&data.as_str()) && words.contains(&"agent") && words.contains(&node) {
+            let pid = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
+            return pid.map(Pid::from_raw).context("a process' folder is named by a number");
+        }
+    }
+    anyhow::bail!("no agent of {node} runs")
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -51,6 +51,7 @@ impl Tally {
 pub struct Clients {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
+    losses: Arc<Mutex<Vec<String>>>,
     threads: Vec<JoinHandle<anyhow::Result<Tally>>>,
 }
 
@@ -61,13 +62,17 @@ impl Clients {
     /// If the namespace is gone.
     pub fn start(netns: &Netns, to: SocketAddr, clients: usize, pause: Duration) -> anyhow::Result<Self> {
         let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let losses = Arc::new(Mutex::new(Vec::new()));
         let mut threads = Vec::new();
         for _ in 0..clients {
-            let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
+            let (stop, answered, losses) = (Arc::clone(&stop), Arc::clone(&answered), Arc::clone(&losses));
             threads.push(netns.thread(move || {
                 let mut tally = Tally::default();
                 while !stop.load(Ordering::Relaxed) {
                     let outcome = ask(to);
+                    if let (Err(error), Ok(mut losses)) = (&outcome, losses.lock()) {
+                        losses.push(format!("{error:#}"));
+                    }
                     answered.fetch_add(u64::from(outcome.is_ok()), Ordering::Relaxed);
                     tally.record(outcome);
                     std::thread::park_timeout(pause);
@@ -75,7 +80,12 @@ impl Clients {
                 Ok(tally)
             })?);
         }
-        Ok(Self { stop, answered, threads })
+        Ok(Self { stop, answered, losses, threads })
+    }
+
+    /// Why requests were lost so far.
+    pub fn losses(&self) -> Vec<String> {
+        self.losses.lock().map(|losses| losses.clone()).unwrap_or_default()
     }
 
     /// Answers so far.

@@ -268,7 +268,8 @@ fn credentials(http: &Http<'_>) -> anyhow::Result<()> {
     let get = ("GET", PODS);
     let none = (JSON, b"".as_slice());
     let stranger = http.refused(get, none, Credentials::None)?;
-    assert_eq!((stranger.0, stranger.1.as_str()), (401, "Unauthorized"), "no credentials");
+    assert_eq!((stranger.0, stranger.1.as_str()), (403, "Forbidden"), "no credentials");
+    assert!(stranger.2.contains("User \"system:anonymous\" cannot list resource \"pods\""), "{}", stranger.2);
     let liar = http.refused(get, none, Credentials::Token("abc"))?;
     assert_eq!((liar.0, liar.1.as_str()), (401, "Unauthorized"), "a token that isn't one");
     http.cluster.kubectl(&["create", "serviceaccount", "brief"])?;

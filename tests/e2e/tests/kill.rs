@@ -1,27 +1,24 @@
 //! `kill -9` of weft, again and again: what was acknowledged stays, containers run on, Services answer.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use anyhow::Context as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use serde_json::json;
 use weft_tests_e2e::traffic::Clients;
-use weft_tests_e2e::{cluster, eventually, nginx};
+use weft_tests_e2e::writes::{WRITERS, Writers, check};
+use weft_tests_e2e::{agent_of, cluster, eventually, nginx};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::wait_until;
 
 const KILLS: usize = 20;
-const WRITERS: usize = 4;
-const NAMESPACE: &str = "writes";
+const KILLS_OF_SEVERAL: usize = 8;
+const NODES: [&str; 3] = ["node-1", "node-2", "node-3"];
+const NODE_PORT: u16 = 30_080;
 const SERVICE: &str = "apiVersion: v1
 kind: Namespace
 metadata: {name: writes}
@@ -30,17 +27,15 @@ apiVersion: v1
 kind: Service
 metadata: {name: web}
 spec:
+  type: NodePort
   selector: {app: web}
-  ports: [{port: 80}]
+  ports: [{port: 80, nodePort: 30080}]
 ";
 
 #[test]
 fn twenty_times() -> anyhow::Result<()> {
     let Some(mut cluster) = cluster("kill::twenty_times", "kill", &[])? else { return Ok(()) };
-    let seed =
-        std::env::var("WEFT_SEED").ok().map_or_else(|| Ok(rand::random()), |seed| seed.parse::<u64>())?;
-    eprintln!("WEFT_SEED={seed}");
-    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    let mut random = seeded()?;
     cluster.apply(&nginx("web", 3))?;
     cluster.apply(SERVICE)?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
@@ -55,23 +50,12 @@ fn twenty_times() -> anyhow::Result<()> {
     let mut expected = BTreeMap::new();
     for round in 0..KILLS {
         let writers = Writers::start(&cluster, round)?;
-        let moment = Instant::now() + Duration::from_millis(random.random_range(0..1500));
-        wait_until("the moment comes", Duration::from_secs(5), || {
-            Ok((Instant::now() >= moment).then_some(()))
-        })?;
+        some_moment(&mut random)?;
         let process = cluster.process().context("weft runs")?;
         process.kill()?;
         process.wait()?;
         expected.extend(writers.stop()?);
-        let answered = clients.answered();
-        let waited = wait_until("the ClusterIP answers while weft is dead", Duration::from_secs(5), || {
-            Ok((clients.answered() >= answered + 20).then_some(()))
-        });
-        if let Err(error) = waited {
-            let lost = clients.stop()?.lost;
-            let log = cluster.log_tail();
-            return Err(error.context(format!("{} lost, at last {:?}\n{log}", lost.len(), lost.last())));
-        }
+        goes_on(&clients, "the ClusterIP answers while weft is dead").with_context(|| cluster.log_tail())?;
         cluster.up().with_context(|| format!("start after kill {round}"))?;
         let count = check(&cluster, &expected).with_context(|| format!("after kill {round}"))?;
         eprintln!("kill {round}: {count} objects as they were acknowledged");
@@ -85,6 +69,99 @@ fn twenty_times() -> anyhow::Result<()> {
     eprintln!("{} requests answered, {} lost", tally.answered(), tally.lost.len());
     assert_eq!(tally.lost, Vec::<String>::new());
     cluster.purge()
+}
+
+/// Any of the server and three agents, also several at once. The agents' nodes are reached from outside, by a NodePort.
+#[test]
+fn any_of_several_processes() -> anyhow::Result<()> {
+    let flags = ["--nodes", "3"];
+    let Some(mut cluster) = cluster("kill::any_of_several_processes", "kills", &flags)? else {
+        return Ok(());
+    };
+    let mut random = seeded()?;
+    cluster.apply(&nginx("web", 3))?;
+    cluster.apply(SERVICE)?;
+    cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
+    let before = containers(&cluster)?;
+    let clients = NODES.map(|node| to_node(&cluster, node));
+    let clients = clients.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+    let mut expected = BTreeMap::new();
+    for round in 0..KILLS_OF_SEVERAL {
+        let writers = Writers::start(&cluster, round)?;
+        some_moment(&mut random)?;
+        // Bit 0 is the server.
+        let victims: u32 = random.random_range(1..16);
+        let server = victims & 1 != 0;
+        let mut agents = Vec::new();
+        for (bit, node) in NODES.into_iter().enumerate().filter(|(bit, _)| victims & (2 << bit) != 0) {
+            agents.push((bit, node, agent_of(&cluster, node)?));
+        }
+        if server {
+            let process = cluster.process().context("weft runs")?;
+            process.kill()?;
+            process.wait()?;
+        }
+        for (_, _, pid) in &agents {
+            kill(*pid, Signal::SIGKILL)?;
+        }
+        expected.extend(writers.stop()?);
+        for (node, clients) in NODES.iter().zip(&clients) {
+            goes_on(clients, "the Service answers while processes are dead")
+                .with_context(|| format!("through {node}, victims {victims:04b}\n{}", cluster.log_tail()))?;
+        }
+        if server {
+            cluster.up().with_context(|| format!("start after kill {round}"))?;
+        }
+        for (_, node, old) in &agents {
+            restarted(&cluster, node, *old)?;
+        }
+        let count = check(&cluster, &expected).with_context(|| format!("after kill {round}"))?;
+        eprintln!("kill {round} of {victims:04b}: {count} objects as they were acknowledged");
+        assert_eq!(containers(&cluster)?, before, "after kill {round} of {victims:04b}");
+    }
+    let ready = ["get", "deployment", "web", "-o", "jsonpath={.status.readyReplicas}"];
+    eventually(&cluster, &ready, |count| count == "3")?;
+    for clients in clients {
+        assert_eq!(clients.stop()?.lost, Vec::<String>::new());
+    }
+    cluster.purge()
+}
+
+fn to_node(cluster: &Cluster, node: &str) -> anyhow::Result<Clients> {
+    let address = "jsonpath={.status.addresses[?(@.type==\"InternalIP\")].address}";
+    let address: Ipv4Addr = cluster.kubectl(&["get", "node", node, "-o", address])?.parse()?;
+    let to = SocketAddr::from((address, NODE_PORT));
+    let clients = Clients::start(&cluster.netns, to, 1, Duration::from_millis(2))?;
+    goes_on(&clients, "the NodePort answers")?;
+    Ok(clients)
+}
+
+/// The agent of a node is another process than before.
+fn restarted(cluster: &Cluster, node: &str, old: Pid) -> anyhow::Result<()> {
+    wait_until("the agent is started again", Duration::from_secs(40), || {
+        Ok(agent_of(cluster, node).ok().filter(|pid| *pid != old))
+    })?;
+    Ok(())
+}
+
+/// Twenty more answers.
+fn goes_on(clients: &Clients, what: &str) -> anyhow::Result<()> {
+    let answered = clients.answered();
+    let waited =
+        wait_until(what, Duration::from_secs(15), || Ok((clients.answered() >= answered + 20).then_some(())));
+    waited.with_context(|| format!("after {answered} answers; lost: {:?}", clients.losses()))
+}
+
+fn seeded() -> anyhow::Result<StdRng> {
+    let seed =
+        std::env::var("WEFT_SEED").ok().map_or_else(|| Ok(rand::random()), |seed| seed.parse::<u64>())?;
+    eprintln!("WEFT_SEED={seed}");
+    Ok(StdRng::seed_from_u64(seed))
+}
+
+fn some_moment(random: &mut StdRng) -> anyhow::Result<()> {
+    let moment = Instant::now() + Duration::from_millis(random.random_range(0..1500));
+    wait_until("the moment comes", Duration::from_secs(5), || Ok((Instant::now() >= moment).then_some(())))
 }
 
 /// Each container's pod, address, id, restarts and start as the API tells, and its processes with their start in the kernel's ticks.
@@ -122,153 +199,4 @@ fn processes(container: &str) -> anyhow::Result<Vec<String>> {
     }
     found.sort();
     Ok(found)
-}
-
-/// How far the life of a ConfigMap has got: made, changed, deleted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
-    Nothing,
-    Created,
-    Patched,
-    Deleted,
-}
-
-/// The last step that was acknowledged and the last that was tried.
-#[derive(Debug, Clone, Copy)]
-struct Written {
-    acknowledged: Step,
-    tried: Step,
-}
-
-/// Threads that write until they are stopped or weft is gone.
-struct Writers {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<anyhow::Result<BTreeMap<String, Written>>>>,
-}
-
-impl Writers {
-    fn start(cluster: &Cluster, round: usize) -> anyhow::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut threads = Vec::new();
-        for writer in 0..WRITERS {
-            let (kubeconfig, stop) = (cluster.kubeconfig(), Arc::clone(&stop));
-            threads.push(cluster.netns.thread(move || {
-                runtime()?.block_on(async {
-                    let api = config_maps(kubeconfig).await?;
-                    let mut written = BTreeMap::new();
-                    for number in 0.. {
-                        let name = format!("w-{round}-{writer}-{number}");
-                        let outcome = live(&api, &name, number).await?;
-                        written.insert(name, outcome);
-                        if outcome.acknowledged != outcome.tried || stop.load(Ordering::Relaxed) {
-                            break;
-                        }
-                    }
-                    Ok(written)
-                })
-            })?);
-        }
-        Ok(Self { stop, threads })
-    }
-
-    fn stop(self) -> anyhow::Result<BTreeMap<String, Written>> {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = BTreeMap::new();
-        for thread in self.threads {
-            all.extend(thread.join().map_err(|panic| anyhow::anyhow!("a writer panicked: {panic:?}"))??);
-        }
-        Ok(all)
-    }
-}
-
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")
-}
-
-async fn config_maps(kubeconfig: PathBuf) -> anyhow::Result<Api<ConfigMap>> {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    Ok(Api::namespaced(kube::Client::try_from(config)?, NAMESPACE))
-}
-
-/// One ConfigMap's life; every third gets to its end, every other one is left changed or as it was made.
-///
-/// # Errors
-/// If the API server refuses a write: dead it says nothing, and alive it has no reason to.
-async fn live(api: &Api<ConfigMap>, name: &str, number: usize) -> anyhow::Result<Written> {
-    let mut written = Written { acknowledged: Step::Nothing, tried: Step::Created };
-    let made: ConfigMap =
-        serde_json::from_value(json!({"metadata": {"name": name}, "data": content(name, Step::Created)}))?;
-    if !acknowledged(api.create(&PostParams::default(), &made).await)? {
-        return Ok(written);
-    }
-    written.acknowledged = Step::Created;
-    if number.is_multiple_of(3) {
-        return Ok(written);
-    }
-    written.tried = Step::Patched;
-    let patch = json!({"data": content(name, Step::Patched)});
-    if !acknowledged(api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await)? {
-        return Ok(written);
-    }
-    written.acknowledged = Step::Patched;
-    if number % 3 == 1 {
-        return Ok(written);
-    }
-    written.tried = Step::Deleted;
-    if acknowledged(api.delete(name, &DeleteParams::default()).await)? {
-        written.acknowledged = Step::Deleted;
-    }
-    Ok(written)
-}
-
-fn acknowledged<T>(outcome: kube::Result<T>) -> anyhow::Result<bool> {
-    match outcome {
-        Ok(_) => Ok(true),
-        Err(kube::Error::Api(status)) => bail!("refused: {status:?}"),
-        Err(_) => Ok(false),
-    }
-}
-
-/// What a ConfigMap holds at a step, derived from its name; large enough to span pages of the store.
-fn content(name: &str, step: Step) -> BTreeMap<String, String> {
-    let state = format!("{step:?}");
-    BTreeMap::from([("body".to_owned(), format!("{name} {state} ").repeat(200)), ("state".to_owned(), state)])
-}
-
-/// Compares all that is stored with what was acknowledged; answers the number of objects.
-fn check(cluster: &Cluster, expected: &BTreeMap<String, Written>) -> anyhow::Result<usize> {
-    let kubeconfig = cluster.kubeconfig();
-    let listed = cluster.netns.thread(move || {
-        runtime()?
-            .block_on(async { Ok(config_maps(kubeconfig).await?.list(&ListParams::default()).await?.items) })
-    })?;
-    let listed = listed.join().map_err(|panic| anyhow::anyhow!("the reader panicked: {panic:?}"))??;
-    let mut stored: BTreeMap<String, ConfigMap> = BTreeMap::new();
-    for object in listed {
-        let name = object.metadata.name.clone().context("a name")?;
-        // The controllers give this one to every namespace.
-        if name != "kube-root-ca.crt" {
-            stored.insert(name, object);
-        }
-    }
-    let count = stored.len();
-    for (name, written) in expected {
-        let found = match stored.remove(name) {
-            Some(object) => whole(name, object)?,
-            None if written.acknowledged == Step::Nothing => Step::Nothing,
-            None => Step::Deleted,
-        };
-        let allowed = written.acknowledged..=written.tried;
-        anyhow::ensure!(allowed.contains(&found), "{name} is {found:?}, but {written:?}");
-    }
-    anyhow::ensure!(stored.is_empty(), "nobody wrote {:?}", stored.keys());
-    Ok(count)
-}
-
-/// The step that an object is at; its every byte must be that step's.
-fn whole(name: &str, object: ConfigMap) -> anyhow::Result<Step> {
-    let data = object.data.unwrap_or_default();
-    let step = [Step::Created, Step::Patched].into_iter().find(|step| content(name, *step) == data);
-    step.with_context(|| format!("{name} is half there: {data:?}"))
 }

@@ -2,10 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use weft_tests_e2e::{cluster, eventually, image_archive};
+use weft_tests_e2e::{agent_of, cluster, eventually, image_archive};
 use weft_tests_harness::cluster::Cluster;
 
 /// A database on one node, its client on another, and a Deployment over all of them.
@@ -155,19 +153,4 @@ fn loss(cluster: &Cluster) -> anyhow::Result<()> {
         "a bound against waiting for ever, not a measurement"
     );
     Ok(())
-}
-
-/// The agent of a node, found by its command line.
-fn agent_of(cluster: &Cluster, node: &str) -> anyhow::Result<Pid> {
-    let data = cluster.data_dir().to_string_lossy().into_owned();
-    for entry in std::fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let command = std::fs::read_to_string(path.join("cmdline")).unwrap_or_default();
-        let words: Vec<&str> = command.split('\0').collect();
-        if words.contains(&data.as_str()) && words.contains(&"agent") && words.contains(&node) {
-            let pid = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-            return pid.map(Pid::from_raw).context("a process' folder is named by a number");
-        }
-    }
-    anyhow::bail!("no agent of {node} runs")
 }

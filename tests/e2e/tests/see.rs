@@ -1,4 +1,4 @@
-//! What an administrator sees of the network: `weft service`, `why` and `flows` in a cluster of three nodes.
+//! What an administrator sees of the network: `weft service`, `why`, `flows`, `net check` and `doctor` on three nodes.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::Stdio;
@@ -103,6 +103,8 @@ fn what_the_administrator_sees() -> anyhow::Result<()> {
     ways_that_work(&cluster)?;
     ways_that_do_not(&cluster)?;
     flows(&cluster)?;
+    check(&cluster)?;
+    doctor(&cluster)?;
     without_an_agent(&cluster)?;
     cluster.purge()
 }
@@ -146,7 +148,7 @@ fn services(cluster: &Cluster) -> anyhow::Result<()> {
         let entry = |scope: &str| {
             frontends
                 .iter()
-                .find(|entry| entry["address"].is_null() && entry["scope"] == scope)
+                .find(|entry| entry["address"] == "0.0.0.0" && entry["scope"] == scope)
                 .context("an entry")
         };
         assert_eq!(
@@ -306,6 +308,92 @@ fn flows(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(is(&seen[2], "drop", "default/one"), "{seen:#?}");
     assert_eq!(seen[2]["reason"], "socket_unknown_port");
     Ok(())
+}
+
+/// Every way between three nodes works, and nothing of the check stays.
+fn check(cluster: &Cluster) -> anyhow::Result<()> {
+    let missing = cluster.weft()?.args(["net", "check", "--image", "nothing:1"]).output()?;
+    assert_eq!(missing.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&missing.stderr).into_owned();
+    assert!(said.contains("has no image nothing:1: import it with `weft image import`"), "{said}");
+
+    let (lines, code) = json(cluster, &["net", "check"])?;
+    let lines = lines.as_array().context("a list")?;
+    assert_eq!(code, 0, "{lines:#?}");
+    for (check, count) in [("pod", 18), ("service", 18), ("nodeport", 18), ("hairpin", 3), ("dns", 3)] {
+        let of = lines.iter().filter(|line| line["check"] == check && line["outcome"] == "ok");
+        assert_eq!(of.count(), count, "{check}: from pods and nodes, to every node: {lines:#?}");
+    }
+    let gone = |namespaces: &str| !namespaces.contains("weft-net-check");
+    eventually(cluster, &["get", "namespaces"], gone)?;
+    Ok(())
+}
+
+/// A sound cluster has nothing broken; what is then broken is named, with the node.
+fn doctor(cluster: &Cluster) -> anyhow::Result<()> {
+    let (findings, code) = json(cluster, &["doctor"])?;
+    assert_eq!(code, 0, "{findings:#}");
+    let looked_at = |what: &str, node: &str| {
+        let mut all = findings.as_array().into_iter().flatten();
+        all.any(|finding| finding["what"] == what && finding["node"] == node && finding["level"] == "ok")
+    };
+    for what in ["agent", "kernel", "cgroup", "bpffs", "hooks", "maps", "mtu", "overlay", "lease"] {
+        assert!(looked_at(what, "node-2"), "{what}: {findings:#}");
+    }
+
+    // A neighbour behind the tunnel vanishes: packets to node-3 go nowhere, and only that is wrong.
+    let namespace = node_namespace(cluster, "node-1")?;
+    let range = cluster.kubectl(&["get", "node", "node-3", "-o", "jsonpath={.spec.podCIDR}"])?;
+    let gateway = range.split('/').next().context("a range")?.to_owned();
+    in_namespace(&namespace, &["ip", "neigh", "del", &gateway, "dev", "weft.vx"])?;
+    let (findings, code) = json(cluster, &["doctor"])?;
+    assert_eq!(code, 1, "{findings:#}");
+    let broken: Vec<&Value> =
+        findings.as_array().into_iter().flatten().filter(|finding| finding["level"] == "fail").collect();
+    assert_eq!(broken.len(), 1, "{broken:#?}");
+    assert_eq!(
+        (&broken[0]["what"], &broken[0]["node"]),
+        (&"overlay".into(), &"node-1".into()),
+        "{broken:#?}"
+    );
+    let says = broken[0]["says"].as_str().unwrap_or_default();
+    assert!(says.contains(&format!("to node-3: no neighbour entry for {gateway}")), "{says}");
+    let (report, code) = json(cluster, &["why", "node-1", &format!("{}:80", pod_on(cluster, "node-3")?)])?;
+    assert_eq!(code, 1, "{report:#}");
+    assert_eq!(report["decidedBy"]["name"], "route", "{report:#}");
+    let mac = in_namespace(&namespace, &["bridge", "fdb", "show", "dev", "weft.vx"])?;
+    let address =
+        cluster.kubectl(&["get", "node", "node-3", "-o", "jsonpath={.status.addresses[0].address}"])?;
+    let entry =
+        mac.lines().find(|line| line.contains(&format!("dst {address} "))).context("the entry of node-3")?;
+    let mac = entry.split(' ').next().context("a hardware address")?;
+    in_namespace(
+        &namespace,
+        &["ip", "neigh", "add", &gateway, "lladdr", mac, "dev", "weft.vx", "nud", "permanent"],
+    )?;
+    let (findings, code) = json(cluster, &["doctor"])?;
+    assert_eq!(code, 0, "{findings:#}");
+    Ok(())
+}
+
+fn pod_on(cluster: &Cluster, node: &str) -> anyhow::Result<String> {
+    let field = format!("spec.nodeName={node}");
+    let ip = "jsonpath={.items[0].status.podIP}";
+    cluster.kubectl(&["get", "pods", "-l", "app=web", "--field-selector", &field, "-o", ip])
+}
+
+/// The file of a node's network namespace, through its agent's process.
+fn node_namespace(cluster: &Cluster, node: &str) -> anyhow::Result<std::path::PathBuf> {
+    Ok(std::path::Path::new("/proc").join(agent_of(cluster, node)?.to_string()).join("ns/net"))
+}
+
+fn in_namespace(namespace: &std::path::Path, command: &[&str]) -> anyhow::Result<String> {
+    let output = std::process::Command::new("nsenter")
+        .arg(format!("--net={}", namespace.display()))
+        .args(command)
+        .output()?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The kernel goes on without an agent, and can still be asked.

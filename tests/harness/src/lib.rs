@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Whether what a test needs is here: `root`, `bpf`, `etcd`, `kubectl`, `artifacts`, `weft`, `postgres-image`, or the name of any program.
+/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `etcd`, `kubectl`, `artifacts`, `weft`, `postgres-image`, or the name of any program.
 ///
 /// A test that gets `false` returns at once; the skip is written to standard error and, for the summary of
 /// `cargo xtask test`, to the file that `WEFT_SKIP_LOG` names.
@@ -53,6 +53,10 @@ fn present(need: &str) -> Result<(), String> {
                 Err("no cgroup2 mount, or not root".to_owned())
             }
         }
+        "ipv6" => match std::path::Path::new("/proc/sys/net/ipv6").is_dir() {
+            true => Ok(()),
+            false => Err("the kernel has no IPv6".to_owned()),
+        },
         "artifacts" => artifact("weft.bpf.o").map(|_| ()),
         "weft" => weft_binary().map(|_| ()),
         program => which(program).map(|_| ()).ok_or_else(|| format!("no {program} on PATH")),

@@ -46,13 +46,7 @@ impl Netns {
     /// # Errors
     /// If the namespace's file can't be opened.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<Command> {
-        let namespace = std::fs::File::open(self.path()).context("open the namespace")?;
-        let mut command = Command::new(program);
-        // SAFETY: setns is async-signal-safe and the file outlives the closure, which owns it.
-        unsafe {
-            command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(Into::into));
-        }
-        Ok(command)
+        command_in(&self.path(), program)
     }
 
     /// A thread that runs within the namespace.
@@ -75,6 +69,20 @@ impl Drop for Netns {
     fn drop(&mut self) {
         let _ = ip(&["netns", "del", &self.name]);
     }
+}
+
+/// A command that will run within the network namespace that a file stands for.
+///
+/// # Errors
+/// If the file can't be opened.
+pub fn command_in(namespace: &Path, program: impl AsRef<std::ffi::OsStr>) -> anyhow::Result<Command> {
+    let namespace = std::fs::File::open(namespace).context("open the namespace")?;
+    let mut command = Command::new(program);
+    // SAFETY: setns is async-signal-safe and the file outlives the closure, which owns it.
+    unsafe {
+        command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(Into::into));
+    }
+    Ok(command)
 }
 
 /// Runs `ip` with some arguments.

@@ -10,10 +10,12 @@ use crate::{ebpf, machine};
 
 const STATIC_PROGRAMS: [(&str, &str); 2] =
     [("weft-agent-runtime-init", "weft-init"), ("weft-cni-plugin", "weft-cni")];
+/// What the network tests run in pods; it becomes an image.
+const PROBE: (&str, &str) = ("weft-tests-probe", "weft-probe");
 
 /// Builds everything; answers the path of `weft`.
 pub(crate) fn build_all(release: bool) -> anyhow::Result<PathBuf> {
-    step("build weft-init and weft-cni", build_static)?;
+    step("build weft-init and weft-cni", || build_static(&STATIC_PROGRAMS))?;
     build_ebpf()?;
     let artifacts = target("artifacts")?;
     let (profile, folder) = if release { ("release", "release") } else { ("dev", "debug") };
@@ -35,11 +37,16 @@ pub(crate) fn build_ebpf() -> anyhow::Result<PathBuf> {
     Ok(object)
 }
 
-fn build_static() -> anyhow::Result<()> {
+/// Builds the program that the network tests run in pods.
+pub(crate) fn build_probe() -> anyhow::Result<()> {
+    step("build weft-probe", || build_static(&[PROBE]))
+}
+
+fn build_static(programs: &[(&str, &str)]) -> anyhow::Result<()> {
     let host = host_triple()?;
     let folder = target("static")?;
     let artifacts = target("artifacts")?;
-    for (package, program) in STATIC_PROGRAMS {
+    for (package, program) in programs {
         // The host's triple is named so that build scripts and macros keep their own flags.
         let mut command =
             cargo(&["build", "-p", package, "--profile", "tiny", "--target", &host, "--target-dir"]);

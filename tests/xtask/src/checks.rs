@@ -14,6 +14,7 @@ pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
         machine::install_for_tests()?;
         artifacts::build_all(false)?;
         images::build_all()?;
+        images::build_for_tests()?;
     } else {
         eprintln!("     not root, or no cgroup2: tests that need them are skipped");
     }

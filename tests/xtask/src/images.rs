@@ -3,6 +3,7 @@
 mod oci;
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -131,6 +132,20 @@ const RECIPES: &[Recipe] = &[
     },
 ];
 
+/// What the network tests run, with busybox beside it.
+const PROBE: Recipe = Recipe {
+    file: "probe",
+    reference: "docker.io/library/weft-probe:1",
+    packages: &["busybox-static", LIBC],
+    command: &["weft-probe", "serve", "80/tcp", "80/udp"],
+    environment: &[],
+    user: "",
+    stop_signal: "SIGKILL",
+    port: "",
+    overlay: &[("target/artifacts/weft-probe", "usr/local/bin/weft-probe")],
+    folders: &[],
+};
+
 const PATH: &str =
     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin";
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\n\
@@ -145,11 +160,21 @@ const TRIMMED: &[&str] = &[
     "usr/lib/postgresql/15/lib/bitcode",
 ];
 
-/// Builds the archives that are missing or older than this program; answers their paths.
+/// Builds the archives of the sample that are missing or older than this program; answers their paths.
 pub(crate) fn build_all() -> anyhow::Result<Vec<PathBuf>> {
+    build_stale(RECIPES)
+}
+
+/// Builds the archives that only tests use.
+pub(crate) fn build_for_tests() -> anyhow::Result<()> {
+    crate::artifacts::build_probe()?;
+    build_stale(&[PROBE]).map(|_| ())
+}
+
+fn build_stale(recipes: &[Recipe]) -> anyhow::Result<Vec<PathBuf>> {
     let folder = target("images")?;
     let mut archives = Vec::new();
-    for recipe in RECIPES {
+    for recipe in recipes {
         let archive = folder.join(format!("{}.tar", recipe.file));
         let stamp = folder.join(format!("{}.recipe", recipe.file));
         let wanted = fingerprint(recipe)?;
@@ -168,7 +193,12 @@ fn fingerprint(recipe: &Recipe) -> anyhow::Result<String> {
     let mut text =
         format!("{} {:?} {:?} {:?}\n", recipe.reference, recipe.packages, recipe.command, recipe.folders);
     for (source, _) in recipe.overlay {
-        text += &fs::read_to_string(root().join(source)).with_context(|| format!("cannot read {source}"))?;
+        let content = fs::read(root().join(source)).with_context(|| format!("cannot read {source}"))?;
+        text += &String::from_utf8(content).unwrap_or_else(|binary| {
+            let mut hasher = DefaultHasher::new();
+            binary.as_bytes().hash(&mut hasher);
+            format!("{source} {:016x}\n", hasher.finish())
+        });
     }
     Ok(text)
 }

@@ -43,7 +43,7 @@ enum Task {
     Ci,
     /// Build the eBPF programs into target/artifacts
     Ebpf,
-    /// Build the sample images into target/images
+    /// Build the images of sample and tests into target/images
     Images,
     /// Measure against peers and floors
     Bench {
@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         Task::Test { args } => checks::test(&args),
         Task::Ci => checks::ci(),
         Task::Ebpf => artifacts::build_ebpf().map(|_| ()),
-        Task::Images => images::build_all().map(|_| ()),
+        Task::Images => images::build_all().and_then(|_| images::build_for_tests()),
         Task::Bench { args } => checks::bench(&args),
         Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
         Task::Layers => layers::check(),

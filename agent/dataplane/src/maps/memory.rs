@@ -12,13 +12,23 @@ pub struct MemoryMaps {
     pub calls: usize,
     /// Entries changed so far.
     pub changes: usize,
+    /// Entries that fit in a map, if that is less than all.
+    pub capacity: HashMap<Table, usize>,
 }
 
 impl MapSet for MemoryMaps {
     fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError> {
         self.calls += 1;
         self.changes += entries.len();
-        self.tables.entry(table).or_default().extend(entries.iter().cloned());
+        let capacity = self.capacity.get(&table).copied().unwrap_or(usize::MAX);
+        let map = self.tables.entry(table).or_default();
+        for (done, (key, value)) in entries.iter().enumerate() {
+            if map.len() >= capacity && !map.contains_key(key) {
+                let source = std::io::Error::from_raw_os_error(libc::E2BIG);
+                return Err(MapError { op: "update", map: table.name(), done, source });
+            }
+            map.insert(key.clone(), value.clone());
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use std::net::IpAddr;
 use weft_ebpf_abi::Address;
@@ -20,18 +20,32 @@ pub struct Expected {
     pub backends: BTreeSet<BackendKeyed>,
 }
 
+/// A node, as far as it matters to what it should have.
+#[derive(Clone, Copy, Debug)]
+pub struct ForNode<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its Node, which says its zone.
+    pub object: Option<&'a Node>,
+    /// Addresses of Services that it answers itself.
+    pub node_local: &'a [IpAddr],
+}
+
 /// Derives it as the node's own reconciler does.
 #[must_use]
-pub fn expected(node: &str, node_local: &[IpAddr], service: &Service, slices: &[EndpointSlice]) -> Expected {
-    let local = node_local.iter().map(|ip| Address::from(*ip)).collect();
-    let mut tables = Tables::new(node, local);
+pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) -> Expected {
+    let local = node.node_local.iter().map(|ip| Address::from(*ip)).collect();
+    let mut tables = Tables::new(node.name, local);
+    if let Some(object) = node.object {
+        tables.apply_node(object);
+    }
     tables.apply_service(service);
     for slice in slices {
         tables.apply_slice(slice);
     }
     let Some(found) = service_name(service).and_then(|name| {
         let (service, slices) = tables.get(&name)?;
-        Some(desired(service, &slices))
+        Some(desired(service, &slices, tables.zone()))
     }) else {
         return Expected::default();
     };

@@ -92,7 +92,7 @@ fn tunnel(netlink: &mut Netlink, link: &Link, route: &Destined, path: &mut Path)
         return Ok(());
     };
     match netlink.fdb(link.index)?.into_iter().find(|entry| entry.mac == neighbour.mac) {
-        Some(entry) => path.tunnel = Some(IpAddr::from(entry.remote)),
+        Some(entry) => path.tunnel = Some(entry.remote),
         None => {
             path.missing = Some(format!("no forwarding entry for {} on {}", neighbour.mac, link.name));
         }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use aya::maps::MapData;
+use aya::maps::{MapData, MapInfo};
 use weft_ebpf_abi::{
     Address, AffinityKey, AffinityValue, BackendKey, BackendValue, NodeConfig, ServiceKey, ServiceValue,
     SlotKey, SourceData, SourceKey, names,
@@ -29,10 +29,7 @@ pub(crate) struct PinnedMap {
 impl PinnedMap {
     /// Opens a pin and makes sure that keys and values have the sizes of these types: the kernel writes as much as the map says.
     pub(crate) fn open<K, V>(pins: &Path, name: &'static str) -> Result<Self, ObserveError> {
-        let path = pins.join("maps").join(name);
-        let open = |source| ObserveError::Open { path: path.clone(), source };
-        let data = MapData::from_pin(&path).map_err(open)?;
-        let info = data.info().map_err(open)?;
+        let (data, info) = open_any(pins, name)?;
         if info.key_size() as usize != size_of::<K>() || info.value_size() as usize != size_of::<V>() {
             return Err(ObserveError::Layout { map: name });
         }
@@ -64,6 +61,15 @@ impl PinnedMap {
             .filter_map(|(k, v)| Some((K::read_from_bytes(k).ok()?, V::read_from_bytes(v).ok()?)))
             .collect())
     }
+}
+
+/// Opens a pin, whatever its type.
+pub(super) fn open_any(pins: &Path, name: &'static str) -> Result<(MapData, MapInfo), ObserveError> {
+    let path = pins.join("maps").join(name);
+    let open = |source| ObserveError::Open { path: path.clone(), source };
+    let data = MapData::from_pin(&path).map_err(open)?;
+    let info = data.info().map_err(open)?;
+    Ok((data, info))
 }
 
 /// The maps that decisions are made from.

@@ -1,7 +1,7 @@
 //! Questions to a node and its answers, as they stand on the socket and in `-o json`.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 use weft_ebpf_abi::{
@@ -10,8 +10,10 @@ use weft_ebpf_abi::{
 };
 
 use super::flows::Seen;
+use super::health::Health;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
+use super::probe::Probed;
 use crate::why::{Query, Trace};
 
 /// Who listens where, asked.
@@ -41,6 +43,13 @@ pub enum Request {
     },
     /// Whether a process listens.
     Listening(Listener),
+    /// What a process of the node gets from an address, over HTTP.
+    Probe {
+        /// The address.
+        to: SocketAddr,
+    },
+    /// What the dataplane stands on.
+    Health,
     /// Flows, from now until the connection ends.
     Flows {
         /// Only what is refused or dropped.
@@ -62,6 +71,10 @@ pub enum Answer {
     Path(Path),
     /// To [`Request::Listening`].
     Listening(Listening),
+    /// To [`Request::Probe`].
+    Probed(Probed),
+    /// To [`Request::Health`].
+    Health(Health),
     /// To [`Request::Flows`], again and again.
     Seen(Seen),
 }
@@ -81,7 +94,7 @@ macro_rules! from_answer {
         }
     )*};
 }
-from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening);
+from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -155,8 +168,8 @@ pub enum Scope {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FrontendKey {
-    /// The address; `None` for any address of the node (a NodePort).
-    pub address: Option<IpAddr>,
+    /// The address; the unspecified one of a family for any address of the node (a NodePort).
+    pub address: IpAddr,
     /// The port.
     pub port: u16,
     /// The protocol.
@@ -167,10 +180,10 @@ pub struct FrontendKey {
 
 impl fmt::Display for FrontendKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.address {
-            Some(IpAddr::V6(address)) => write!(f, "[{address}]:{}/{}", self.port, self.protocol),
-            Some(IpAddr::V4(address)) => write!(f, "{address}:{}/{}", self.port, self.protocol),
-            None => write!(f, "node:{}/{}", self.port, self.protocol),
+        let Self { address, port, protocol, .. } = self;
+        match address {
+            address if address.is_unspecified() => write!(f, "node:{port}/{protocol}"),
+            address => write!(f, "{}/{protocol}", SocketAddr::new(*address, *port)),
         }
     }
 }
@@ -178,7 +191,7 @@ impl fmt::Display for FrontendKey {
 impl From<FrontendKey> for ServiceKey {
     fn from(key: FrontendKey) -> Self {
         Self {
-            address: key.address.map_or(Address::ANY, Address::from),
+            address: Address::from(key.address),
             port: Port::new(key.port),
             protocol: key.protocol.number(),
             scope: match key.scope {
@@ -195,7 +208,7 @@ impl TryFrom<ServiceKey> for FrontendKey {
     /// Fails for an entry that only marks an address as a Service's: it has no protocol.
     fn try_from(key: ServiceKey) -> Result<Self, Self::Error> {
         Ok(Self {
-            address: (key.address != Address::ANY).then(|| key.address.into()),
+            address: key.address.into(),
             port: key.port.get(),
             protocol: Protocol::from_number(key.protocol).ok_or(())?,
             scope: if key.scope == SCOPE_EXTERNAL { Scope::Outside } else { Scope::Inside },
@@ -217,7 +230,7 @@ pub struct BackendKeyed {
 
 impl fmt::Display for BackendKeyed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        std::net::SocketAddr::new(self.address, self.port).fmt(f)
+        SocketAddr::new(self.address, self.port).fmt(f)
     }
 }
 

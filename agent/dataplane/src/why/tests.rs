@@ -67,7 +67,7 @@ fn memory(flags: u32, outside: u32) -> Memory {
         ServiceValue { list: 0, count: 0, ..value },
     );
     let external = ServiceValue { list: 2, count: outside, flags, ..value };
-    memory.services.insert(service(Address::ANY, 30080, SCOPE_EXTERNAL), external);
+    memory.services.insert(service(Address::ANY_V4, 30080, SCOPE_EXTERNAL), external);
     for list in [1, 2] {
         for (index, last) in [(0, 5), (1, 6)] {
             memory.slots.insert(SlotKey { list, index }, backend(last));
@@ -88,10 +88,6 @@ fn decision(memory: &Memory, query: &Query) -> Decision {
     decide(memory, query, CLIENT).0
 }
 
-fn refused(reason: &str) -> Decision {
-    Decision::Refused { reason: reason.to_owned() }
-}
-
 #[test]
 fn a_service_is_found_by_address_and_by_node_port() {
     let memory = memory(0, 2);
@@ -99,30 +95,29 @@ fn a_service_is_found_by_address_and_by_node_port() {
     assert_eq!(decision(&memory, &query(Hook::PodSocket, VIP, 80)), any);
     let (outcome, entry) = decide(&memory, &query(Hook::Edge, NODE, 30080), CLIENT);
     assert_eq!(outcome, any);
-    assert_eq!(entry.unwrap().0, service(Address::ANY, 30080, SCOPE_EXTERNAL));
+    assert_eq!(entry.unwrap().0, service(Address::ANY_V4, 30080, SCOPE_EXTERNAL));
     assert_eq!(decision(&memory, &query(Hook::PodSocket, CLIENT, 80)), Decision::Direct);
 }
 
 #[test]
 fn what_is_refused_names_the_hook() {
     let memory = memory(0, 0);
-    assert_eq!(decision(&memory, &query(Hook::PodSocket, VIP, 81)), refused("socket_unknown_port"));
-    assert_eq!(decision(&memory, &query(Hook::Edge, NODE, 30080)), refused("packet_no_endpoints"));
+    assert_eq!(decision(&memory, &query(Hook::PodSocket, VIP, 81)), refused(DropReason::SocketUnknownPort));
+    assert_eq!(decision(&memory, &query(Hook::Edge, NODE, 30080)), refused(DropReason::PacketNoEndpoints));
     // From outside the address of the cluster is none: the packet goes where the routes say.
     assert_eq!(decision(&memory, &query(Hook::Edge, VIP, 81)), Decision::Direct);
 }
 
 #[test]
 fn what_is_dropped_names_the_policy() {
-    let dropped = |reason: &str| Decision::Dropped { reason: reason.to_owned() };
     let local = memory(SERVICE_KEEP_SOURCE | SERVICE_DROP_EMPTY, 0);
-    assert_eq!(decision(&local, &query(Hook::Edge, NODE, 30080)), dropped("no_local_endpoints"));
+    assert_eq!(decision(&local, &query(Hook::Edge, NODE, 30080)), dropped(DropReason::NoLocalEndpoints));
     let ranges = memory(SERVICE_CHECK_SOURCE, 2);
     let mut stranger = query(Hook::Edge, NODE, 30080);
     assert_eq!(decision(&ranges, &stranger), Decision::Backend { kept: None });
     stranger.from = IpAddr::from([198, 51, 100, 1]);
     let outcome = decide(&ranges, &stranger, Address::from(stranger.from)).0;
-    assert_eq!(outcome, dropped("source_not_allowed"));
+    assert_eq!(outcome, dropped(DropReason::SourceNotAllowed));
 }
 
 #[test]

@@ -32,7 +32,33 @@ fn index() -> Index {
     };
     index.put_slice("default", "db-x", slice("db"));
     index.put_slice("default", "all-x", slice("all"));
+    dual_stack(&mut index);
     index
+}
+
+/// Services of both families, and of IPv6 alone.
+fn dual_stack(index: &mut Index) {
+    let port = Port { name: "http".to_owned(), protocol: "tcp".to_owned(), port: 80 };
+    let service = |target| Service { target, ports: vec![port.clone()], publish_not_ready: false };
+    let addresses = |list: &[&str]| Target::Addresses(list.iter().map(|a| a.parse().unwrap()).collect());
+    index.put_service("default", "both", service(addresses(&["10.43.0.8", "fd43::8"])));
+    index.put_service("default", "six", service(addresses(&["fd43::9"])));
+    index.put_service("default", "pair", service(Target::Endpoints));
+    for (name, list) in
+        [("pair-4", ["10.42.2.5", "10.42.2.6"]), ("pair-6", ["fd42:0:0:2::5", "fd42:0:0:2::6"])]
+    {
+        let endpoints = list.into_iter().zip([Some("pair-0"), None]).map(|(address, hostname)| Endpoint {
+            address: address.parse().unwrap(),
+            hostname: hostname.map(str::to_owned),
+            ready: true,
+        });
+        let endpoints = endpoints.collect();
+        index.put_slice(
+            "default",
+            name,
+            Slice { service: "pair".to_owned(), endpoints, ports: vec![port.clone()] },
+        );
+    }
 }
 
 /// The answer in one line: record data joined by commas, or what else was decided.
@@ -88,6 +114,44 @@ fn names_of_the_cluster() {
         ),
         ("9.0.42.10.in-addr.arpa.", PTR, "elsewhere"),
         ("example.org.", A, "elsewhere"),
+    ];
+    let index = index();
+    for (name, kind, expected) in rows {
+        assert_eq!(ask(&index, name, kind), expected, "{name} {kind}");
+    }
+}
+
+#[test]
+fn names_of_both_families() {
+    use RecordType::{A, AAAA, PTR, SRV};
+    let reverse = |host: &str| {
+        let octets = host.parse::<std::net::Ipv6Addr>().unwrap().octets();
+        let nibbles = octets.iter().rev().flat_map(|byte| [byte & 15, byte >> 4]);
+        nibbles.map(|nibble| format!("{nibble:x}.")).collect::<String>() + "ip6.arpa."
+    };
+    let (service, endpoint, other) = (reverse("fd43::8"), reverse("fd42:0:0:2::5"), reverse("fd42:0:0:2::7"));
+    let rows = [
+        ("both.default.svc.cluster.local.", A, "10.43.0.8"),
+        ("both.default.svc.cluster.local.", AAAA, "fd43::8"),
+        ("six.default.svc.cluster.local.", A, ""),
+        ("six.default.svc.cluster.local.", AAAA, "fd43::9"),
+        ("pair.default.svc.cluster.local.", A, "10.42.2.5, 10.42.2.6"),
+        ("pair.default.svc.cluster.local.", AAAA, "fd42:0:0:2::5, fd42:0:0:2::6"),
+        ("pair-0.pair.default.svc.cluster.local.", A, "10.42.2.5"),
+        ("pair-0.pair.default.svc.cluster.local.", AAAA, "fd42:0:0:2::5"),
+        ("fd42-0-0-2--6.pair.default.svc.cluster.local.", AAAA, "fd42:0:0:2::6"),
+        ("fd42-0-0-2--6.pair.default.svc.cluster.local.", A, ""),
+        (
+            "_http._tcp.pair.default.svc.cluster.local.",
+            SRV,
+            "0 33 80 pair-0.pair.default.svc.cluster.local., 0 33 80 10-42-2-6.pair.default.svc.cluster.local., \
+             0 33 80 fd42-0-0-2--6.pair.default.svc.cluster.local.",
+        ),
+        ("fd42--7.default.pod.cluster.local.", AAAA, "fd42::7"),
+        ("fd42--7.default.pod.cluster.local.", A, ""),
+        (service.as_str(), PTR, "both.default.svc.cluster.local."),
+        (endpoint.as_str(), PTR, "pair-0.pair.default.svc.cluster.local."),
+        (other.as_str(), PTR, "elsewhere"),
     ];
     let index = index();
     for (name, kind, expected) in rows {

@@ -41,7 +41,7 @@ fn up() -> Observed {
 }
 
 fn see(pod: &Pod, observed: &Observed) -> PodStatus {
-    generate(pod, observed, "10.0.0.1".parse().unwrap(), Timestamp::from_second(100).unwrap())
+    generate(pod, observed, &["10.0.0.1".parse().unwrap()], Timestamp::from_second(100).unwrap())
 }
 
 fn condition<'a>(status: &'a PodStatus, type_: &str) -> (&'a str, &'a str, &'a str) {
@@ -99,6 +99,31 @@ fn a_running_pod_and_its_readiness() {
     let s = see(&gated, &o);
     assert_eq!(condition(&s, "ContainersReady").0, "True");
     assert_eq!(condition(&s, "Ready").1, "ReadinessGatesNotReady");
+}
+
+#[test]
+fn the_primary_familys_addresses_come_first() {
+    let node: [IpAddr; 2] = ["fd44::1", "10.0.0.1"].map(|ip| ip.parse().unwrap());
+    let now = Timestamp::from_second(100).unwrap();
+    let listed = |status: &PodStatus| {
+        let pod = status.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).collect::<Vec<_>>().join(" ");
+        let host = status.host_ips.iter().flatten().map(|ip| ip.ip.clone()).collect::<Vec<_>>().join(" ");
+        assert_eq!(status.pod_ip.as_deref(), pod.split(' ').next());
+        assert_eq!(status.host_ip.as_deref(), host.split(' ').next());
+        (pod, host)
+    };
+    let mut o = up();
+    if let Some(sandbox) = &mut o.sandbox {
+        sandbox.ips = ["10.42.0.7", "fd42::7"].map(|ip| ip.parse().unwrap()).into();
+    }
+    let own = pod(json!({"containers": [{"name": "a"}]}));
+    let six_first = generate(&own, &o, &node, now);
+    assert_eq!(listed(&six_first), ("fd42::7 10.42.0.7".to_owned(), "fd44::1 10.0.0.1".to_owned()));
+    let four_first = generate(&own, &o, &[node[1], node[0]], now);
+    assert_eq!(listed(&four_first), ("10.42.0.7 fd42::7".to_owned(), "10.0.0.1 fd44::1".to_owned()));
+    let host = pod(json!({"hostNetwork": true, "containers": [{"name": "a"}]}));
+    let on_host = generate(&host, &o, &node, now);
+    assert_eq!(listed(&on_host), ("fd44::1 10.0.0.1".to_owned(), "fd44::1 10.0.0.1".to_owned()));
 }
 
 #[test]
@@ -187,7 +212,11 @@ fn times_of_unchanged_conditions_stay() {
     let mut p = pod(json!({"containers": [{"name": "a"}]}));
     let first = see(&p, &Observed::default());
     p.status = Some(first.clone());
-    let later =
-        generate(&p, &Observed::default(), "10.0.0.1".parse().unwrap(), Timestamp::from_second(200).unwrap());
+    let later = generate(
+        &p,
+        &Observed::default(),
+        &["10.0.0.1".parse().unwrap()],
+        Timestamp::from_second(200).unwrap(),
+    );
     assert_eq!(first, later);
 }

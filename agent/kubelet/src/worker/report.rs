@@ -13,7 +13,7 @@ use crate::status;
 impl Worker {
     /// Hands the status to the writer if it changed, and shows the pod to the server.
     pub(super) fn publish(&mut self, now: Timestamp) {
-        let status = status::generate(&self.pod, &self.observed, self.shared.config.node_ip, now);
+        let status = status::generate(&self.pod, &self.observed, &self.shared.config.node_ips(), now);
         self.measure_start(&status);
         if self.status.as_ref() != Some(&status) {
             self.status = Some(status.clone());

@@ -14,6 +14,8 @@ use weft_tests_harness::netns::Netns;
 pub(crate) struct Node {
     pub(crate) netns: Netns,
     pub(crate) program: PathBuf,
+    /// `CNI_ARGS`.
+    pub(crate) args: &'static str,
     folder: tempfile::TempDir,
 }
 
@@ -23,6 +25,16 @@ pub(crate) fn conf(node: &Node) -> Value {
         "cniVersion": "1.1.0", "name": "weft", "type": "weft-cni", "bridge": "weft0", "mtu": 1450,
         "ipam": {"subnet": "10.42.1.0/24", "gateway": "10.42.1.1"}, "stateDir": node.folder.path(),
     })
+}
+
+/// The same with a range of each family, with room for 13 pods.
+pub(crate) fn dual(node: &Node) -> Value {
+    let mut config = conf(node);
+    config["ipam"] = json!({"ranges": [
+        {"subnet": "10.42.1.0/28", "gateway": "10.42.1.1"},
+        {"subnet": "fd00:42:0:1::/64", "gateway": "fd00:42:0:1::1"},
+    ]});
+    config
 }
 
 /// What asks the same of the reference plugins.
@@ -39,15 +51,20 @@ impl Node {
         Self {
             netns: Netns::new("node").unwrap(),
             program: env!("CARGO_BIN_EXE_weft-cni").into(),
+            args: "",
             folder: tempfile::tempdir().unwrap(),
         }
     }
 
     /// Makes what the first ADD of a node makes and later ones find.
     pub(crate) fn warm_up(&self) {
+        self.warm_up_with(&conf(self));
+    }
+
+    pub(crate) fn warm_up_with(&self, config: &Value) {
         let pod = bare_pod();
-        self.ok("ADD", "warm", Some(&pod), &conf(self));
-        self.ok("DEL", "warm", Some(&pod), &conf(self));
+        self.ok("ADD", "warm", Some(&pod), config);
+        self.ok("DEL", "warm", Some(&pod), config);
     }
 
     fn start(&self, verb: &str, id: &str, netns: &str, input: &str) -> Child {
@@ -58,7 +75,11 @@ impl Node {
             .env("CNI_PATH", "/usr/lib/cni")
             .env("PATH", "/usr/sbin:/usr/bin");
         if !id.is_empty() {
-            command.env("CNI_CONTAINERID", id).env("CNI_IFNAME", "eth0").env("CNI_NETNS", netns);
+            command
+                .env("CNI_CONTAINERID", id)
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_NETNS", netns)
+                .env("CNI_ARGS", self.args);
         }
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -128,8 +149,26 @@ impl Node {
             .lines()
             .filter_map(|line| Some(line.split_whitespace().nth(1)?.to_owned()))
             .collect();
-        let rest = [&["-4", "-o", "addr"][..], &["-4", "neigh", "show", "nud", "permanent"]].map(show);
-        format!("{links:?}\n{}", rest.concat())
+        let rest = [
+            &["-4", "-o", "addr"][..],
+            &["-4", "neigh", "show", "nud", "permanent"],
+            &["-6", "-o", "addr", "show", "scope", "global"],
+            &["-6", "neigh", "show", "nud", "permanent"],
+        ];
+        format!("{links:?}\n{}{:?}", rest.map(show).concat(), self.mapped())
+    }
+
+    /// The host ports, as nft lists them.
+    pub(crate) fn mapped(&self) -> Vec<String> {
+        let output = self.netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+        let listed = String::from_utf8(output.stdout).unwrap();
+        let elements = listed.lines().filter(|line| line.contains("elements = {"));
+        elements.map(|line| line.trim().to_owned()).collect()
+    }
+
+    /// Where leases are.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
     }
 
     /// How many addresses are held.
@@ -139,7 +178,7 @@ impl Node {
         let folders = boots.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
         let names =
             folders.flat_map(|boot| std::fs::read_dir(boot).unwrap()).map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_str().unwrap().parse::<std::net::Ipv4Addr>().is_ok()).count()
+        names.filter(|name| name.to_str().unwrap().parse::<IpAddr>().is_ok()).count()
     }
 }
 
@@ -166,6 +205,12 @@ pub(crate) fn connect(from: &Netns, to: &Netns, address: &str) {
     connect_within(from, to, address, AT_ONCE);
 }
 
+/// Whether a connection comes about.
+pub(crate) fn reaches(from: &Netns, target: &str) -> bool {
+    let target: std::net::SocketAddr = target.parse().unwrap();
+    namespace::within(&from.path(), || TcpStream::connect_timeout(&target, AT_ONCE).is_ok()).unwrap()
+}
+
 pub(crate) fn connect_within(from: &Netns, to: &Netns, address: &str, patience: Duration) {
     let address: IpAddr = address.parse().unwrap();
     let listener = namespace::within(&to.path(), || TcpListener::bind((address, 0)).unwrap()).unwrap();
@@ -190,4 +235,11 @@ pub(crate) fn addresses_of(result: &Value) -> Vec<String> {
     let ips = result["ips"].as_array().unwrap();
     let address = |ip: &Value| ip["address"].as_str().unwrap().split('/').next().unwrap().to_owned();
     ips.iter().map(address).collect()
+}
+
+/// A switch of a namespace, by its path below `/proc/sys/net`.
+pub(crate) fn sysctl(netns: &Netns, name: &str) -> String {
+    let path = format!("/proc/sys/net/{name}");
+    let value = namespace::within(&netns.path(), || std::fs::read_to_string(path).unwrap()).unwrap();
+    value.trim().to_owned()
 }

@@ -21,7 +21,7 @@ pub fn name_problems(kind: &Kind, name: &str, prefix: bool) -> Vec<String> {
         ("rbac.authorization.k8s.io", _) | ("certificates.k8s.io" | "apiregistration.k8s.io", _) => {
             names::path_segment
         }
-        ("networking.k8s.io", "IPAddress") => names::ip,
+        ("networking.k8s.io", "IPAddress") => names::canonical_ip,
         _ => names::dns1123_subdomain,
     };
     // A generated suffix makes up for a dash at the end.

@@ -37,6 +37,8 @@ enum Keep {
     Set(&'static [&'static str]),
     /// Add rules and subjects that are missing, unless the administrator switched that off.
     Reconcile,
+    /// Add the range of a second family; the present one can't change.
+    AddRange,
 }
 
 const AUTOUPDATE: &str = "rbac.authorization.kubernetes.io/autoupdate";
@@ -53,6 +55,13 @@ pub(crate) async fn bootstrap(api: &Arc<Api>) -> Result<(), BootstrapError> {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         writer.write(namespace, Keep::AsIs).await?;
     }
+    // Before the Service `kubernetes`, which gets its address of it.
+    writer.write(service_cidr(api), Keep::AddRange).await?;
+    api.freshen().await.map_err(|status| BootstrapError::Refused {
+        kind: "ServiceCIDR",
+        name: "kubernetes".to_owned(),
+        status: Box::new(status),
+    })?;
     // All at once: the store makes a few commits of them.
     futures::future::try_join_all(objects(api).into_iter().map(|(object, keep)| writer.write(object, keep)))
         .await?;
@@ -67,7 +76,6 @@ fn objects(api: &Api) -> Vec<(Value, Keep)> {
         .map(|object| (object, Keep::Reconcile));
     let mut all: Vec<(Value, Keep)> = policy.collect();
     all.extend(priority_classes().map(|object| (object, Keep::AsIs)));
-    all.push((service_cidr(api), Keep::AsIs));
     all.push((kubernetes_service(api), Keep::AsIs));
     all.push((endpoint_slice(api), Keep::Set(&["addressType", "endpoints", "ports"])));
     all.push((endpoints(api), Keep::Set(&["subsets"])));
@@ -120,6 +128,15 @@ fn merge(old: &Value, wanted: &Value, keep: Keep) -> Value {
                 new[*field] = wanted[*field].clone();
             }
         }
+        Keep::AddRange => {
+            let (present, wanted) = (&old["spec"]["cidrs"], &wanted["spec"]["cidrs"]);
+            let count = |list: &Value| list.as_array().map_or(0, Vec::len);
+            if count(present) == 1 && count(wanted) == 2 && present[0] == wanted[0] {
+                new["spec"]["cidrs"] = wanted.clone();
+            } else if present != wanted {
+                tracing::warn!(%present, %wanted, "the ServiceCIDR kubernetes keeps its ranges; they differ from the configured ones");
+            }
+        }
         Keep::Reconcile if old["metadata"]["annotations"][AUTOUPDATE] == "false" => {}
         Keep::Reconcile => {
             for field in ["rules", "subjects"] {
@@ -152,11 +169,11 @@ fn priority_classes() -> [Value; 2] {
 
 fn service_cidr(api: &Api) -> Value {
     json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
-        "spec": {"cidrs": [api.config.service_cidr.to_string()]}})
+        "spec": {"cidrs": api.config.service_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>()}})
 }
 
 fn kubernetes_service(api: &Api) -> Value {
-    let address = api.config.kubernetes_service_ip().to_string();
+    let address = api.config.kubernetes_service_ip().map(|address| address.to_string());
     json!({"apiVersion": "v1", "kind": "Service",
         "metadata": {"name": "kubernetes", "namespace": "default",
             "labels": {"component": "apiserver", "provider": "kubernetes"}},

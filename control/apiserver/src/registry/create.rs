@@ -18,8 +18,11 @@ use weft_control_store::{Condition, Op, Revision, TxnOutcome};
 const NAME_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 const NAME_SUFFIX: usize = 5;
 const MAX_NAME_BASE: usize = 63 - NAME_SUFFIX;
-/// Tries to find a free name or address, as upstream.
-const MAX_TRIES: usize = 8;
+/// Tries to find a free name, as upstream.
+const MAX_NAMES: usize = 8;
+/// Tries to write an object whose address, port or namespace others change at the same time. Each lost race means that
+/// somebody else won theirs.
+const MAX_TRIES: usize = 64;
 
 /// What is to be created.
 pub(crate) struct NewObject<'a> {
@@ -65,6 +68,7 @@ pub(crate) async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> R
     let user_extra = if user.extra.is_empty() { Value::Null } else { json!(user.extra) };
     let generated = object["metadata"]["name"].as_str().unwrap_or_default().is_empty()
         && object["metadata"]["generateName"].as_str().is_some_and(|base| !base.is_empty());
+    let mut names = 0;
     for _try in 0..MAX_TRIES {
         let mut object = object.clone();
         if generated {
@@ -106,12 +110,15 @@ pub(crate) async fn create(api: &Arc<Api>, user: &User, new: NewObject<'_>) -> R
             Outcome::Taken if !generated => {
                 return Err(Status::already_exists(storage.group_resource(), &name));
             }
-            Outcome::Taken | Outcome::Raced => {}
+            Outcome::Taken => {
+                names += 1;
+                if names >= MAX_NAMES {
+                    let base = object["metadata"]["generateName"].as_str().unwrap_or_default();
+                    return Err(Status::generate_name_conflict(storage.group_resource(), base));
+                }
+            }
+            Outcome::Raced => {}
         }
-    }
-    let base = object["metadata"]["generateName"].as_str().unwrap_or_default();
-    if generated {
-        return Err(Status::generate_name_conflict(storage.group_resource(), base));
     }
     Err(Status::server_timeout(storage.group_resource(), "create", 1))
 }

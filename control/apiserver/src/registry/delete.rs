@@ -223,7 +223,7 @@ async fn carry_out(
         Plan::Mark if dry_run => Ok(Some(Deleted::Pending(json_with_revision(&value, item.revision)))),
         Plan::Remove => {
             let mut extra = Extra::default();
-            alloc::on_delete(resource.storage, &new, &mut extra);
+            alloc::on_delete(api, resource.storage, &new, &mut extra);
             let done = commit(api, &key, item.revision, Op::Delete { key: key.clone() }, extra).await?;
             Ok(done.map(|_revision| Deleted::Gone(new)))
         }

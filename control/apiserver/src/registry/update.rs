@@ -253,7 +253,7 @@ impl Attempt<'_> {
         }
         let key = self.resource.store_key(&self.item.key);
         let op = if done {
-            alloc::on_delete(storage, &new, &mut extra);
+            alloc::on_delete(self.api, storage, &new, &mut extra);
             Op::Delete { key: key.clone() }
         } else {
             Op::Put { key: key.clone(), value: value.clone() }

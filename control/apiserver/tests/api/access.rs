@@ -10,10 +10,32 @@ async fn strangers_see_health_alone() {
     let http = cluster.https(&path).await;
     assert_eq!(http.get("/healthz").await.text, "ok");
     assert_eq!(http.get("/version").await.json()["minor"], "36");
-    assert_eq!(http.get("/api/v1/pods").await.failure(), (401, "Unauthorized".into(), "Unauthorized".into()));
+    for (path, message) in [
+        (
+            "/api/v1/pods",
+            "pods is forbidden: User \"system:anonymous\" cannot list resource \"pods\" in API group \"\" at the cluster scope",
+        ),
+        (
+            "/api/v1/namespaces/default/secrets/a",
+            "secrets \"a\" is forbidden: User \"system:anonymous\" cannot get resource \"secrets\" in API group \"\" in the namespace \"default\"",
+        ),
+        ("/apis", "forbidden: User \"system:anonymous\" cannot get path \"/apis\""),
+        ("/openapi/v2", "forbidden: User \"system:anonymous\" cannot get path \"/openapi/v2\""),
+        ("/metrics", "forbidden: User \"system:anonymous\" cannot get path \"/metrics\""),
+    ] {
+        assert_eq!(http.get(path).await.failure(), (403, "Forbidden".into(), message.into()));
+    }
+    let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {"verb": "list", "resource": "pods"}}});
+    let reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+    assert_eq!(http.post(reviews, &review).await.code, 403);
+    // Impersonation is a permission too.
+    let masters = [("impersonate-user", "admin"), ("impersonate-group", "system:masters")];
+    assert_eq!(http.send("GET", "/api/v1/pods", &masters, "").await.code, 403);
+    // Bad credentials are worse than none.
     let path = cluster.write_kubeconfig("liar", "token: abc");
     let http = cluster.https(&path).await;
-    assert_eq!(http.get("/healthz").await.code, 401);
+    assert_eq!(http.get("/healthz").await.failure(), (401, "Unauthorized".into(), "Unauthorized".into()));
     cluster.stop().await;
 }
 

@@ -121,6 +121,23 @@ async fn documents_and_access() {
         error.contains("Error from server (BadRequest)") && error.contains("unknown field \"spec.replixas\""),
         "{error}"
     );
+    for (api_version, kind) in [("v1", "Widget"), ("example.com/v1", "Widget"), ("apps/v1", "Pod")] {
+        let manifest = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: a}}\n");
+        for verb in ["create", "apply"] {
+            let error = cluster.kubectl_fails("admin", &[verb, "-f", "-"], Some(&manifest)).await;
+            let expected = format!(
+                "error: resource mapping not found for name: \"a\" namespace: \"\" from \"STDIN\": no matches for \
+                 kind \"{kind}\" in version \"{api_version}\"\nensure CRDs are installed first\n"
+            );
+            assert_eq!(error, expected);
+        }
+    }
+    // The document of OpenAPI v2, in its protobuf.
+    let explained = k("explain deployment.spec.replicas --output=plaintext-openapiv2").await;
+    assert!(
+        explained.contains("KIND:     Deployment") && explained.contains("replicas <integer>"),
+        "{explained}"
+    );
     assert_eq!(k("delete configmap c --wait=true").await, "configmap \"c\" deleted\n");
     cluster.stop().await;
 }

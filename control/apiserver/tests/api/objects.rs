@@ -304,7 +304,11 @@ async fn services_get_addresses_and_ports_and_give_them_back() {
     let taken = http.post(services, &service("b", ports.clone())).await.failure();
     assert!(taken.0 == 422 && taken.2.contains("provided port is already allocated"), "{}", taken.2);
     let outside = http.post(services, &service("b", json!({"clusterIP": "1.2.3.4"}))).await.failure();
-    assert!(outside.0 == 422 && outside.2.contains("not in the valid range"), "{}", outside.2);
+    assert!(
+        outside.0 == 422 && outside.2.contains("the provided network does not match the current range"),
+        "{}",
+        outside.2
+    );
     // A change of type gives the port back, a deletion the address.
     let answer = http.merge(&format!("{services}/a"), &json!({"spec": {"type": "ClusterIP"}})).await;
     assert_eq!(answer.code, 200, "{}", answer.text);

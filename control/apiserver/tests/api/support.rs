@@ -95,7 +95,7 @@ impl Cluster {
                 issuer: "https://kubernetes.default.svc.cluster.local".into(),
                 audiences: Vec::new(),
             },
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
+            service_cidrs: vec!["10.43.0.0/16".parse().unwrap()],
             node_port_range: 30000..=32767,
             kubelet_client: Some(KubeletClient {
                 identity: authority.sign("system:kube-apiserver", &[], false),

@@ -1,4 +1,4 @@
-//! Owns the pod ranges of nodes: each node gets a range of the cluster's, for as long as it lives.
+//! Owns the pod ranges of nodes: each node gets a range of each of the cluster's, for as long as it lives.
 
 use crate::error::{Doing, SyncError};
 use crate::shared::Shared;
@@ -17,8 +17,10 @@ use weft_control_client::queue::{Outcome, Queue, work};
 use weft_control_client::recorder::{Kind, Recorder, reference};
 use weft_control_client::{ObjectKey, found};
 
-const NODE_PREFIX_V4: u8 = 24;
-const NODE_PREFIX_V6: u8 = 64;
+/// Size of a node's IPv4 range.
+pub const NODE_PREFIX_V4: u8 = 24;
+/// Size of a node's IPv6 range.
+pub const NODE_PREFIX_V6: u8 = 64;
 /// When all ranges are taken, how long until the next look.
 const FULL_RETRY: Duration = Duration::from_secs(30);
 
@@ -28,10 +30,11 @@ pub(crate) struct Controller {
     shared: Arc<Shared>,
     recorder: Recorder,
     queue: Queue<ObjectKey>,
-    cluster: IpNetwork,
-    services: IpNetwork,
+    /// One for each family, the primary family's first.
+    cluster: Vec<IpNetwork>,
+    services: Vec<IpNetwork>,
     /// Given to a node, by its name, whether or not the cache shows it yet.
-    given: Mutex<HashMap<ObjectKey, IpNetwork>>,
+    given: Mutex<HashMap<ObjectKey, Vec<IpNetwork>>>,
 }
 
 impl Controller {
@@ -40,7 +43,7 @@ impl Controller {
         client: Client,
         shared: Arc<Shared>,
         recorder: Recorder,
-        (cluster, services): (IpNetwork, IpNetwork),
+        (cluster, services): (Vec<IpNetwork>, Vec<IpNetwork>),
     ) -> Arc<Self> {
         let queue = Queue::default();
         let controller =
@@ -67,39 +70,43 @@ impl Controller {
 
     async fn sync(&self, key: ObjectKey) -> Result<Outcome, SyncError> {
         let Some(node) = self.shared.nodes.by_key(&key) else { return Ok(Outcome::Done) };
-        if let Some(has) = range(&node) {
+        let has = ranges(&node);
+        if !has.is_empty() {
             self.given.lock().insert(key, has);
             return Ok(Outcome::Done);
         }
-        let known = self.given.lock().get(&key).copied();
+        let known = self.given.lock().get(&key).cloned();
         let free = known.or_else(|| {
             let nodes = self.shared.nodes.list();
+            let given = self.given.lock();
             let taken: HashSet<_> =
-                nodes.iter().filter_map(|n| range(n)).chain(self.given.lock().values().copied()).collect();
-            first_free(self.cluster, self.services, &taken)
+                nodes.iter().flat_map(|n| ranges(n)).chain(given.values().flatten().copied()).collect();
+            // All or nothing: a node's ranges can't be added to later.
+            self.cluster.iter().map(|range| first_free(*range, &self.services, &taken)).collect()
         });
         let Some(free) = free else {
             let text = format!("Node {key} status is now: CIDRNotAvailable");
             self.recorder.event(reference(&*node), Kind::Normal, "CIDRNotAvailable", text);
             return Ok(Outcome::After(FULL_RETRY));
         };
-        self.given.lock().insert(key.clone(), free);
         let api: Api<Node> = Api::all(self.client.clone());
+        let written: Vec<String> = free.iter().map(ToString::to_string).collect();
+        self.given.lock().insert(key.clone(), free);
         let body = json!({
             "metadata": {"uid": node.metadata.uid},
-            "spec": {"podCIDR": free.to_string(), "podCIDRs": [free.to_string()]},
+            "spec": {"podCIDR": written.first(), "podCIDRs": written},
         });
         let patched = api.patch(&key.name, &PatchParams::default(), &Patch::Merge(body)).await;
-        found(patched).doing("give a pod range to node", &key)?;
-        tracing::info!(node = %key, range = %free, "gave the node a pod range");
+        found(patched).doing("give pod ranges to node", &key)?;
+        tracing::info!(node = %key, ranges = written.join(","), "gave the node its pod ranges");
         Ok(Outcome::Done)
     }
 }
 
-fn range(node: &Node) -> Option<IpNetwork> {
-    let spec = node.spec.as_ref()?;
-    let text = spec.pod_cidrs.as_ref().and_then(|c| c.first()).or(spec.pod_cidr.as_ref())?;
-    text.parse().ok()
+fn ranges(node: &Node) -> Vec<IpNetwork> {
+    let Some(spec) = &node.spec else { return Vec::new() };
+    let listed = spec.pod_cidrs.as_deref().filter(|list| !list.is_empty());
+    listed.unwrap_or(spec.pod_cidr.as_slice()).iter().filter_map(|text| text.parse().ok()).collect()
 }
 
 fn overlaps(a: IpNetwork, b: IpNetwork) -> bool {
@@ -107,9 +114,11 @@ fn overlaps(a: IpNetwork, b: IpNetwork) -> bool {
 }
 
 /// The lowest range that is neither taken nor among the Services' addresses.
-fn first_free(cluster: IpNetwork, services: IpNetwork, taken: &HashSet<IpNetwork>) -> Option<IpNetwork> {
+fn first_free(cluster: IpNetwork, services: &[IpNetwork], taken: &HashSet<IpNetwork>) -> Option<IpNetwork> {
     let free = |range: &IpNetwork| {
-        !overlaps(*range, services) && !taken.contains(range) && !taken.iter().any(|t| overlaps(*t, *range))
+        !services.iter().any(|s| overlaps(*range, *s))
+            && !taken.contains(range)
+            && !taken.iter().any(|t| overlaps(*t, *range))
     };
     match cluster {
         IpNetwork::V4(net) => {
@@ -141,7 +150,7 @@ mod tests {
 
     fn free(cluster: &str, services: &str, taken: &[&str]) -> Option<String> {
         let taken = taken.iter().map(|t| t.parse().unwrap()).collect();
-        first_free(cluster.parse().unwrap(), services.parse().unwrap(), &taken).map(|n| n.to_string())
+        first_free(cluster.parse().unwrap(), &[services.parse().unwrap()], &taken).map(|n| n.to_string())
     }
 
     #[test]
@@ -156,6 +165,23 @@ mod tests {
         ];
         for (cluster, services, taken, expected) in rows {
             assert_eq!(free(cluster, services, &taken).as_deref(), expected, "{cluster} {taken:?}");
+        }
+    }
+
+    #[test]
+    fn a_node_has_what_its_object_lists() {
+        let rows = [
+            (json!({}), vec![]),
+            (json!({"podCIDR": "10.42.1.0/24"}), vec!["10.42.1.0/24"]),
+            (
+                json!({"podCIDR": "10.42.1.0/24", "podCIDRs": ["10.42.1.0/24", "fd42:0:0:1::/64"]}),
+                vec!["10.42.1.0/24", "fd42:0:0:1::/64"],
+            ),
+        ];
+        for (spec, expected) in rows {
+            let node: Node = serde_json::from_value(json!({"metadata": {}, "spec": spec})).unwrap();
+            let found: Vec<_> = ranges(&node).iter().map(ToString::to_string).collect();
+            assert_eq!(found, expected);
         }
     }
 }

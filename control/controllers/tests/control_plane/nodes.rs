@@ -16,11 +16,23 @@ async fn nodes_get_ranges_and_lose_the_taint_once_ready() {
         let all = nodes.list(&ListParams::default()).await.unwrap().items;
         let specs = all.into_iter().map(|n| n.spec.unwrap_or_default());
         let specs: Vec<_> = specs.filter(|s| s.taints.as_deref().unwrap_or_default().is_empty()).collect();
-        let ranges: BTreeSet<_> = specs.into_iter().filter_map(|s| s.pod_cidr).collect();
+        assert!(
+            specs.iter().all(|s| s.pod_cidr.as_ref() == s.pod_cidrs.iter().flatten().next()),
+            "{specs:?}"
+        );
+        let ranges: BTreeSet<_> = specs.into_iter().filter_map(|s| s.pod_cidrs).collect();
         (ranges.len() == 3).then_some(ranges)
     })
     .await;
-    assert_eq!(ranges.into_iter().collect::<Vec<_>>(), ["10.42.0.0/24", "10.42.1.0/24", "10.42.2.0/24"]);
+    let expected = [
+        ["10.42.0.0/24", "fd42::/64"],
+        ["10.42.1.0/24", "fd42:0:0:1::/64"],
+        ["10.42.2.0/24", "fd42:0:0:2::/64"],
+    ];
+    // Which node gets which is a matter of order; the families of one node need not be of one number.
+    let (v4, v6): (BTreeSet<_>, BTreeSet<_>) =
+        ranges.iter().map(|pair| (pair[0].as_str(), pair[1].as_str())).unzip();
+    assert_eq!((v4, v6), expected.iter().map(|[a, b]| (*a, *b)).unzip());
     plane.stop().await;
 }
 

@@ -81,7 +81,7 @@ impl Plane {
                 issuer: "https://kubernetes.default.svc.cluster.local".into(),
                 audiences: Vec::new(),
             },
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
+            service_cidrs: vec!["10.43.0.0/16".parse().unwrap()],
             node_port_range: 30000..=32767,
             kubelet_client: None,
             cluster_domain: "cluster.local".into(),
@@ -119,8 +119,8 @@ impl Plane {
 
     fn spawn_control(&mut self, ca: String, grace: Duration) {
         let config = weft_control_controllers::Config {
-            cluster_cidr: "10.42.0.0/16".parse().unwrap(),
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
+            cluster_cidrs: ["10.42.0.0/16", "fd42::/56"].map(|range| range.parse().unwrap()).into(),
+            service_cidrs: vec!["10.43.0.0/16".parse().unwrap()],
             root_ca_pem: ca,
             identity: "test".into(),
             leader_election: true,

@@ -82,3 +82,29 @@ pub(crate) struct FlowsArgs {
     #[arg(short, long, value_enum)]
     pub(crate) output: Option<Output>,
 }
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetCommand {
+    /// Let small pods on every node ask each other over every way that traffic takes, and remove them again
+    Check(CheckArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Image of the pods; it needs sh, wget, httpd, nslookup and timeout, and is never pulled
+    #[arg(long, default_value = "busybox", value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// Leave the pods and Services where they are
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Write JSON
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Write JSON
+    #[arg(short, long, value_enum)]
+    pub(crate) output: Option<Output>,
+}

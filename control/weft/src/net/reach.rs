@@ -21,6 +21,7 @@ const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// The cluster as the commands reach it.
 pub(crate) struct Reach {
     pub(crate) client: kube::Client,
+    pub(crate) paths: Paths,
     pub(crate) cluster: Cluster,
     pub(crate) nodes: Vec<NodeHandle>,
 }
@@ -46,7 +47,7 @@ impl Reach {
         let config = kube::Config::from_custom_kubeconfig(file, &options).await?;
         let client = kube::Client::try_from(config)?;
         let nodes = cluster.nodes.iter().map(|name| NodeHandle::new(paths, name)).collect();
-        Ok(Self { client, cluster, nodes })
+        Ok(Self { client, paths: paths.clone(), cluster, nodes })
     }
 
     /// A node of this machine by its name.
@@ -57,7 +58,7 @@ impl Reach {
 
     /// Addresses of Services that the nodes answer themselves: they are in no map.
     pub(crate) fn node_local(&self) -> Vec<IpAddr> {
-        vec![self.cluster.dns_ip().into()]
+        self.cluster.dns_ips().iter().collect()
     }
 
     /// The Services of a namespace, or of all.
@@ -136,6 +137,11 @@ impl NodeHandle {
         let netns = nodes::exist(&namespaces).then(|| namespaces.join("net"));
         let observer = Observer { pins: node.bpffs(), netns, cgroup: paths.node_cgroup(name) };
         Self { name: name.to_owned(), socket: node.control_socket(), observer }
+    }
+
+    /// Whether its agent runs and listens.
+    pub(crate) fn agent_answers(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(&self.socket).is_ok()
     }
 
     /// Watches its flows.

@@ -5,11 +5,11 @@ mod one;
 use std::collections::{BTreeMap, HashMap};
 
 use anyhow::ensure;
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::ResourceExt as _;
 use serde::Serialize;
-use weft_agent_dataplane::observe::expected::{Expected, expected};
+use weft_agent_dataplane::observe::expected::{Expected, ForNode, expected};
 use weft_agent_dataplane::observe::wire::{Frontend, FrontendKey, Request};
 
 use super::args::ListArgs;
@@ -45,8 +45,21 @@ type Held = BTreeMap<String, Result<HashMap<FrontendKey, Frontend>, String>>;
 
 /// `weft service list`.
 pub(crate) async fn list(reach: &Reach, args: &ListArgs) -> anyhow::Result<Said> {
-    let namespace = args.namespace.as_deref();
+    let rows = rows(reach, args.namespace.as_deref()).await?;
+    let all = rows.iter().all(|row| row.behind.is_empty());
+    Said::new(all, args.output, render(&rows, reach.nodes.len()), &rows)
+}
+
+/// How many Services there are, and which of them are not on every node.
+pub(crate) async fn listing(reach: &Reach) -> anyhow::Result<(usize, Vec<String>)> {
+    let rows = rows(reach, None).await?;
+    let behind = rows.iter().filter(|row| !row.behind.is_empty());
+    Ok((rows.len(), behind.map(|row| format!("{}/{}", row.namespace, row.name)).collect()))
+}
+
+async fn rows(reach: &Reach, namespace: Option<&str>) -> anyhow::Result<Vec<Listed>> {
     let (services, slices) = (reach.services(namespace).await?, reach.slices(namespace, None).await?);
+    let nodes = reach.api_nodes().await?;
     let mut of_service: HashMap<(String, String), Vec<EndpointSlice>> = HashMap::new();
     for slice in slices {
         let owner = slice.labels().get("kubernetes.io/service-name").cloned();
@@ -55,25 +68,15 @@ pub(crate) async fn list(reach: &Reach, args: &ListArgs) -> anyhow::Result<Said>
         }
     }
     let held: Held = reach.nodes.iter().map(|node| (node.name.clone(), held(node))).collect();
-    ensure!(
-        held.values().any(Result::is_ok),
-        "no node of this machine has a dataplane: {}",
-        held.values()
-            .filter_map(|node| node.as_ref().err())
-            .map(String::as_str)
-            .collect::<Vec<_>>()
-            .join("; ")
-    );
+    let errors: Vec<&str> =
+        held.values().filter_map(|node| node.as_ref().err()).map(String::as_str).collect();
+    ensure!(errors.len() < held.len(), "no node of this machine has a dataplane: {}", errors.join("; "));
     let none = Vec::new();
-    let rows: Vec<Listed> = services
-        .iter()
-        .map(|service| {
-            let key = (service.namespace().unwrap_or_default(), service.name_any());
-            listed(reach, service, of_service.get(&key).unwrap_or(&none), &held)
-        })
-        .collect();
-    let all = rows.iter().all(|row| row.behind.is_empty());
-    Said::new(all, args.output, render(&rows, reach.nodes.len()), &rows)
+    let row = |service: &Service| {
+        let key = (service.namespace().unwrap_or_default(), service.name_any());
+        listed((reach, &nodes), service, of_service.get(&key).unwrap_or(&none), &held)
+    };
+    Ok(services.iter().map(row).collect())
 }
 
 fn held(node: &super::reach::NodeHandle) -> Result<HashMap<FrontendKey, Frontend>, String> {
@@ -81,14 +84,21 @@ fn held(node: &super::reach::NodeHandle) -> Result<HashMap<FrontendKey, Frontend
     Ok(frontends.into_iter().map(|frontend| (frontend.key, frontend)).collect())
 }
 
-fn listed(reach: &Reach, service: &Service, slices: &[EndpointSlice], held: &Held) -> Listed {
+fn listed(
+    (reach, nodes): (&Reach, &[Node]),
+    service: &Service,
+    slices: &[EndpointSlice],
+    held: &Held,
+) -> Listed {
     let spec = service.spec.clone().unwrap_or_default();
     let endpoints = endpoints::by_address(slices);
     let node_local = reach.node_local();
     let (mut programmed, mut behind) = (Vec::new(), BTreeMap::new());
     let mut in_kernel = false;
     for (node, frontends) in held {
-        let wanted = expected(node, &node_local, service, slices);
+        let object = nodes.iter().find(|object| object.name_any() == *node);
+        let of_node = ForNode { name: node, object, node_local: &node_local };
+        let wanted = expected(of_node, service, slices);
         if wanted.frontends.is_empty() {
             continue;
         }

@@ -18,6 +18,9 @@ use kube::ResourceExt as _;
 use weft_agent_dataplane::observe::wire::{BackendKeyed, Protocol};
 use weft_agent_dataplane::why::Hook;
 
+pub(super) use cause::{is_ready, unready_text};
+pub(super) use ends::addresses;
+
 use super::Said;
 use super::args::WhyArgs;
 use super::endpoints::Endpoint;

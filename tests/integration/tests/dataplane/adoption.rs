@@ -3,7 +3,10 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 
+use serde_json::json;
+use weft_agent_dataplane::maps::{MapSet as _, Table};
 use weft_agent_dataplane::programs;
+use weft_agent_dataplane::reconcile::render;
 use weft_tests_harness::require;
 
 use crate::NEEDS;
@@ -53,6 +56,40 @@ fn services_outlive_the_agent_and_a_new_one_adopts_them() {
     assert_eq!(pins(&place.pins), Vec::<String>::new());
     let error = within(&place.node, || ask_tcp(vip(11))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "nothing translates any more");
+}
+
+/// Ranges stand in a trie, whose batches work otherwise than a hash map's.
+#[test]
+fn ranges_of_clients_are_kept_and_adopted() {
+    if !require("dataplane::ranges", &NEEDS) {
+        return;
+    }
+    let place = Place::new("sr").unwrap();
+    let front = |ranges: &[String]| {
+        json!({"metadata": {"namespace": "default", "name": "front"},
+            "spec": {"type": "LoadBalancer", "clusterIP": "10.43.0.30", "clusterIPs": ["10.43.0.30", "fd00:43::30"],
+                "loadBalancerSourceRanges": ranges, "ports": [{"port": 80, "nodePort": 30030, "protocol": "TCP"}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.30"}, {"ip": "2001:db8::30"}]}}})
+    };
+    let of = |count: u16| -> Vec<String> {
+        let v4 = (0..count).map(|i| format!("10.{}.{}.0/24", i / 250, i % 250));
+        v4.chain((0..count).map(|i| format!("2001:db8:{i:x}::/48"))).collect()
+    };
+    let mut first = place.start().unwrap();
+    first.apply(front(&of(300))).unwrap();
+    // Two lists of each family: for clients inside and outside.
+    assert_eq!(first.reconciler.entries(Table::Sources), 4 * 300);
+    let text = first.reconciler.render().unwrap();
+    assert_eq!(text, render(first.reconciler.ledger()), "belief and maps");
+    drop(first);
+
+    let mut second = place.start().unwrap();
+    assert_eq!(second.reconciler.render().unwrap(), text);
+    second.apply(front(&of(3))).unwrap();
+    assert_eq!(second.reconciler.entries(Table::Sources), 4 * 3);
+    assert_eq!(second.reconciler.render().unwrap(), render(second.reconciler.ledger()));
+    second.apply(front(&[])).unwrap();
+    assert_eq!(second.reconciler.maps.dump(Table::Sources).unwrap(), []);
 }
 
 #[test]

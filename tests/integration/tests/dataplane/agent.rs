@@ -12,9 +12,10 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_agent_dataplane::{Config, cleanup, run};
+use weft_agent_dataplane::{Config, ProxyConfig, cleanup, run};
 use weft_tests_harness::{artifact, require};
 
 use crate::NEEDS;
@@ -91,14 +92,25 @@ fn config(place: &Place) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
-        node_ip: NODE,
-        cluster_cidr: "10.42.0.0/16".parse().unwrap(),
-        service_cidr: "10.43.0.0/16".parse().unwrap(),
+        node_ip: NODE.into(),
+        cluster_cidr: vec!["10.42.0.0/16".parse().unwrap()],
+        service_cidr: vec!["10.43.0.0/16".parse().unwrap()],
         node_local: vec![],
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
+        proxy: ProxyConfig::default(),
     }
+}
+
+/// Asks the proxy's own HTTP servers.
+async fn get(port: u16, path: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
 }
 
 /// Asks until the answer is as wanted: an event takes its time to the maps.
@@ -143,12 +155,24 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is)).await.unwrap().unwrap();
     assert!(ask_tcp(vip(10)).is_ok(), "it said that Services are live");
     assert!(ask_tcp(SocketAddr::from(([127, 0, 0, 1], 30080))).is_ok());
+    let health = get(10_256, "/healthz").await;
+    assert!(health.starts_with("HTTP/1.1 200") && health.contains("\"nodeEligible\":true"), "{health}");
 
     api.event("endpointslices", "MODIFIED", &slice(&[], "8")).await;
     eventually("refusal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused))
         .await;
     api.event("endpointslices", "MODIFIED", &slice(&[pod], "9")).await;
     eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
+    let metrics = get(10_249, "/metrics").await;
+    for line in [
+        "weft_dataplane_drops_total{reason=\"socket_no_endpoints\"}",
+        "weft_dataplane_services 1",
+        "weft_map_entries{map=\"backends\"} 1",
+        "kubeproxy_sync_full_proxy_rules_duration_seconds_count 1",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 3",
+    ] {
+        assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
+    }
     api.event("services", "DELETED", &service()).await;
     eventually("removal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::NetworkUnreachable))
         .await;

@@ -4,9 +4,14 @@
 mod adoption;
 mod agent;
 mod edge;
+mod entries;
+mod errors;
+mod frames;
 mod overlay;
 mod packets;
+mod paths;
 mod place;
+mod services;
 mod sockets;
 
 /// What every test here needs.

@@ -1,6 +1,6 @@
 //! The overlay between two nodes: pods reach each other, and nothing is left of a node that went.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use serde_json::json;
 use weft_agent_dataplane::node;
@@ -11,15 +11,17 @@ use weft_tests_harness::require;
 
 use crate::place::{ask_tcp, serve, within};
 
-fn node_object(name: &str, number: u8) -> serde_json::Value {
-    json!({"metadata": {"name": name}, "spec": {"podCIDR": format!("10.42.{number}.0/24")},
-        "status": {"addresses": [{"type": "InternalIP", "address": format!("192.168.79.{number}")}]}})
+fn node_object(name: &str, number: u8, underlay: &str) -> serde_json::Value {
+    let ranges = [format!("10.42.{number}.0/24"), format!("fd42:0:0:{number}::/64")];
+    json!({"metadata": {"name": name}, "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
+        "status": {"addresses": [{"type": "InternalIP", "address": format!("{underlay}{number}")}]}})
 }
 
-fn overlay(number: u8, netns: &Netns, nodes: &[(&str, u8)]) -> Overlay {
-    let mut overlay = Overlay::new(format!("node-{number}"), Ipv4Addr::new(192, 168, 79, number));
+fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) -> Overlay {
+    let address: IpAddr = format!("{underlay}{number}").parse().unwrap();
+    let mut overlay = Overlay::new(format!("node-{number}"), address);
     for (name, n) in nodes {
-        overlay.apply_node(&serde_json::from_value(node_object(name, *n)).unwrap());
+        overlay.apply_node(&serde_json::from_value(node_object(name, *n, underlay)).unwrap());
     }
     within(netns, || {
         overlay.set_devices(&node::devices().unwrap());
@@ -28,63 +30,90 @@ fn overlay(number: u8, netns: &Netns, nodes: &[(&str, u8)]) -> Overlay {
     })
 }
 
+/// Two nodes with a pod each, and a link between the nodes.
+fn two_nodes() -> (Vec<Netns>, Vec<Netns>) {
+    let netns: Vec<Netns> = (0..2).map(|_| Netns::new("ov").unwrap()).collect();
+    let pods: Vec<Netns> = (0..2).map(|_| Netns::new("op").unwrap()).collect();
+    let run = |command: String| ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
+    let set = |netns: &Netns, setting: &str, value: &str| {
+        within(netns, || std::fs::write(format!("/proc/sys/net/{setting}"), value)).unwrap();
+    };
+    for netns in netns.iter().chain(&pods) {
+        // A bridge asks for a pod from its link-local address, which waits a second for duplicates. The plugin tells it instead.
+        set(netns, "ipv6/conf/default/accept_dad", "0");
+    }
+    run(format!("-n {} link add up0 type veth peer name up0 netns {}", netns[0].name(), netns[1].name()));
+    for number in 1..=2_u8 {
+        let (n, p) = (netns[usize::from(number) - 1].name(), pods[usize::from(number) - 1].name());
+        run(format!("-n {n} addr add 192.168.79.{number}/24 dev up0"));
+        run(format!("-n {n} addr add fd79::{number}/64 dev up0 nodad"));
+        run(format!("-n {n} link set up0 up"));
+        run(format!("-n {n} link add weft0 type bridge"));
+        run(format!("-n {n} addr add 10.42.{number}.1/24 dev weft0"));
+        run(format!("-n {n} addr add fd42:0:0:{number}::1/64 dev weft0 nodad"));
+        run(format!("-n {n} link set weft0 up"));
+        run(format!("-n {n} link add pod0 mtu 1430 type veth peer name eth0 mtu 1430 netns {p}"));
+        run(format!("-n {n} link set pod0 master weft0 up"));
+        run(format!("-n {p} addr add 10.42.{number}.2/24 dev eth0"));
+        run(format!("-n {p} addr add fd42:0:0:{number}::2/64 dev eth0 nodad"));
+        run(format!("-n {p} link set eth0 up"));
+        run(format!("-n {p} route add default via 10.42.{number}.1"));
+        run(format!("-n {p} route add default via fd42:0:0:{number}::1"));
+        set(&netns[usize::from(number) - 1], "ipv4/ip_forward", "1");
+        set(&netns[usize::from(number) - 1], "ipv6/conf/all/forwarding", "1");
+    }
+    (netns, pods)
+}
+
 #[test]
 fn pods_of_two_nodes_reach_each_other() {
     if !require("dataplane::overlay", &["root", "ip"]) {
         return;
     }
-    let netns: Vec<Netns> = (0..2).map(|_| Netns::new("ov").unwrap()).collect();
-    let pods: Vec<Netns> = (0..2).map(|_| Netns::new("op").unwrap()).collect();
-    let run = |command: String| ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
-    run(format!("-n {} link add up0 type veth peer name up0 netns {}", netns[0].name(), netns[1].name()));
-    for number in 1..=2_u8 {
-        let (n, p) = (netns[usize::from(number) - 1].name(), pods[usize::from(number) - 1].name());
-        run(format!("-n {n} addr add 192.168.79.{number}/24 dev up0"));
-        run(format!("-n {n} link set up0 up"));
-        run(format!("-n {n} link add weft0 type bridge"));
-        run(format!("-n {n} addr add 10.42.{number}.1/24 dev weft0"));
-        run(format!("-n {n} link set weft0 up"));
-        run(format!("-n {n} link add pod0 mtu 1450 type veth peer name eth0 mtu 1450 netns {p}"));
-        run(format!("-n {n} link set pod0 master weft0 up"));
-        run(format!("-n {p} addr add 10.42.{number}.2/24 dev eth0"));
-        run(format!("-n {p} link set eth0 up"));
-        run(format!("-n {p} route add default via 10.42.{number}.1"));
-        within(&netns[usize::from(number) - 1], || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))
-            .unwrap();
+    // Tunnels of either family carry both.
+    for (underlay, mtu_bytes) in [("192.168.79.", 1_450), ("fd79::", 1_430)] {
+        reach_each_other(underlay, mtu_bytes);
     }
+}
+
+fn reach_each_other(underlay: &str, mtu_bytes: u32) {
+    let (netns, pods) = two_nodes();
     let both = [("node-1", 1), ("node-2", 2)];
-    let mut first = overlay(1, &netns[0], &both);
-    let _second = overlay(2, &netns[1], &both);
-    let server = serve(&pods[1], Ipv4Addr::new(10, 42, 2, 2), "far");
-    assert_eq!(
-        within(&pods[0], || ask_tcp(server)).unwrap(),
-        "far 10.42.1.2",
-        "pod to pod, by its own address"
-    );
-    assert_eq!(
-        within(&netns[0], || ask_tcp(server)).unwrap(),
-        "far 10.42.1.1",
-        "node to pod, by the bridge's"
-    );
+    let mut first = overlay(1, (&netns[0], underlay), &both);
+    let _second = overlay(2, (&netns[1], underlay), &both);
+    for (network, last) in [("10.42.", ".2"), ("fd42:0:0:", "::2")] {
+        let of = |number: u8, last: &str| -> IpAddr { format!("{network}{number}{last}").parse().unwrap() };
+        let server = serve(&pods[1], of(2, last), "far");
+        let (pod, bridge) = (of(1, last), of(1, &last.replace('2', "1")));
+        assert_eq!(
+            within(&pods[0], || ask_tcp(server)).unwrap(),
+            format!("far {pod}"),
+            "pod to pod, by its own address"
+        );
+        assert_eq!(
+            within(&netns[0], || ask_tcp(server)).unwrap(),
+            format!("far {bridge}"),
+            "node to pod, by the bridge's"
+        );
+    }
 
     let state = || {
         within(&netns[0], || {
             let mut netlink = Netlink::open().unwrap();
             let device = netlink.link("weft.vx").unwrap();
             let routes = netlink.routes().unwrap().into_iter().filter(|r| r.index == device.index);
-            let routes =
-                routes.filter(|r| matches!(r.destination.ip(), IpAddr::V4(_)) && r.gateway.is_some()).count();
+            let routes = routes.filter(|r| r.gateway.is_some()).count();
             let entries =
                 (netlink.neighbours(device.index).unwrap().len(), netlink.fdb(device.index).unwrap().len());
             (device.mtu_bytes, routes, entries)
         })
     };
-    assert_eq!(state(), (1_450, 1, (1, 1)));
+    assert_eq!(state(), (mtu_bytes, 2, (2, 1)));
     // A new agent that knows of no other node removes what it finds.
-    let alone = overlay(1, &netns[0], &[("node-1", 1)]);
+    let alone = overlay(1, (&netns[0], underlay), &[("node-1", 1)]);
     assert!(!alone.is_dirty());
-    assert_eq!(state(), (1_450, 0, (0, 0)));
+    assert_eq!(state(), (mtu_bytes, 0, (0, 0)));
     first.delete_node("node-2");
     within(&netns[0], || first.sync()).unwrap();
-    assert_eq!(state(), (1_450, 0, (0, 0)), "what is gone already is no error");
+    assert_eq!(state(), (mtu_bytes, 0, (0, 0)), "what is gone already is no error");
 }

@@ -1,64 +1,26 @@
-//! Rows of packet in, verdict and packet out, through BPF_PROG_TEST_RUN.
+//! Rows of packet in, verdict and packet out, through BPF_PROG_TEST_RUN, in both families.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use aya::programs::{Program, TestRun as _, TestRunOptions};
 use weft_ebpf_abi::{NAT_PORT_FIRST, TCP, UDP};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
-use crate::place::{CLIENT, GATEWAY, NODE, POD, Place, Running, within};
+use crate::entries::{FAMILIES, Family, V4, V6};
+use crate::frames::{ACK, RST, SYN, error, ethernet, frame, packet, read, read_frame};
+use crate::place::{Place, Running, within};
 
 const PASS: u32 = 0;
+const DROP: u32 = 2;
 const REDIRECT: u32 = 7;
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut total: u32 =
-        bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
-    while total >> 16 != 0 {
-        total = (total & 0xffff) + (total >> 16);
-    }
-    !u16::try_from(total).unwrap()
-}
-
-fn pseudo(ip: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(ip.len() - 20).unwrap();
-    [&ip[12..20], &[0, ip[9]], &length.to_be_bytes(), &ip[20..]].concat()
-}
-
-/// An Ethernet frame with valid checksums.
-fn frame(protocol: u8, from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), flags: u8) -> Vec<u8> {
-    let mut transport = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
-    let payload = b"hello";
-    if protocol == TCP {
-        transport.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
-    } else {
-        transport.extend(u16::try_from(8 + payload.len()).unwrap().to_be_bytes());
-        transport.extend([0, 0]);
-    }
-    if protocol == UDP || flags & SYN == 0 {
-        transport.extend(payload);
-    }
-    let total = u16::try_from(20 + transport.len()).unwrap().to_be_bytes();
-    let mut ip = vec![0x45, 0, total[0], total[1], 0, 1, 0x40, 0, 64, protocol, 0, 0];
-    ip.extend(from.0.octets());
-    ip.extend(to.0.octets());
-    let sum = checksum(&ip).to_be_bytes();
-    ip[10..12].copy_from_slice(&sum);
-    ip.extend(transport);
-    let at = 20 + if protocol == TCP { 16 } else { 6 };
-    let sum = checksum(&pseudo(&ip)).to_be_bytes();
-    ip[at..at + 2].copy_from_slice(&sum);
-    [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0], ip.as_slice()].concat()
-}
 
 fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
-    let Some(Program::SchedClassifier(program)) = running.programs.program("weft_ingress") else {
-        panic!("not there")
-    };
+    run_program(running, place, "weft_ingress", packet)
+}
+
+fn run_program(running: &Running, place: &Place, name: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+    let Some(Program::SchedClassifier(program)) = running.programs.program(name) else { panic!("not there") };
     within(&place.node, || {
         let mut out = vec![0; 2_048];
         let options =
@@ -69,30 +31,20 @@ fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
     })
 }
 
-fn assert_valid(name: &str, packet: &[u8]) {
-    let total = usize::from(u16::from_be_bytes([packet[16], packet[17]]));
-    assert_eq!(packet.len(), 14 + total, "{name}: length");
-    assert_eq!(checksum(&packet[14..34]), 0, "{name}: IPv4 checksum");
-    let covered = if packet[23] == 1 { packet[34..].to_vec() } else { pseudo(&packet[14..]) };
-    assert_eq!(checksum(&covered), 0, "{name}: checksum");
-}
-
-fn source(packet: &[u8]) -> (Ipv4Addr, u16) {
-    let ip = Ipv4Addr::new(packet[26], packet[27], packet[28], packet[29]);
-    (ip, u16::from_be_bytes([packet[34], packet[35]]))
-}
-
-fn destination(packet: &[u8]) -> (Ipv4Addr, u16) {
-    let ip = Ipv4Addr::new(packet[30], packet[31], packet[32], packet[33]);
-    (ip, u16::from_be_bytes([packet[36], packet[37]]))
-}
-
+/// NodePort 30080 leads to the pod, 30081 to nothing, 30082 to the node itself.
 fn set_up(label: &str) -> (Place, Running) {
     let place = Place::new(label).unwrap();
     let mut running = place.start().unwrap();
-    running.service(10, 30080, &[SocketAddr::from((POD, 8080))]).unwrap();
-    running.service(11, 30081, &[]).unwrap();
+    for family in FAMILIES {
+        running.plain(&family, 10, 30080, &[SocketAddr::new(family.pod, 8080)]).unwrap();
+        running.plain(&family, 11, 30081, &[]).unwrap();
+        running.plain(&family, 12, 30082, &[family.at_node(8080)]).unwrap();
+    }
     (place, running)
+}
+
+fn client(family: &Family, port: u16) -> SocketAddr {
+    SocketAddr::new(family.client, port)
 }
 
 #[test]
@@ -101,26 +53,35 @@ fn packets_that_are_nobodys_pass_untouched() {
         return;
     }
     let (place, running) = set_up("pp");
-    let mut fragment = frame(UDP, (CLIENT, 5000), (NODE, 30080), 0);
-    fragment[20..22].copy_from_slice(&[0, 10]);
-    let mut arp = frame(UDP, (CLIENT, 5000), (NODE, 30080), 0);
-    arp[12..14].copy_from_slice(&[8, 6]);
-    let mut icmp = frame(UDP, (CLIENT, 5000), (NODE, 30080), 0);
-    icmp[23] = 1;
-    let mut short = frame(TCP, (CLIENT, 5000), (NODE, 30080), SYN);
-    short.truncate(14 + 20 + 2);
-    let rows = [
-        ("another port of the node", frame(TCP, (CLIENT, 5000), (NODE, 22), SYN)),
-        ("through the node", frame(TCP, (CLIENT, 5000), (POD, 30080), SYN)),
-        ("to nobody", frame(UDP, (POD, 5000), (Ipv4Addr::new(8, 8, 8, 8), 53), 0)),
-        ("later fragment", fragment),
-        ("no IPv4", arp),
-        ("neither TCP nor UDP", icmp),
-        ("cut off", short),
-    ];
-    for (name, packet) in rows {
-        assert_eq!(run(&running, &place, &packet), (PASS, packet), "{name}");
+    for family in FAMILIES {
+        let from = client(&family, 5000);
+        let to_service = |protocol| frame(protocol, from, family.at_node(30080), SYN);
+        let transport = if family.node.is_ipv4() { 34 } else { 54 };
+        let mut arp = to_service(UDP);
+        arp[12..14].copy_from_slice(&[8, 6]);
+        let mut other = to_service(UDP);
+        other[if family.node.is_ipv4() { 23 } else { 20 }] = 99;
+        let mut short = to_service(TCP);
+        short.truncate(transport + 2);
+        let nobody: IpAddr = if family.node.is_ipv4() { [8, 8, 8, 8].into() } else { [0x2001; 8].into() };
+        let unknown =
+            &frame(UDP, SocketAddr::new(family.gateway, 61_000), SocketAddr::new(family.pod, 1), 0)[14..];
+        let rows = [
+            ("another port of the node", frame(TCP, from, family.at_node(22), SYN)),
+            ("through the node", frame(TCP, from, SocketAddr::new(family.pod, 30080), SYN)),
+            ("to nobody", frame(UDP, SocketAddr::new(family.pod, 5000), SocketAddr::new(nobody, 53), 0)),
+            ("neither family", arp),
+            ("neither TCP nor UDP", other),
+            ("cut off", short),
+            ("error about a stranger", error(family.pod, family.gateway, [3, 4], unknown)),
+        ];
+        for (name, packet) in rows {
+            assert_eq!(run(&running, &place, &packet), (PASS, packet), "{name}");
+        }
     }
+    let mut fragment = frame(UDP, client(&V4, 5000), V4.at_node(30080), 0);
+    fragment[20..22].copy_from_slice(&[0, 10]);
+    assert_eq!(run(&running, &place, &fragment), (PASS, fragment), "a later fragment without a first");
 }
 
 #[test]
@@ -129,27 +90,59 @@ fn packets_to_services_are_translated_and_their_answers_back() {
         return;
     }
     let (place, running) = set_up("pt");
-    let mut ports = std::collections::BTreeSet::new();
-    for (protocol, flags, answer_flags) in [(TCP, SYN, SYN | ACK), (UDP, 0, 0)] {
-        for port in 5_000..5_050 {
-            let packet = frame(protocol, (CLIENT, port), (NODE, 30080), flags);
-            let (verdict, out) = run(&running, &place, &packet);
-            assert_eq!(verdict, REDIRECT);
-            assert_valid("request", &out);
-            assert_eq!(destination(&out), (POD, 8080));
-            let (address, nat) = source(&out);
-            assert_eq!(address, GATEWAY);
-            assert!(nat >= NAT_PORT_FIRST);
-            assert!(ports.insert((protocol, nat)), "two flows share a port");
-            let (_, again) = run(&running, &place, &packet);
-            assert_eq!(again, out, "a repeated packet takes the same way");
-            let answer = frame(protocol, (POD, 8080), (GATEWAY, nat), answer_flags);
-            let (verdict, out) = run(&running, &place, &answer);
-            assert_eq!(verdict, REDIRECT);
-            assert_valid("answer", &out);
-            assert_eq!((source(&out), destination(&out)), ((NODE, 30080), (CLIENT, port)));
+    for family in FAMILIES {
+        let mut ports = std::collections::BTreeSet::new();
+        for (protocol, flags, answer_flags) in [(TCP, SYN, SYN | ACK), (UDP, 0, 0)] {
+            for port in 5_000..5_050 {
+                let packet = frame(protocol, client(&family, port), family.at_node(30080), flags);
+                let (verdict, out) = run(&running, &place, &packet);
+                assert_eq!(verdict, REDIRECT);
+                let request = read_frame("request", &out);
+                let pod = SocketAddr::new(family.pod, 8080);
+                assert_eq!((request.to, request.from.ip()), (pod, family.gateway));
+                assert!(request.from.port() >= NAT_PORT_FIRST);
+                assert!(ports.insert((protocol, request.from.port())), "two flows share a port");
+                let (_, again) = run(&running, &place, &packet);
+                assert_eq!(again, out, "a repeated packet takes the same way");
+                let answer = frame(protocol, pod, request.from, answer_flags);
+                let (verdict, out) = run(&running, &place, &answer);
+                assert_eq!(verdict, REDIRECT);
+                let answer = read_frame("answer", &out);
+                assert_eq!((answer.from, answer.to), (family.at_node(30080), client(&family, port)));
+            }
         }
     }
+}
+
+#[test]
+fn a_datagram_without_a_checksum_stays_without() {
+    if !require("dataplane::packets-unsummed", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("pu");
+    let mut packet = frame(UDP, client(&V4, 5000), V4.at_node(30080), 0);
+    packet[40..42].fill(0);
+    let (verdict, out) = run(&running, &place, &packet);
+    assert_eq!((verdict, &out[40..42]), (REDIRECT, [0, 0].as_slice()));
+}
+
+#[test]
+fn extension_headers_do_not_hide_a_flow() {
+    if !require("dataplane::packets-extensions", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("px");
+    let plain = frame(UDP, client(&V6, 5000), V6.at_node(30080), 0);
+    let mut payload = vec![UDP, 0, 1, 4, 0, 0, 0, 0];
+    payload.extend(&plain[54..]);
+    let packet = ethernet(&packet(V6.client, V6.node, 60, &payload));
+    let (verdict, out) = run(&running, &place, &packet);
+    assert_eq!((verdict, out.len()), (REDIRECT, packet.len()));
+    let mut without = out[..54].to_vec();
+    (without[18..20]).copy_from_slice(&u16::try_from(out.len() - 62).unwrap().to_be_bytes());
+    without[20] = UDP;
+    without.extend(&out[62..]);
+    assert_eq!(read_frame("its datagram", &without).to, SocketAddr::new(V6.pod, 8080));
 }
 
 #[test]
@@ -158,33 +151,155 @@ fn refusals_are_valid_packets() {
         return;
     }
     let (place, running) = set_up("pr");
-    let syn = frame(TCP, (CLIENT, 5000), (NODE, 30081), SYN);
-    let (verdict, out) = run(&running, &place, &syn);
-    assert_eq!(verdict, REDIRECT);
-    assert_valid("reset of a SYN", &out);
-    assert_eq!((source(&out), destination(&out)), ((NODE, 30081), (CLIENT, 5000)));
-    assert_eq!((out[47], &out[42..46]), (RST | ACK, [0, 0, 0, 2].as_slice()), "it acknowledges the SYN");
-    assert_eq!((&out[..6], &out[6..12]), (&syn[6..12], &syn[..6]), "back to the sender");
+    for (n, family) in (0..).zip(FAMILIES) {
+        let nothing = family.at_node(30081);
+        let syn = frame(TCP, client(&family, 5000), nothing, SYN);
+        let (verdict, out) = run(&running, &place, &syn);
+        assert_eq!(verdict, REDIRECT);
+        let answer = read_frame("reset of a SYN", &out);
+        assert_eq!((answer.from, answer.to), (nothing, client(&family, 5000)));
+        let tcp = &answer.payload;
+        assert_eq!((tcp[13], &tcp[8..12]), (RST | ACK, [0, 0, 0, 2].as_slice()), "it acknowledges the SYN");
+        assert_eq!((&out[..6], &out[6..12]), (&syn[6..12], &syn[..6]), "back to the sender");
 
-    let (verdict, out) = run(&running, &place, &frame(TCP, (CLIENT, 5001), (NODE, 30080), ACK));
-    assert_eq!(verdict, REDIRECT);
-    assert_valid("reset of an unknown flow", &out);
-    assert_eq!(
-        (out[47], &out[38..42]),
-        (RST, [0, 0, 0, 2].as_slice()),
-        "its number is what was acknowledged"
-    );
-    assert_eq!(running.drops("unknown_flow"), 1);
+        let middle = frame(TCP, client(&family, 5001), family.at_node(30080), ACK);
+        let (verdict, out) = run(&running, &place, &middle);
+        assert_eq!(verdict, REDIRECT);
+        let tcp = read_frame("reset of an unknown flow", &out).payload;
+        assert_eq!(
+            (tcp[13], &tcp[4..8]),
+            (RST, [0, 0, 0, 2].as_slice()),
+            "its number is what was acknowledged"
+        );
+        assert_eq!(running.drops("unknown_flow"), 2 * n + 1);
 
-    let datagram = frame(UDP, (CLIENT, 5002), (NODE, 30081), 0);
-    let (verdict, out) = run(&running, &place, &datagram);
-    assert_eq!(verdict, REDIRECT);
-    assert_valid("port unreachable", &out);
-    assert_eq!(&out[34..36], [3, 3]);
-    assert_eq!(out[42..], datagram[14..42], "it quotes the packet");
-    assert_eq!(running.drops("packet_no_endpoints"), 2);
+        let datagram = frame(UDP, client(&family, 5002), nothing, 0);
+        let (verdict, out) = run(&running, &place, &datagram);
+        assert_eq!(verdict, REDIRECT);
+        let message = read_frame("port unreachable", &out);
+        assert_eq!((message.from.ip(), message.to.ip()), (family.node, family.client));
+        assert_eq!(message.payload[..2], if family.node.is_ipv4() { [3, 3] } else { [1, 4] });
+        let quote = &message.payload[8..];
+        assert_eq!(*quote, datagram[14..14 + quote.len()], "it quotes the packet");
+        assert_eq!(running.drops("packet_no_endpoints"), 2 * n + 2);
 
-    let mut reset = frame(TCP, (CLIENT, 5003), (NODE, 30080), RST);
-    reset.truncate(14 + 40);
-    assert_eq!(run(&running, &place, &reset).0, 2, "a reset is never answered");
+        let reset = frame(TCP, client(&family, 5003), family.at_node(30080), RST);
+        assert_eq!(run(&running, &place, &reset).0, DROP, "a reset is never answered");
+    }
+}
+
+/// Unreachable, "too big", time exceeded.
+fn error_kinds(family: &Family) -> [[u8; 2]; 3] {
+    if family.node.is_ipv4() { [[3, 3], [3, 4], [11, 0]] } else { [[1, 4], [2, 0], [3, 0]] }
+}
+
+#[test]
+fn errors_about_translated_packets_reach_the_other_end() {
+    if !require("dataplane::packets-errors", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("pe");
+    for family in FAMILIES {
+        for (protocol, flags, answer_flags) in [(TCP, SYN, SYN | ACK), (UDP, 0, 0)] {
+            let (from, to) = (client(&family, 5000), family.at_node(30080));
+            let request = run(&running, &place, &frame(protocol, from, to, flags)).1;
+            let nat = read_frame("request", &request).from;
+            let pod = SocketAddr::new(family.pod, 8080);
+            let answer = run(&running, &place, &frame(protocol, pod, nat, answer_flags)).1;
+            // A router behind the pod or before the client, the pod, the client.
+            let router: IpAddr =
+                if family.node.is_ipv4() { [10, 9, 9, 9].into() } else { [0xfd99; 8].into() };
+            for kind in error_kinds(&family) {
+                for (sender, about) in
+                    [(family.pod, &request), (router, &request), (family.client, &answer), (router, &answer)]
+                {
+                    let of_request = about == &request;
+                    let to_whom = if of_request { family.gateway } else { family.node };
+                    // Cut off, as a router may do that sends no more than it must.
+                    for quote in [&about[14..], &about[14..if family.node.is_ipv4() { 42 } else { 62 }]] {
+                        let (verdict, out) = run(&running, &place, &error(sender, to_whom, kind, quote));
+                        assert_eq!(verdict, REDIRECT);
+                        let message = read_frame("error", &out);
+                        let inner = read("quote", &message.payload[8..], false);
+                        assert_eq!(
+                            (&message.payload[..2], &message.payload[4..8]),
+                            (&kind[..], &[0, 0, 5, 120][..])
+                        );
+                        if of_request {
+                            assert_eq!((message.from.ip(), message.to.ip()), (family.node, family.client));
+                            assert_eq!((inner.from, inner.to), (from, to), "what the client sent");
+                        } else {
+                            assert_eq!((message.from.ip(), message.to.ip()), (family.gateway, family.pod));
+                            assert_eq!((inner.from, inner.to), (pod, nat), "what the pod sent");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fragments_follow_the_first() {
+    if !require("dataplane::packets-fragments", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("pf");
+    for family in FAMILIES {
+        let whole = frame(UDP, client(&family, 5000), family.at_node(30080), 0);
+        let part = |number: u16, more: bool, payload: &[u8], id: u8| {
+            if family.node.is_ipv4() {
+                let mut ip = packet(family.client, family.node, UDP, payload);
+                let [high, low] = (number | if more { 0x2000 } else { 0 }).to_be_bytes();
+                (ip[4..8]).copy_from_slice(&[7, id, high, low]);
+                ip[10..12].fill(0);
+                let sum = crate::frames::checksum(&ip[..20]).to_be_bytes();
+                ip[10..12].copy_from_slice(&sum);
+                ethernet(&ip)
+            } else {
+                let [high, low] = (number << 3 | u16::from(more)).to_be_bytes();
+                let payload = [&[UDP, 0, high, low, 0, 0, 7, id], payload].concat();
+                ethernet(&packet(family.client, family.node, 44, &payload))
+            }
+        };
+        let datagram = &whole[if family.node.is_ipv4() { 34 } else { 54 }..];
+        let later = part(1, false, b"later part", 1);
+        assert_eq!(run(&running, &place, &later).0, PASS, "the first was not seen");
+        let (verdict, first) = run(&running, &place, &part(0, true, datagram, 1));
+        assert_eq!(verdict, REDIRECT);
+        let (verdict, out) = run(&running, &place, &later);
+        assert_eq!(verdict, REDIRECT);
+        let addresses = |frame: &[u8]| {
+            if family.node.is_ipv4() { frame[26..34].to_vec() } else { frame[22..54].to_vec() }
+        };
+        assert_eq!(addresses(&out), addresses(&first));
+        assert!(out.ends_with(b"later part"), "its bytes are not ports");
+        if family.node.is_ipv4() {
+            assert_eq!(crate::frames::checksum(&out[14..34]), 0);
+        }
+        assert_eq!(run(&running, &place, &part(1, false, b"later part", 2)).0, PASS, "another packet's");
+    }
+}
+
+#[test]
+fn answers_of_the_node_itself_leave_as_the_service() {
+    if !require("dataplane::packets-egress", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("pg");
+    for family in FAMILIES {
+        let (from, to, backend) = (client(&family, 5000), family.at_node(30082), family.at_node(8080));
+        let (verdict, request) = run(&running, &place, &frame(UDP, from, to, 0));
+        assert_eq!((verdict, read_frame("request", &request).to), (PASS, backend), "by the stack");
+        let egress = |packet: &[u8]| run_program(&running, &place, "weft_egress", packet);
+        let (verdict, answer) = egress(&frame(UDP, backend, from, 0));
+        assert_eq!((verdict, read_frame("answer", &answer).from), (PASS, to));
+        let (verdict, out) =
+            egress(&error(family.node, family.client, error_kinds(&family)[0], &request[14..]));
+        let message = read_frame("error", &out);
+        let inner = read("quote", &message.payload[8..], false);
+        assert_eq!((verdict, inner.from, inner.to), (PASS, from, to));
+        let other = frame(UDP, family.at_node(53), from, 0);
+        assert_eq!(egress(&other), (PASS, other), "what the node says for itself");
+    }
 }

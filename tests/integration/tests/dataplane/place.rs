@@ -1,7 +1,7 @@
 //! A node in a network namespace, with a pod on its bridge and a client outside, joined by veth pairs.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,8 +24,19 @@ pub(crate) const POD: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 2);
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 /// The client's address.
 pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
+/// The same in IPv6.
+pub(crate) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 1);
+/// The pod's.
+pub(crate) const POD6: Ipv6Addr = Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 2);
+/// The node's towards the client.
+pub(crate) const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+/// The client's.
+pub(crate) const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
 /// How long a connection may take that should succeed or be refused.
 pub(crate) const SOON: Duration = Duration::from_secs(2);
+
+/// How long a datagram's answer may take.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// The namespaces, and the folder of the pins.
 pub(crate) struct Place {
@@ -47,26 +58,37 @@ impl Place {
     pub(crate) fn new(label: &str) -> anyhow::Result<Self> {
         let (node, pod, client) = (Netns::new(label)?, Netns::new(label)?, Netns::new(label)?);
         let (n, p, c) = (node.name(), pod.name(), client.name());
+        for netns in [&node, &pod, &client] {
+            // Else link-local addresses, which neighbour discovery uses, take a second to become usable.
+            within(netns, || std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0"))?;
+        }
         let commands = [
             format!("-n {n} link add weft0 type bridge"),
             format!("-n {n} addr add {GATEWAY}/24 dev weft0"),
+            format!("-n {n} addr add {GATEWAY6}/64 dev weft0"),
             format!("-n {n} link set weft0 up"),
             format!("-n {n} link add pod0 type veth peer name eth0 netns {p}"),
             format!("-n {n} link set pod0 master weft0 up"),
             format!("-n {p} addr add {POD}/24 dev eth0"),
+            format!("-n {p} addr add {POD6}/64 dev eth0"),
             format!("-n {p} link set eth0 up"),
             format!("-n {p} route add default via {GATEWAY}"),
+            format!("-n {p} route add default via {GATEWAY6}"),
             format!("-n {n} link add up0 type veth peer name eth0 netns {c}"),
             format!("-n {n} addr add {NODE}/24 dev up0"),
+            format!("-n {n} addr add {NODE6}/64 dev up0"),
             format!("-n {n} link set up0 up"),
             format!("-n {c} addr add {CLIENT}/24 dev eth0"),
+            format!("-n {c} addr add {CLIENT6}/64 dev eth0"),
             format!("-n {c} link set eth0 up"),
             format!("-n {c} route add default via {NODE}"),
+            format!("-n {c} route add default via {NODE6}"),
         ];
         for command in &commands {
             ip(&command.split(' ').collect::<Vec<_>>())?;
         }
         within(&node, || std::fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?;
+        within(&node, || std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1"))?;
         let folder = tempfile::tempdir()?;
         let pins = folder.path().join("bpf");
         node::ensure_bpffs(&pins)?;
@@ -90,7 +112,9 @@ impl Place {
             programs.attach_sockets(&node::cgroup2_mount()?)?;
             programs.attach_edges(&devices.edge)?;
             let mut reconciler = Reconciler::adopt(Tables::new("node-a", Vec::new()), programs.maps()?)?;
-            reconciler.set_node_addresses(devices.addresses.into_iter().map(Address::from).collect());
+            let addresses = devices.addresses.into_iter().map(Address::from);
+            let v6 = [NODE6, GATEWAY6].map(|ip| Address::from(IpAddr::V6(ip)));
+            reconciler.set_node_addresses(addresses.chain(v6).collect());
             Ok(Running { programs, reconciler })
         })
     }
@@ -133,6 +157,18 @@ impl Running {
         self.sync()
     }
 
+    /// Enters a Service or an EndpointSlice.
+    pub(crate) fn apply(&mut self, object: Value) -> anyhow::Result<()> {
+        let tables = &mut self.reconciler.tables;
+        let changed: Vec<_> = if object.get("endpoints").is_some() {
+            tables.apply_slice(&serde_json::from_value(object)?)
+        } else {
+            tables.apply_service(&serde_json::from_value(object)?).into_iter().collect()
+        };
+        self.reconciler.mark(changed);
+        self.sync()
+    }
+
     pub(crate) fn sync(&mut self) -> anyhow::Result<()> {
         let report = self.reconciler.sync();
         anyhow::ensure!(report.failed == 0 && !self.reconciler.is_dirty(), "{report:?}");
@@ -170,7 +206,8 @@ fn enter(path: &Path) {
 }
 
 /// Answers every TCP connection and datagram at `address` in a namespace with `name`, as long as the test lives.
-pub(crate) fn serve(netns: &Netns, address: Ipv4Addr, name: &'static str) -> SocketAddr {
+pub(crate) fn serve(netns: &Netns, address: impl Into<IpAddr>, name: &'static str) -> SocketAddr {
+    let address = address.into();
     let (tcp, udp) = within(netns, || {
         let tcp = TcpListener::bind((address, 0)).unwrap();
         let udp = UdpSocket::bind(tcp.local_addr().unwrap()).unwrap();
@@ -217,11 +254,23 @@ pub(crate) fn ask_again(stream: &mut TcpStream) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(&buffer[..count]).into_owned())
 }
 
-/// Asks over a connected UDP socket.
+/// Asks over a connected UDP socket of its own.
 pub(crate) fn ask_udp(to: SocketAddr) -> std::io::Result<String> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
-    socket.set_read_timeout(Some(SOON))?;
+    let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
     socket.connect(to)?;
+    ask_datagram(&socket)
+}
+
+/// A connected UDP socket.
+pub(crate) fn connected_udp(to: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).unwrap();
+    socket.connect(to).unwrap();
+    socket
+}
+
+/// Asks over a connected UDP socket.
+pub(crate) fn ask_datagram(socket: &UdpSocket) -> std::io::Result<String> {
+    socket.set_read_timeout(Some(PATIENCE))?;
     socket.send(b"?")?;
     let mut buffer = [0; 64];
     let count = socket.recv(&mut buffer)?;

@@ -1,13 +1,14 @@
 //! The socket hooks, seen by real sockets.
 
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Instant;
 
 use weft_tests_harness::require;
 
 use crate::NEEDS;
-use crate::place::{GATEWAY, NODE, POD, Place, SOON, ask_tcp, ask_udp, serve, vip, within};
+use crate::entries::{FAMILIES, V4, V6};
+use crate::place::{POD, Place, SOON, ask_tcp, ask_udp, serve, vip, within};
 
 #[test]
 fn a_process_of_the_node_reaches_services_by_every_address() {
@@ -15,36 +16,29 @@ fn a_process_of_the_node_reaches_services_by_every_address() {
         return;
     }
     let place = Place::new("sk").unwrap();
-    let pod = serve(&place.pod, POD, "pod");
     let mut running = place.start().unwrap();
-    running.service(10, 30080, &[pod]).unwrap();
-    within(&place.node, || {
-        let rows = [
-            ("cluster address", vip(10)),
-            ("NodePort at the node's address", SocketAddr::from((NODE, 30080))),
-            ("NodePort at the bridge's address", SocketAddr::from((GATEWAY, 30080))),
-            ("NodePort at loopback", SocketAddr::from(([127, 0, 0, 1], 30080))),
-            (
-                "IPv6 socket",
-                SocketAddr::from((
-                    vip(10).ip().to_string().parse::<std::net::Ipv4Addr>().unwrap().to_ipv6_mapped(),
-                    80,
-                )),
-            ),
+    for family in FAMILIES {
+        let pod = serve(&place.pod, family.pod, "pod");
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        let mut rows = vec![
+            ("cluster address", family.vip(10)),
+            ("NodePort at the node's address", family.at_node(30080)),
+            ("NodePort at the bridge's address", SocketAddr::new(family.gateway, 30080)),
         ];
-        for (name, to) in rows {
-            assert_eq!(
-                ask_tcp(to).map_err(|e| format!("{name}: {e}")).unwrap(),
-                format!("pod {GATEWAY}"),
-                "{name}"
-            );
-            let stream = TcpStream::connect_timeout(&to, SOON).unwrap();
-            assert_eq!(stream.peer_addr().unwrap(), to, "{name}: getpeername");
+        if let IpAddr::V4(vip) = family.vip(10).ip() {
+            rows.push(("NodePort at loopback", SocketAddr::from(([127, 0, 0, 1], 30080))));
+            rows.push(("IPv6 socket", SocketAddr::from((vip.to_ipv6_mapped(), 80))));
         }
-        for to in [vip(10), SocketAddr::from((NODE, 30080))] {
-            assert_eq!(ask_udp(to).unwrap(), format!("pod {GATEWAY}"));
-        }
-    });
+        within(&place.node, || {
+            for (name, to) in rows {
+                let answer = format!("pod {}", family.gateway);
+                assert_eq!(ask_tcp(to).map_err(|e| format!("{name}: {e}")).unwrap(), answer, "{name}");
+                assert_eq!(ask_udp(to).map_err(|e| format!("{name}: {e}")).unwrap(), answer, "{name}");
+                let stream = TcpStream::connect_timeout(&to, SOON).unwrap();
+                assert_eq!(stream.peer_addr().unwrap(), to, "{name}: getpeername");
+            }
+        });
+    }
 }
 
 #[test]
@@ -53,19 +47,24 @@ fn unconnected_datagrams_come_back_from_the_service() {
         return;
     }
     let place = Place::new("dg").unwrap();
-    let pod = serve(&place.pod, POD, "pod");
     let mut running = place.start().unwrap();
-    running.service(10, 30080, &[pod]).unwrap();
-    running.service(11, 30081, &[pod]).unwrap();
+    for family in FAMILIES {
+        let pod = serve(&place.pod, family.pod, "pod");
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        running.plain(&family, 11, 30081, &[pod]).unwrap();
+    }
+    let mapped = |to: SocketAddr| match to {
+        SocketAddr::V4(v4) => SocketAddr::from((v4.ip().to_ipv6_mapped(), v4.port())),
+        SocketAddr::V6(_) => to,
+    };
+    let rows = [("0.0.0.0:0", V4.vip(10), V4.vip(11)), ("[::]:0", V6.vip(10), V6.vip(11)), {
+        ("[::]:0", mapped(V4.vip(10)), mapped(V4.vip(11)))
+    }];
     within(&place.node, || {
-        for local in ["0.0.0.0:0", "[::]:0"] {
+        for (local, one, other) in rows {
             let socket = UdpSocket::bind(local).unwrap();
             socket.set_read_timeout(Some(SOON)).unwrap();
-            for last in [10, 11, 10] {
-                let to = match (local, vip(last)) {
-                    ("[::]:0", SocketAddr::V4(v4)) => SocketAddr::from((v4.ip().to_ipv6_mapped(), 80)),
-                    (_, other) => other,
-                };
+            for to in [one, other, one] {
                 socket.send_to(b"?", to).unwrap();
                 let mut buffer = [0; 64];
                 let (count, from) = socket.recv_from(&mut buffer).unwrap();
@@ -84,20 +83,24 @@ fn what_has_no_endpoints_is_refused_at_once() {
     }
     let place = Place::new("rf").unwrap();
     let mut running = place.start().unwrap();
-    running.service(10, 30080, &[]).unwrap();
-    within(&place.node, || {
-        let begin = Instant::now();
-        for to in [vip(10), SocketAddr::from((NODE, 30080)), SocketAddr::from(([10, 43, 0, 10], 81))] {
-            let error = TcpStream::connect(to).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{to}");
-        }
-        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-        assert_eq!(socket.send_to(b"?", vip(10)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        assert_eq!(socket.connect(vip(10)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        assert!(begin.elapsed() < SOON);
-    });
-    assert_eq!(running.drops("socket_no_endpoints"), 4);
-    assert_eq!(running.drops("socket_unknown_port"), 1);
+    for family in FAMILIES {
+        running.plain(&family, 10, 30080, &[]).unwrap();
+        let unknown = SocketAddr::new(family.vip(10).ip(), 81);
+        within(&place.node, || {
+            let begin = Instant::now();
+            for to in [family.vip(10), family.at_node(30080), unknown] {
+                let error = TcpStream::connect(to).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{to}");
+            }
+            let socket = UdpSocket::bind((if family.node.is_ipv4() { "0.0.0.0" } else { "::" }, 0)).unwrap();
+            let refused = ErrorKind::ConnectionRefused;
+            assert_eq!(socket.send_to(b"?", family.vip(10)).unwrap_err().kind(), refused);
+            assert_eq!(socket.connect(family.vip(10)).unwrap_err().kind(), refused);
+            assert!(begin.elapsed() < SOON, "it waited for a time-out");
+        });
+    }
+    assert_eq!(running.drops("socket_no_endpoints"), 8);
+    assert_eq!(running.drops("socket_unknown_port"), 2);
 }
 
 /// Runs a connection in the pod's namespace, in a cgroup; prints what it was told.

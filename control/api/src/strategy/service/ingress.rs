@@ -8,6 +8,7 @@ use super::super::checks::{
     problems, required,
 };
 use super::super::value::{is_empty, items, number, text};
+use super::validation;
 use crate::field::{FieldError, FieldPath};
 use crate::names;
 
@@ -54,6 +55,13 @@ pub(super) fn ingress(object: &Value, errors: &mut Errors) {
         }
         optional_name(errors, &path.child("secretName"), &tls["secretName"], names::dns1123_subdomain);
     }
+}
+
+/// The status says where the ingress answers.
+pub(super) fn ingress_status(object: &Value, errors: &mut Errors) {
+    let path = FieldPath::new("status").child("loadBalancer").child("ingress");
+    let ingress = items(&object["status"]["loadBalancer"]["ingress"]);
+    validation::balancer_ingress(errors, &path, ingress, false);
 }
 
 fn host(errors: &mut Errors, path: &FieldPath, host: &str) {

@@ -1,8 +1,10 @@
 //! What a Service keeps and loses when it is written.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
-use super::super::value::{at, copy, each, is_empty, items, remove, text};
+use super::super::value::{at, copy, each, is_empty, items, number, remove, text};
 
 /// Clients of before dual stack say `clusterIP` only.
 pub(in super::super) fn create(service: &mut Value) {
@@ -19,30 +21,45 @@ pub(in super::super) fn create(service: &mut Value) {
 /// A Service keeps its addresses and ports where an update, from a manifest that never knew them, leaves them out.
 pub(in super::super) fn update(new: &mut Value, old: &Value) {
     drop_what_the_type_lost(new, old);
-    let needs_address = |service: &Value| text(&service["spec"]["type"]) != "ExternalName";
-    if !needs_address(new) || !needs_address(old) {
-        return create(new);
+    if new["spec"]["type"] != "LoadBalancer" && !is_empty(&new["status"]["loadBalancer"]) {
+        new["status"]["loadBalancer"] = json!({});
     }
     let old = &old["spec"];
     let Some(spec) = at(new, &["spec"]) else { return };
-    let unset = |spec: &Value, field: &str| is_empty(&spec[field]);
-    if unset(spec, "clusterIP") && unset(spec, "clusterIPs") {
+    if has_cluster_ip(spec) && has_cluster_ip(old) {
+        keep_addresses(spec, old);
+    }
+    if has_cluster_ip(spec) {
+        follow_the_singular(spec, old);
+    }
+    keep_node_ports(spec, old);
+}
+
+fn keep_addresses(spec: &mut Value, old: &Value) {
+    if is_empty(&spec["clusterIP"]) {
         copy(spec, old, "clusterIP");
+    }
+    if is_empty(&spec["clusterIPs"]) && spec["clusterIP"] == old["clusterIP"] {
         copy(spec, old, "clusterIPs");
-    } else if spec["clusterIP"] == old["clusterIP"] && unset(spec, "clusterIPs") {
-        copy(spec, old, "clusterIPs");
-    } else if unset(spec, "clusterIPs") {
-        let address = spec["clusterIP"].clone();
-        spec["clusterIPs"] = json!([address]);
-    } else if unset(spec, "clusterIP") {
-        spec["clusterIP"] = spec["clusterIPs"][0].clone();
     }
     for field in ["ipFamilies", "ipFamilyPolicy"] {
-        if unset(spec, field) {
+        if is_empty(&spec[field]) {
             copy(spec, old, field);
         }
     }
-    keep_node_ports(spec, old);
+}
+
+/// Who knows `clusterIP` alone changes that alone.
+fn follow_the_singular(spec: &mut Value, old: &Value) {
+    let same_plural = items(&spec["clusterIPs"]) == items(&old["clusterIPs"]);
+    if text(&spec["clusterIP"]) == text(&old["clusterIP"]) || !same_plural {
+        return;
+    }
+    if is_empty(&spec["clusterIP"]) {
+        remove(spec, "clusterIPs");
+    } else {
+        spec["clusterIPs"] = json!([spec["clusterIP"]]);
+    }
 }
 
 fn has_cluster_ip(spec: &Value) -> bool {
@@ -50,8 +67,7 @@ fn has_cluster_ip(spec: &Value) -> bool {
 }
 
 fn has_node_ports(spec: &Value) -> bool {
-    let balancer = text(&spec["type"]) == "LoadBalancer" && spec["allocateLoadBalancerNodePorts"] != false;
-    text(&spec["type"]) == "NodePort" || balancer
+    matches!(text(&spec["type"]), "NodePort" | "LoadBalancer")
 }
 
 fn is_balancer(spec: &Value) -> bool {
@@ -70,8 +86,11 @@ fn has_health_check(spec: &Value) -> bool {
 /// Which Services have these fields.
 type Needs = fn(&Value) -> bool;
 
-const TYPE_DEPENDENT: [(Needs, &[&str]); 5] = [
-    (has_cluster_ip, &["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"]),
+const TYPE_DEPENDENT: [(Needs, &[&str]); 8] = [
+    (has_cluster_ip, &["clusterIP", "clusterIPs"]),
+    (has_cluster_ip, &["ipFamilies"]),
+    (has_cluster_ip, &["ipFamilyPolicy"]),
+    (has_cluster_ip, &["internalTrafficPolicy"]),
     (has_health_check, &["healthCheckNodePort"]),
     (is_balancer, &["allocateLoadBalancerNodePorts"]),
     (is_balancer, &["loadBalancerClass"]),
@@ -90,33 +109,35 @@ fn drop_what_the_type_lost(new: &mut Value, old: &Value) {
             }
         }
     }
-    let node_ports = |spec: &Value| -> Vec<Value> {
-        let ports = items(&spec["ports"]).iter().map(|port| port["nodePort"].clone());
-        ports.filter(|port| !port.is_null()).collect()
-    };
-    if has_node_ports(old) && !has_node_ports(spec) && node_ports(spec) == node_ports(old) {
+    if has_node_ports(old) && !has_node_ports(spec) && node_ports(spec).is_subset(&node_ports(old)) {
         for port in each(spec, "ports") {
             remove(port, "nodePort");
         }
     }
 }
 
+fn node_ports(spec: &Value) -> BTreeSet<i64> {
+    items(&spec["ports"]).iter().map(|port| number(&port["nodePort"])).filter(|port| *port != 0).collect()
+}
+
+/// A port without a node port gets that of the old port of its name, unless another has it now.
 fn keep_node_ports(spec: &mut Value, old: &Value) {
+    if has_health_check(spec) && has_health_check(old) && number(&spec["healthCheckNodePort"]) == 0 {
+        copy(spec, old, "healthCheckNodePort");
+    }
     if !has_node_ports(spec) || !has_node_ports(old) {
         return;
     }
-    if spec["healthCheckNodePort"].is_null() && spec["externalTrafficPolicy"] == "Local" {
-        copy(spec, old, "healthCheckNodePort");
+    // Somebody who switches node ports off means those that are left out to go.
+    if spec["allocateLoadBalancerNodePorts"] == false && is_balancer(spec) {
+        return;
     }
-    let taken: Vec<Value> = items(&spec["ports"]).iter().map(|port| port["nodePort"].clone()).collect();
-    for port in each(spec, "ports").filter(|port| port["nodePort"].as_i64().unwrap_or_default() == 0) {
-        let same_port = |one: &&Value| {
-            one["port"] == port["port"]
-                && one["protocol"] == port["protocol"]
-                && !taken.contains(&one["nodePort"])
-        };
-        if let Some(found) = items(&old["ports"]).iter().find(same_port) {
-            copy(port, found, "nodePort");
+    let used: BTreeSet<i64> = node_ports(spec).intersection(&node_ports(old)).copied().collect();
+    for port in each(spec, "ports").filter(|port| number(&port["nodePort"]) == 0) {
+        let same_name = |one: &&Value| text(&one["name"]) == text(&port["name"]);
+        let found = items(&old["ports"]).iter().find(same_name).map(|one| number(&one["nodePort"]));
+        if let Some(found) = found.filter(|found| *found != 0 && !used.contains(found)) {
+            port["nodePort"] = found.into();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Validation of Services.
+//! Validation of Services, in upstream's order.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -7,81 +7,88 @@ use serde_json::Value;
 
 use super::super::Change;
 use super::super::checks::{
-    Errors, IMMUTABLE, labels, one_of, optional_one_of, port_number, port_reference, problems, required,
+    Errors, IMMUTABLE, labels, one_of, optional_name, optional_one_of, port_number, port_reference, problems,
+    required,
 };
 use super::super::value::{is_empty, items, number, text};
+use super::addresses;
 use crate::field::{FieldError, FieldPath};
 use crate::names;
 
 const TYPES: [&str; 4] = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
 const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
-const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
-const FAMILY_POLICIES: [&str; 3] = ["PreferDualStack", "RequireDualStack", "SingleStack"];
 const TRAFFIC_POLICIES: [&str; 2] = ["Cluster", "Local"];
 const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameNode", "PreferSameZone"];
 /// One day.
 const AFFINITY_MAX_SECONDS: i64 = 86_400;
+const TOPOLOGY_MODE: &str = "service.kubernetes.io/topology-mode";
+const TOPOLOGY_HINTS: &str = "service.kubernetes.io/topology-aware-hints";
+const SOURCE_RANGES: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
+const FOR_BALANCERS: &str = "may only be used when `type` is 'LoadBalancer'";
+/// A load balancer for it would open every kubelet to the world.
+const KUBELET_PORT: i64 = 10_250;
 
 pub(super) fn service(object: &Value, errors: &mut Errors) {
+    topology_annotations(errors, object);
     let path = FieldPath::new("spec");
     let spec = &object["spec"];
-    let type_ = text(&spec["type"]);
-    let headless = spec["clusterIP"] == "None";
-    if items(&spec["ports"]).is_empty() && !headless && type_ != "ExternalName" {
+    if items(&spec["ports"]).is_empty() && !addresses::is_headless(spec) && spec["type"] != "ExternalName" {
         errors.push(FieldError::required(&path.child("ports"), ""));
     }
-    by_type(errors, &path, spec, headless);
+    by_type(errors, &path, spec);
     ports(errors, &path.child("ports"), spec);
     labels(errors, &path.child("selector"), &spec["selector"]);
     affinity(errors, &path, spec);
+    addresses::related(errors, spec);
+    for (index, external) in items(&spec["externalIPs"]).iter().enumerate() {
+        external_ip(errors, &path.child("externalIPs").index(index), text(external));
+    }
     one_of(errors, &path.child("type"), &spec["type"], &TYPES);
-    addresses(errors, &path, spec);
+    port_pairs(errors, &path.child("ports"), spec);
+    source_ranges(errors, &path, object);
+    balancer(errors, &path, spec);
     policies(errors, &path, spec);
 }
 
-fn by_type(errors: &mut Errors, path: &FieldPath, spec: &Value, headless: bool) {
-    match text(&spec["type"]) {
-        "LoadBalancer" | "NodePort" if headless => {
-            let detail = format!("may not be set to 'None' for {} services", text(&spec["type"]));
-            errors.push(FieldError::invalid(&path.child("clusterIPs").index(0), "None", detail));
-        }
-        "ExternalName" => {
-            for field in ["clusterIPs", "clusterIP"] {
-                if !is_empty(&spec[field]) {
-                    let detail = "may not be set for ExternalName services";
-                    errors.push(FieldError::forbidden(&path.child(field), detail));
-                }
+fn topology_annotations(errors: &mut Errors, object: &Value) {
+    let annotations = &object["metadata"]["annotations"];
+    let (mode, hints) = (&annotations[TOPOLOGY_MODE], &annotations[TOPOLOGY_HINTS]);
+    if mode.is_string() && hints.is_string() && mode != hints {
+        let path = FieldPath::new("metadata").child("annotations").key(TOPOLOGY_MODE);
+        let detail = format!("must match annotations[{TOPOLOGY_HINTS}] when both are specified");
+        errors.push(FieldError::invalid(&path, mode.clone(), detail));
+    }
+}
+
+fn by_type(errors: &mut Errors, path: &FieldPath, spec: &Value) {
+    let type_ = text(&spec["type"]);
+    if type_ == "LoadBalancer" {
+        for (index, port) in items(&spec["ports"]).iter().enumerate() {
+            if port["port"] == KUBELET_PORT {
+                let detail =
+                    format!("may not expose port {KUBELET_PORT} externally since it is used by kubelet");
+                let path = path.child("ports").index(index);
+                errors.push(FieldError::invalid(&path, KUBELET_PORT, detail));
             }
-            if required(errors, &path.child("externalName"), &spec["externalName"]) {
-                let name = text(&spec["externalName"]);
-                let name = name.strip_suffix('.').unwrap_or(name);
-                problems(errors, &path.child("externalName"), name, names::dns1123_subdomain(name));
-            }
-        }
-        _ => {}
-    }
-    let balancer = spec["type"] == "LoadBalancer";
-    for field in ["loadBalancerClass", "allocateLoadBalancerNodePorts"] {
-        if !balancer && !spec[field].is_null() {
-            errors.push(FieldError::forbidden(
-                &path.child(field),
-                "may only be used when `type` is 'LoadBalancer'",
-            ));
         }
     }
-    if !balancer && !items(&spec["loadBalancerSourceRanges"]).is_empty() {
-        let detail = "may only be used when `type` is 'LoadBalancer'";
-        errors.push(FieldError::forbidden(&path.child("LoadBalancerSourceRanges"), detail));
+    if matches!(type_, "LoadBalancer" | "NodePort") && addresses::is_headless(spec) {
+        let detail = format!("may not be set to 'None' for {type_} services");
+        errors.push(FieldError::invalid(&path.child("clusterIPs").index(0), "None", detail));
     }
-    for (index, range) in items(&spec["loadBalancerSourceRanges"]).iter().enumerate() {
-        let range = text(range).trim();
-        problems(errors, &path.child("loadBalancerSourceRanges").index(index), range, names::cidr(range));
+    if type_ == "ExternalName" {
+        addresses::none_for_external_name(errors, spec);
+        if required(errors, &path.child("externalName"), &spec["externalName"]) {
+            let name = text(&spec["externalName"]);
+            let name = name.strip_suffix('.').unwrap_or(name);
+            problems(errors, &path.child("externalName"), name, names::dns1123_subdomain(name));
+        }
     }
 }
 
 fn ports(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     let all = items(&spec["ports"]);
-    let (mut port_names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut port_names = BTreeSet::new();
     for (index, port) in all.iter().enumerate() {
         let path = path.index(index);
         let name = text(&port["name"]);
@@ -96,17 +103,31 @@ fn ports(errors: &mut Errors, path: &FieldPath, spec: &Value) {
         port_number(errors, &path.child("port"), &port["port"]);
         one_of(errors, &path.child("protocol"), &port["protocol"], &PROTOCOLS);
         port_reference(errors, &path.child("targetPort"), &port["targetPort"]);
-        let (number, node_port, protocol) =
-            (number(&port["port"]), number(&port["nodePort"]), text(&port["protocol"]));
-        if node_port != 0 && matches!(text(&spec["type"]), "ClusterIP" | "ExternalName") {
-            let detail = format!("may not be used when `type` is '{}'", text(&spec["type"]));
-            errors.push(FieldError::forbidden(&path.child("nodePort"), detail));
-        } else if node_port != 0 && !node_ports.insert((protocol, node_port)) {
-            errors.push(FieldError::duplicate(&path.child("nodePort"), node_port));
+        optional_name(errors, &path.child("appProtocol"), &port["appProtocol"], names::qualified_name);
+    }
+}
+
+/// Pairs of protocol and port, and of protocol and node port, are each there once.
+fn port_pairs(errors: &mut Errors, path: &FieldPath, spec: &Value) {
+    let all = items(&spec["ports"]);
+    let (mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new());
+    if spec["type"] == "ClusterIP" {
+        for (index, _) in all.iter().enumerate().filter(|(_, port)| number(&port["nodePort"]) != 0) {
+            let detail = "may not be used when `type` is 'ClusterIP'";
+            errors.push(FieldError::forbidden(&path.index(index).child("nodePort"), detail));
         }
+    }
+    for (index, port) in all.iter().enumerate() {
+        let pair = (text(&port["protocol"]), number(&port["nodePort"]));
+        if pair.1 != 0 && !node_ports.insert(pair) {
+            errors.push(FieldError::duplicate(&path.index(index).child("nodePort"), pair.1));
+        }
+    }
+    for (index, port) in all.iter().enumerate() {
+        let (protocol, number) = (text(&port["protocol"]), number(&port["port"]));
         if !numbers.insert((protocol, number)) {
             let key = serde_json::json!({"port": number, "protocol": protocol});
-            errors.push(FieldError::duplicate(&path, key));
+            errors.push(FieldError::duplicate(&path.index(index), key));
         }
     }
 }
@@ -132,81 +153,77 @@ fn affinity(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     }
 }
 
-fn family(address: &str) -> Option<&'static str> {
-    address.parse().ok().map(|address: IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" })
-}
-
-fn addresses(errors: &mut Errors, path: &FieldPath, spec: &Value) {
-    let at = path.child("clusterIPs");
-    let list: Vec<&str> = items(&spec["clusterIPs"]).iter().map(text).collect();
-    let first = text(&spec["clusterIP"]);
-    if list.is_empty() && !first.is_empty() {
-        errors.push(FieldError::required(&at, ""));
-    } else if list.first().is_some_and(|one| *one != first) {
-        let detail = "first value must match `clusterIP`";
-        errors.push(FieldError::invalid(&at, spec["clusterIPs"].clone(), detail));
-    }
-    for (index, address) in list.iter().enumerate() {
-        match *address {
-            "None" if index == 0 && list.len() == 1 => {}
-            "None" => {
-                let detail = "'None' must be the first and only value";
-                errors.push(FieldError::invalid(&at, spec["clusterIPs"].clone(), detail));
-            }
-            address => problems(errors, &at.index(index), address, names::ip(address)),
-        }
-    }
-    if list.len() > 2 {
-        let detail = "may only hold up to 2 values";
-        errors.push(FieldError::invalid(&at, spec["clusterIPs"].clone(), detail));
-    }
-    let families: Vec<_> = list.iter().filter_map(|address| family(address)).collect();
-    if let [one, other] = families[..]
-        && one == other
-    {
-        let detail = "may specify no more than one IP for each IP family";
-        errors.push(FieldError::invalid(&at, spec["clusterIPs"].clone(), detail));
-    }
-    let mut seen = BTreeSet::new();
-    for (index, family) in items(&spec["ipFamilies"]).iter().enumerate() {
-        let at = path.child("ipFamilies").index(index);
-        if !FAMILIES.contains(&text(family)) {
-            errors.push(FieldError::not_supported(&at, family.clone(), &FAMILIES));
-        } else if !seen.insert(text(family)) {
-            errors.push(FieldError::duplicate(&at, family.clone()));
-        }
-    }
-    optional_one_of(errors, &path.child("ipFamilyPolicy"), &spec["ipFamilyPolicy"], &FAMILY_POLICIES);
-    for (index, external) in items(&spec["externalIPs"]).iter().enumerate() {
-        external_ip(errors, &path.child("externalIPs").index(index), text(external));
-    }
-}
-
-/// An address outside the cluster can't be one that means "here" or "anywhere".
+/// An address outside the cluster can't be one that means "here", "anywhere" or "everyone".
 fn external_ip(errors: &mut Errors, path: &FieldPath, value: &str) {
     let bad = names::ip(value);
     if !bad.is_empty() {
         return problems(errors, path, value, bad);
     }
     let Ok(address) = value.parse::<IpAddr>() else { return };
-    if address.is_unspecified() {
-        errors.push(FieldError::invalid(path, value, format!("may not be unspecified ({value})")));
-    }
-    let link_local = match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    let (link_local, multicast) = match address {
+        IpAddr::V4(v4) => (v4.is_link_local(), v4.octets()[..3] == [224, 0, 0]),
+        IpAddr::V6(v6) => (v6.is_unicast_link_local(), v6.segments()[0] & 0xff0f == 0xff02),
     };
-    if address.is_loopback() {
-        errors.push(FieldError::invalid(
-            path,
-            value,
-            "may not be in the loopback range (127.0.0.0/8, ::1/128)",
-        ));
-    }
-    if link_local {
-        let detail = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
+    let rows = [
+        (address.is_unspecified(), format!("may not be unspecified ({value})")),
+        (address.is_loopback(), "may not be in the loopback range (127.0.0.0/8, ::1/128)".to_owned()),
+        (link_local, "may not be in the link-local range (169.254.0.0/16, fe80::/10)".to_owned()),
+        (multicast, "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)".to_owned()),
+    ];
+    for (_, detail) in rows.into_iter().filter(|(broken, _)| *broken) {
         errors.push(FieldError::invalid(path, value, detail));
     }
+}
+
+/// The field, or the annotation of before the field.
+fn source_ranges(errors: &mut Errors, path: &FieldPath, object: &Value) {
+    let balancer = object["spec"]["type"] == "LoadBalancer";
+    let ranges = items(&object["spec"]["loadBalancerSourceRanges"]);
+    if !ranges.is_empty() {
+        // Upstream writes the name of its Go field.
+        let path = path.child("LoadBalancerSourceRanges");
+        if !balancer {
+            errors.push(FieldError::forbidden(&path, FOR_BALANCERS));
+        }
+        for (index, range) in ranges.iter().enumerate() {
+            let range = text(range).trim();
+            problems(errors, &path.index(index), range, names::cidr(range));
+        }
+        return;
+    }
+    let Some(text) = object["metadata"]["annotations"][SOURCE_RANGES].as_str() else { return };
+    let path = FieldPath::new("metadata").child("annotations").key(SOURCE_RANGES);
+    if !balancer {
+        errors.push(FieldError::forbidden(&path, FOR_BALANCERS));
+    } else if !text.trim().is_empty() {
+        for range in text.split(',').map(str::trim) {
+            problems(errors, &path, range, names::cidr(range));
+        }
+    }
+}
+
+fn balancer(errors: &mut Errors, path: &FieldPath, spec: &Value) {
+    let balancer = spec["type"] == "LoadBalancer";
+    let allocate = &spec["allocateLoadBalancerNodePorts"];
+    if !balancer && !allocate.is_null() {
+        errors.push(FieldError::forbidden(&path.child("allocateLoadBalancerNodePorts"), FOR_BALANCERS));
+    }
+    if balancer && allocate.is_null() {
+        errors.push(FieldError::required(&FieldPath::new("allocateLoadBalancerNodePorts"), ""));
+    }
+    let (class, path) = (&spec["loadBalancerClass"], path.child("loadBalancerClass"));
+    if class.is_null() {
+        return;
+    }
+    if balancer {
+        problems(errors, &path, text(class), names::qualified_name(text(class)));
+    } else {
+        errors.push(FieldError::forbidden(&path, FOR_BALANCERS));
+    }
+}
+
+fn needs_health_check(spec: &Value) -> bool {
+    spec["type"] == "LoadBalancer" && spec["externalTrafficPolicy"] == "Local"
 }
 
 fn policies(errors: &mut Errors, path: &FieldPath, spec: &Value) {
@@ -220,8 +237,7 @@ fn policies(errors: &mut Errors, path: &FieldPath, spec: &Value) {
         errors.push(FieldError::invalid(&at, policy.clone(), detail));
     }
     let check = &spec["healthCheckNodePort"];
-    let needs_check = spec["type"] == "LoadBalancer" && policy == "Local";
-    if number(check) != 0 && !needs_check {
+    if number(check) != 0 && !needs_health_check(spec) {
         let detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
         errors.push(FieldError::invalid(&path.child("healthCheckNodePort"), check.clone(), detail));
     }
@@ -237,27 +253,7 @@ fn policies(errors: &mut Errors, path: &FieldPath, spec: &Value) {
 pub(super) fn service_update(change: &Change<'_>, errors: &mut Errors) {
     let path = FieldPath::new("spec");
     let (new, old) = (&change.new["spec"], &change.old["spec"]);
-    if old["type"] == "ExternalName" || new["type"] == "ExternalName" {
-        return;
-    }
-    let address = |spec: &Value, index: usize| text(&spec["clusterIPs"][index]).to_owned();
-    let before = address(old, 0);
-    if !before.is_empty() && before != address(new, 0) {
-        let value = new["clusterIPs"].clone();
-        let at = path.child("clusterIPs").index(0);
-        errors.push(FieldError::invalid(&at, value, "may not change once set"));
-    }
-    if !is_empty(&old["ipFamilies"])
-        && !is_empty(&new["ipFamilies"])
-        && old["ipFamilies"][0] != new["ipFamilies"][0]
-    {
-        let value = new["ipFamilies"].clone();
-        errors.push(FieldError::invalid(
-            &path.child("ipFamilies").index(0),
-            value,
-            "may not change once set",
-        ));
-    }
+    addresses::change(errors, new, old);
     if old["type"] == "LoadBalancer"
         && new["type"] == "LoadBalancer"
         && old["loadBalancerClass"] != new["loadBalancerClass"]
@@ -266,11 +262,49 @@ pub(super) fn service_update(change: &Change<'_>, errors: &mut Errors) {
         let detail = "may not change once set";
         errors.push(FieldError::invalid(&path.child("loadBalancerClass"), value, detail));
     }
-    if !is_empty(&old["healthCheckNodePort"])
-        && !is_empty(&new["healthCheckNodePort"])
-        && old["healthCheckNodePort"] != new["healthCheckNodePort"]
+    if needs_health_check(old)
+        && needs_health_check(new)
+        && number(&old["healthCheckNodePort"]) != number(&new["healthCheckNodePort"])
     {
         let value = new["healthCheckNodePort"].clone();
         errors.push(FieldError::invalid(&path.child("healthCheckNodePort"), value, IMMUTABLE));
+    }
+}
+
+/// The status says where the load balancer answers.
+pub(super) fn service_status(object: &Value, errors: &mut Errors) {
+    let path = FieldPath::new("status").child("loadBalancer").child("ingress");
+    let ingress = items(&object["status"]["loadBalancer"]["ingress"]);
+    if !ingress.is_empty() && object["spec"]["type"] != "LoadBalancer" {
+        let detail = "may only be used when `spec.type` is \"LoadBalancer\"";
+        errors.push(FieldError::forbidden(&path, detail));
+        return;
+    }
+    balancer_ingress(errors, &path, ingress, true);
+}
+
+/// Addresses and names of a load balancer; those of a Service say how the address is to be taken.
+pub(super) fn balancer_ingress(errors: &mut Errors, path: &FieldPath, ingress: &[Value], with_mode: bool) {
+    for (index, one) in ingress.iter().enumerate() {
+        let path = path.index(index);
+        let (ip, mode, host) = (text(&one["ip"]), &one["ipMode"], text(&one["hostname"]));
+        if !ip.is_empty() {
+            problems(errors, &path.child("ip"), ip, names::ip(ip));
+        }
+        if with_mode && !ip.is_empty() && mode.is_null() {
+            errors.push(FieldError::required(&path.child("ipMode"), "must be specified when `ip` is set"));
+        } else if ip.is_empty() && !mode.is_null() {
+            let detail = "may not be specified when `ip` is not set";
+            errors.push(FieldError::forbidden(&path.child("ipMode"), detail));
+        } else if !mode.is_null() {
+            optional_one_of(errors, &path.child("ipMode"), mode, &["Proxy", "VIP"]);
+        }
+        if !host.is_empty() {
+            problems(errors, &path.child("hostname"), host, names::dns1123_subdomain(host));
+            if host.parse::<IpAddr>().is_ok() {
+                let detail = "must be a DNS name, not an IP address";
+                errors.push(FieldError::invalid(&path.child("hostname"), host, detail));
+            }
+        }
     }
 }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+use kube::ResourceExt as _;
 use serde::Serialize;
-use weft_agent_dataplane::observe::expected::expected;
+use weft_agent_dataplane::observe::expected::{Expected, ForNode, expected};
 use weft_agent_dataplane::observe::wire::{Backend, BackendKeyed, Entries, Frontend, Request, Scope};
 
 use crate::net::args::ShowArgs;
@@ -58,10 +59,12 @@ pub(crate) async fn show(reach: &Reach, args: &ShowArgs) -> anyhow::Result<Said>
     let object = reach.service(namespace, name).await?;
     let object = object.with_context(|| format!("there is no Service {namespace}/{name}"))?;
     let slices = reach.slices(Some(namespace), Some(name)).await?;
-    let node_local = reach.node_local();
+    let (node_local, api_nodes) = (reach.node_local(), reach.api_nodes().await?);
     let mut nodes = BTreeMap::new();
     for node in &reach.nodes {
-        let wanted = expected(&node.name, &node_local, &object, &slices);
+        let of_api = api_nodes.iter().find(|known| known.name_any() == node.name);
+        let of_node = ForNode { name: &node.name, object: of_api, node_local: &node_local };
+        let wanted = expected(of_node, &object, &slices);
         nodes.insert(node.name.clone(), on_node(node, &wanted));
     }
     let spec = object.spec.clone().unwrap_or_default();
@@ -83,7 +86,7 @@ pub(crate) async fn show(reach: &Reach, args: &ShowArgs) -> anyhow::Result<Said>
     Said::new(all, args.output, render(&shown, &object), &shown)
 }
 
-fn on_node(node: &NodeHandle, wanted: &weft_agent_dataplane::observe::expected::Expected) -> OnNode {
+fn on_node(node: &NodeHandle, wanted: &Expected) -> OnNode {
     let request = Request::Entries {
         frontends: wanted.frontends.keys().copied().collect(),
         backends: wanted.backends.iter().copied().collect(),

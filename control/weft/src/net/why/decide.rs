@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Service, ServicePort};
 use kube::ResourceExt as _;
-use weft_agent_dataplane::observe::expected::expected;
+use weft_agent_dataplane::observe::expected::{Expected, ForNode, expected};
 use weft_agent_dataplane::observe::wire::{Backend, BackendKeyed, Frontend, Request};
 use weft_agent_dataplane::why::{Decision, Hook, Query, Trace};
 
@@ -12,6 +12,7 @@ use super::ends::{self, PortName, Source};
 use super::report::Step;
 use super::{Attempt, Known, MAX_BACKENDS, Why, cause};
 use crate::net::endpoints;
+use crate::net::reach::NodeHandle;
 use crate::net::service::external_ips;
 
 impl Why<'_> {
@@ -49,6 +50,14 @@ impl Why<'_> {
             self.attempt(&attempt).await?;
         }
         Ok(())
+    }
+
+    /// What a node should have of a Service.
+    fn expected(&self, node: &NodeHandle, known: &Known) -> Expected {
+        let object = self.nodes.iter().find(|object| object.name_any() == node.name);
+        let node_local = self.reach.node_local();
+        let of_node = ForNode { name: &node.name, object, node_local: &node_local };
+        expected(of_node, &known.object, &known.slices)
     }
 
     async fn known(&self, object: Service) -> anyhow::Result<Known> {
@@ -196,7 +205,7 @@ impl Why<'_> {
         let node = attempt.node;
         let answered_here = self.reach.node_local().contains(&attempt.to);
         if let Some(known) = known.filter(|_| !answered_here) {
-            let wanted = expected(&node.name, &self.reach.node_local(), &known.object, &known.slices);
+            let wanted = self.expected(node, known);
             let says = if wanted.frontends.is_empty() {
                 "no node carries it in its kernel".to_owned()
             } else {
@@ -220,8 +229,9 @@ impl Why<'_> {
     }
 
     fn service_step(&mut self, attempt: &Attempt<'_>, known: Option<&Known>, frontend: &Frontend) {
-        let mut says =
-            format!("{} is list {} with {} backends", frontend.key, frontend.list, frontend.backends.len());
+        let count = frontend.backends.len();
+        let plural = if count == 1 { "" } else { "s" };
+        let mut says = format!("{} is list {} with {count} backend{plural}", frontend.key, frontend.list);
         if frontend.affinity_seconds > 0 {
             says.push_str(&format!(", a client stays with one for {} s", frontend.affinity_seconds));
         }
@@ -231,8 +241,7 @@ impl Why<'_> {
         let step = Step::ok("service", says).on(&attempt.node.name);
         self.report.push(step.by(known.map(Known::object_name)));
         let Some(known) = known else { return };
-        let node_local = self.reach.node_local();
-        let wanted = expected(&attempt.node.name, &node_local, &known.object, &known.slices);
+        let wanted = self.expected(attempt.node, known);
         let found = std::slice::from_ref(frontend);
         let behind =
             wanted.differences(found).into_iter().filter(|text| text.starts_with(&frontend.key.to_string()));
@@ -380,14 +389,14 @@ impl Why<'_> {
         self.owner_of(frontend.key.address, frontend.key.port).await
     }
 
-    /// The Service that has an address, or for `None` a NodePort.
-    async fn owner_of(&self, address: Option<IpAddr>, port: u16) -> anyhow::Result<Option<Known>> {
-        let owns = |service: &Service| match address {
-            Some(address) => {
+    /// The Service that has an address, or for the unspecified one a NodePort.
+    async fn owner_of(&self, address: IpAddr, port: u16) -> anyhow::Result<Option<Known>> {
+        let owns = |service: &Service| match address.is_unspecified() {
+            false => {
                 let listed = service.spec.iter().flat_map(|spec| spec.cluster_ips.iter().flatten().cloned());
                 listed.chain(external_ips(service)).any(|ip| ip.parse() == Ok(address))
             }
-            None => {
+            true => {
                 let mut ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
                 ports.any(|candidate| candidate.node_port == Some(i32::from(port)))
             }

@@ -1,0 +1,162 @@
+//! Maglev tables: which backend serves which hash of a flow, the same on every node that knows the same backends.
+//!
+//! Each backend has a permutation of the table's places of its own; in turns, each takes the next of its places that is
+//! free (Eisenbud and others, "Maglev", NSDI 2016, §3.4). So every backend gets its share to within one place, and
+//! when one goes, the places of the others mostly stay.
+
+use std::collections::BTreeSet;
+
+use weft_ebpf_abi::BackendKey;
+use zerocopy::IntoBytes;
+
+/// Sizes of tables: primes, so that every step visits all places. Few of them and far apart: a change of size moves nearly
+/// every flow, and it must follow from the backends alone, or nodes that saw another history would disagree.
+const SIZES: [u32; 5] = [61, 251, 1_021, 4_093, 16_381];
+/// Places for each backend at least, as long as there is a size for that: fewer would move more flows at a change.
+const PLACES_PER_BACKEND: u32 = 8;
+
+/// Places in the table of so many backends; as many as backends when they outgrow the largest size.
+#[must_use]
+pub fn size(backends: usize) -> u32 {
+    let backends = u32::try_from(backends).unwrap_or(u32::MAX);
+    if backends <= 1 {
+        return backends;
+    }
+    let wanted = backends.saturating_mul(PLACES_PER_BACKEND);
+    let [.., largest] = SIZES;
+    SIZES.into_iter().find(|size| *size >= wanted).unwrap_or(largest.max(backends))
+}
+
+/// The backend of each place.
+#[must_use]
+pub fn table(backends: &BTreeSet<BackendKey>) -> Vec<BackendKey> {
+    let size = size(backends.len());
+    if backends.len() == size as usize {
+        return backends.iter().copied().collect();
+    }
+    let mut turns: Vec<_> = backends.iter().map(|backend| (*backend, Places::of(backend, size))).collect();
+    let mut places: Vec<Option<BackendKey>> = vec![None; size as usize];
+    let mut free = places.len();
+    while free > 0 {
+        for (backend, permutation) in &mut turns {
+            // Each permutation names every place once, so one that is free comes.
+            let Some(place) = permutation.find(|place| places[*place as usize].is_none()) else { continue };
+            places[place as usize] = Some(*backend);
+            free -= 1;
+            if free == 0 {
+                break;
+            }
+        }
+    }
+    places.into_iter().flatten().collect()
+}
+
+/// All places of a table, in an order that depends on the backend only.
+struct Places {
+    next: u32,
+    step: u32,
+    left: u32,
+    size: u32,
+}
+
+impl Places {
+    fn of(backend: &BackendKey, size: u32) -> Self {
+        let hash = hash(backend.as_bytes());
+        let share = |bits: u64, of: u32| u32::try_from(bits % u64::from(of)).unwrap_or(0);
+        Self {
+            next: share(hash >> 32, size),
+            step: share(hash & 0xffff_ffff, size - 1) + 1,
+            left: size,
+            size,
+        }
+    }
+}
+
+impl Iterator for Places {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        self.left = self.left.checked_sub(1)?;
+        let place = self.next;
+        self.next = (self.next + self.step) % self.size;
+        Some(place)
+    }
+}
+
+/// FNV-1a with the finalizer of splitmix64: fixed for ever, because nodes of several versions must agree.
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ (hash >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use weft_ebpf_abi::{Address, Port, TCP};
+
+    use super::*;
+
+    fn backends(first: u16, count: u16) -> BTreeSet<BackendKey> {
+        let key = |i: u16| {
+            let [a, b] = i.to_be_bytes();
+            BackendKey { address: Address::v4([10, 42, a, b]), port: Port::new(8080), protocol: TCP, pad: 0 }
+        };
+        (first..first + count).map(key).collect()
+    }
+
+    fn shares(table: &[BackendKey]) -> BTreeMap<BackendKey, usize> {
+        let mut shares = BTreeMap::new();
+        for backend in table {
+            *shares.entry(*backend).or_default() += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn sizes_follow_the_backends() {
+        let sizes = [0, 1, 2, 7, 8, 31, 32, 127, 511, 2_047, 16_381, 20_000].map(size);
+        assert_eq!(sizes, [0, 1, 61, 61, 251, 251, 1_021, 1_021, 4_093, 16_381, 16_381, 20_000]);
+        assert!(table(&backends(0, 0)).is_empty());
+    }
+
+    #[test]
+    fn what_nodes_agreed_on_stays() {
+        // Another order would send the flows of a node that is not upgraded yet to other backends.
+        let places: Vec<_> = table(&backends(1, 3)).iter().map(|b| b.address.low()[3]).take(12).collect();
+        assert_eq!(places, PINNED);
+    }
+
+    const PINNED: [u8; 12] = [1, 2, 1, 3, 2, 3, 3, 3, 1, 3, 2, 3];
+
+    proptest! {
+        #[test]
+        fn every_backend_gets_its_share(first in 0_u16..1_000, count in 2_u16..300) {
+            let table = table(&backends(first, count));
+            prop_assert_eq!(table.len(), size(usize::from(count)) as usize);
+            let shares = shares(&table);
+            let (least, most) = (shares.values().min().unwrap(), shares.values().max().unwrap());
+            prop_assert_eq!(shares.len(), usize::from(count));
+            prop_assert!(most - least <= 1);
+        }
+
+        #[test]
+        fn a_backend_that_goes_moves_few_others(first in 0_u16..1_000, count in 3_u16..200, which in any::<prop::sample::Index>()) {
+            let all = backends(first, count);
+            let gone = *which.get(&all.iter().copied().collect::<Vec<_>>());
+            let mut fewer = all.clone();
+            fewer.remove(&gone);
+            prop_assume!(size(all.len()) == size(fewer.len()));
+            let (before, after) = (table(&all), table(&fewer));
+            let kept = before.iter().zip(&after).filter(|(b, _)| **b != gone);
+            let moved = kept.filter(|(b, a)| b != a).count();
+            // A modulo over the list would move nearly all of them.
+            prop_assert!(moved * 3 <= before.len(), "{moved} of {} moved", before.len());
+        }
+    }
+}

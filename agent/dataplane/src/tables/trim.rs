@@ -1,0 +1,169 @@
+//! Objects of the API trimmed to what the planner needs.
+
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
+
+use super::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice};
+
+/// Label on a Service that another proxy serves.
+const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// Label on a Service that no proxy serves.
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Affinity when the Service gives no timeout (the API's default: 3 hours).
+const AFFINITY_DEFAULT_SECONDS: u32 = 10_800;
+/// Bits before an IPv4 address in its 128-bit form.
+const V4_MAPPED_BITS: u32 = 96;
+
+fn address(text: &str) -> Option<Address> {
+    text.parse::<IpAddr>().ok().map(Address::from)
+}
+
+fn protocol(name: Option<&str>) -> Option<u8> {
+    match name {
+        None | Some("TCP") => Some(TCP),
+        Some("UDP") => Some(UDP),
+        Some("SCTP") => Some(SCTP),
+        Some(_) => None,
+    }
+}
+
+fn ordered(mut addresses: Vec<Address>) -> Vec<Address> {
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
+}
+
+/// `None` for what no proxy serves: headless, ExternalName, another proxy's.
+pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<Service> {
+    let spec = object.spec.as_ref()?;
+    let labels = object.metadata.labels.as_ref();
+    let labelled = |key| labels.is_some_and(|l| l.contains_key(key));
+    if spec.type_.as_deref() == Some("ExternalName")
+        || labelled(OTHER_PROXY_LABEL)
+        || labelled(HEADLESS_LABEL)
+    {
+        return None;
+    }
+    let listed = spec.cluster_ips.iter().flatten().map(String::as_str);
+    let mut cluster = ordered(listed.chain(spec.cluster_ip.as_deref()).filter_map(address).collect());
+    cluster.retain(|address| !node_local.contains(address));
+    if cluster.is_empty() {
+        return None;
+    }
+    let served = |address: &Address| cluster.iter().any(|c| Family::of(c) == Family::of(address));
+    let external = spec.external_ips.iter().flatten().filter_map(|text| address(text));
+    let external = ordered(external.filter(served).collect());
+    let balancer = ordered(balancer_addresses(object).filter(served).collect());
+    let external_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    let checked = external_local && spec.type_.as_deref() == Some("LoadBalancer");
+    Some(Service {
+        sources: sources(spec),
+        ports: spec.ports.iter().flatten().filter_map(port).collect(),
+        affinity_seconds: affinity_seconds(spec),
+        internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+        external_local,
+        health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
+        created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        cluster,
+        balancer,
+        external,
+    })
+}
+
+/// The load balancer's addresses, unless it proxies itself (KEP-1860).
+fn balancer_addresses(object: &core::Service) -> impl Iterator<Item = Address> {
+    let balancer = object.status.as_ref().and_then(|s| s.load_balancer.as_ref());
+    let ingress = balancer.into_iter().flat_map(|b| b.ingress.iter().flatten());
+    let served = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy"));
+    served.filter_map(|i| address(i.ip.as_deref()?))
+}
+
+/// Ranges of clients. One that can't be read allows nobody: the API refuses it, so this is not from there.
+/// Ranges of one family only keep out all clients of the other.
+fn sources(spec: &core::ServiceSpec) -> Option<Vec<Range>> {
+    let texts = spec.load_balancer_source_ranges.as_ref().filter(|r| !r.is_empty())?;
+    let mut ranges: Vec<_> = texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    Some(ranges)
+}
+
+fn range(network: IpNetwork) -> Range {
+    let mapped = if network.is_ipv4() { V4_MAPPED_BITS } else { 0 };
+    Range { first: Address::from(network.network()), prefix_bits: mapped + u32::from(network.prefix()) }
+}
+
+fn affinity_seconds(spec: &core::ServiceSpec) -> u32 {
+    match spec.session_affinity.as_deref() {
+        Some("ClientIP") => {
+            let config = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref());
+            let seconds = config.and_then(|c| c.timeout_seconds).and_then(|s| u32::try_from(s).ok());
+            seconds.unwrap_or(AFFINITY_DEFAULT_SECONDS)
+        }
+        Some(_) | None => 0,
+    }
+}
+
+/// A port, or 0 for what is none.
+fn number(port: i32) -> u16 {
+    u16::try_from(port).unwrap_or(0)
+}
+
+fn port(port: &core::ServicePort) -> Option<ServicePort> {
+    Some(ServicePort {
+        name: port.name.clone().unwrap_or_default(),
+        port: u16::try_from(port.port).ok()?,
+        node_port: port.node_port.map_or(0, number),
+        protocol: protocol(port.protocol.as_deref())?,
+    })
+}
+
+pub(super) fn slice(object: &discovery::EndpointSlice, family: Family, node_name: &str) -> Slice {
+    let ports = object.ports.iter().flatten().filter_map(|p| {
+        let number = u16::try_from(p.port?).ok()?;
+        Some((p.name.clone().unwrap_or_default(), protocol(p.protocol.as_deref())?, number))
+    });
+    let endpoints = object.endpoints.iter().flatten().filter_map(|e| {
+        let uid = e.target_ref.as_ref().and_then(|t| t.uid.as_deref()).unwrap_or("");
+        Some(Endpoint {
+            // Only the first address is meant to be used (discovery/v1 Endpoint.addresses).
+            address: address(e.addresses.first()?).filter(|a| Family::of(a) == family)?,
+            owner: fnv1a(uid.as_bytes()),
+            local: e.node_name.as_deref() == Some(node_name),
+            state: endpoint_state(e.conditions.as_ref()),
+            hints: e.hints.as_ref().and_then(|hints| trim_hints(hints, node_name)),
+        })
+    });
+    Slice { ports: ports.collect(), endpoints: endpoints.collect() }
+}
+
+/// What is missing means yes for ready and serving, no for terminating (discovery/v1 EndpointConditions).
+fn endpoint_state(conditions: Option<&discovery::EndpointConditions>) -> EndpointState {
+    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+    let serving = conditions.and_then(|c| c.serving).unwrap_or(true);
+    let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
+    match (ready, serving, terminating) {
+        (true, _, _) => EndpointState::Ready,
+        (false, true, true) => EndpointState::Terminating,
+        (false, _, _) => EndpointState::Unready,
+    }
+}
+
+fn trim_hints(hints: &discovery::EndpointHints, node_name: &str) -> Option<Box<Hints>> {
+    let zones: Vec<_> = hints.for_zones.iter().flatten().map(|z| z.name.as_str().into()).collect();
+    let nodes = hints.for_nodes.as_deref().unwrap_or_default();
+    let this_node = nodes.iter().any(|n| n.name == node_name);
+    let any = !zones.is_empty() || !nodes.is_empty();
+    any.then(|| Box::new(Hints { zones, nodes: !nodes.is_empty(), this_node }))
+}
+
+/// FNV-1a: fixed for ever, unlike the standard library's hasher, because it is stored in pinned maps.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}

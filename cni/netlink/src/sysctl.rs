@@ -1,0 +1,100 @@
+//! The kernel's switches of a network namespace. `/proc/sys/net` shows those of the thread that opens a file.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::Error;
+
+const IPV4: &str = "/proc/sys/net/ipv4";
+const IPV6: &str = "/proc/sys/net/ipv6/conf";
+
+/// `accept_ra`: take routers' announcements although the machine forwards.
+const ACCEPT_ALTHOUGH_FORWARDING: &[u8] = b"2";
+
+/// Turns on the forwarding of IPv4.
+///
+/// # Errors
+/// If the switch can't be read or written.
+pub fn forward_ipv4() -> Result<(), Error> {
+    set(&Path::new(IPV4).join("ip_forward"), b"1")
+}
+
+/// Turns on the forwarding of IPv6.
+///
+/// A machine that forwards takes no more announcements of routers and forgets the routes that it has of them. Devices that take
+/// them now go on doing so: they may be where the machine's own default route comes from.
+///
+/// # Errors
+/// If a switch can't be read or written.
+pub fn forward_ipv6() -> Result<(), Error> {
+    let conf = Path::new(IPV6);
+    let forwarding = conf.join("all/forwarding");
+    if read(&forwarding)?.trim_ascii() == b"1" {
+        return Ok(());
+    }
+    for device in fs::read_dir(conf).map_err(failed("read", conf))? {
+        let device = device.map_err(failed("read", conf))?;
+        if ["all", "default", "lo"].iter().any(|name| device.file_name() == *name) {
+            continue;
+        }
+        let switch = device.path().join("accept_ra");
+        // A device that is gone by now has no routes to lose.
+        if read(&switch).is_ok_and(|value| value.trim_ascii() == b"1") {
+            ok_if_gone(set(&switch, ACCEPT_ALTHOUGH_FORWARDING))?;
+        }
+    }
+    set(&forwarding, b"1")
+}
+
+/// Makes a device take no announcements of routers: who has a port of a bridge could give everybody else a route.
+/// A kernel without IPv6 takes none anyway.
+///
+/// # Errors
+/// If the switch can't be written.
+pub fn refuse_routers(device: &str) -> Result<(), Error> {
+    ok_if_gone(set(&Path::new(IPV6).join(device).join("accept_ra"), b"0"))
+}
+
+/// Readies a device for IPv6 addresses: IPv6 is on, and no address waits for duplicate address detection, the kernel's own
+/// included.
+///
+/// # Errors
+/// If a switch can't be written, as without IPv6.
+pub fn use_ipv6(device: &str) -> Result<(), Error> {
+    let conf = Path::new(IPV6).join(device);
+    set(&conf.join("disable_ipv6"), b"0")?;
+    set(&conf.join("accept_dad"), b"0")
+}
+
+/// Lets this host send from loopback addresses out of a device; who answers must be kept from using them by other means.
+///
+/// # Errors
+/// If the switch can't be written.
+pub fn route_loopback(device: &str) -> Result<(), Error> {
+    set(&Path::new(IPV4).join("conf").join(device).join("route_localnet"), b"1")
+}
+
+/// Writes a value unless it is there already: reading takes no lock, writing may.
+fn set(path: &Path, value: &[u8]) -> Result<(), Error> {
+    if read(path)?.trim_ascii() == value {
+        return Ok(());
+    }
+    fs::write(path, value).map_err(failed("write", path))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(failed("read", path))
+}
+
+fn ok_if_gone(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Sysctl { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn failed(op: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+    let path: PathBuf = path.to_path_buf();
+    move |source| Error::Sysctl { op, path: path.clone(), source }
+}

@@ -1,0 +1,95 @@
+//! What differs between IPv4 and IPv6 towards the kernel: routes, and how a header is rewritten.
+
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
+use aya_ebpf::programs::TcContext;
+use weft_ebpf_abi::Address;
+use weft_ebpf_logic::packet::{self, Bytes, V4, V6};
+
+/// BPF_F_IPV6 of linux/bpf.h (6.16): the checksum in the packet and the addresses cancel out, because the header has no
+/// checksum of its own.
+const CSUM_IPV6: u64 = 1 << 7;
+
+/// A frame in the kernel.
+pub struct Frame<'a>(pub &'a TcContext);
+
+impl Bytes for Frame<'_> {
+    #[inline(always)]
+    fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.0.load(at).ok()
+    }
+}
+
+/// A family in the packet programs.
+pub trait Family: packet::Family {
+    /// AF_INET or AF_INET6.
+    const NUMBER: u8;
+    /// Further flags of `bpf_l4_csum_replace` when addresses changed. A kernel that does not know them refuses them.
+    const CHECKSUM_FLAGS: u64;
+
+    /// Asks for the way to `destination`.
+    fn set_destination(fib: &mut FibLookup, destination: &Address);
+    /// The source that the routes give.
+    fn source(fib: &FibLookup) -> Address;
+    /// Sets both addresses in the header at `at`, and its checksum if it has one. `difference` is that of their words.
+    fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()>;
+}
+
+#[inline(always)]
+fn words(address: &Address) -> [u32; 4] {
+    let a = &address.0;
+    [
+        u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
+        u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
+        u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
+        u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
+    ]
+}
+
+impl Family for V4 {
+    const NUMBER: u8 = 2;
+    const CHECKSUM_FLAGS: u64 = 0;
+
+    #[inline(always)]
+    fn set_destination(fib: &mut FibLookup, destination: &Address) {
+        fib.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(destination.low());
+    }
+    #[inline(always)]
+    fn source(fib: &FibLookup) -> Address {
+        // SAFETY: a lookup of this family filled it in.
+        Address::v4(unsafe { fib.__bindgen_anon_3.ipv4_src }.to_ne_bytes())
+    }
+    #[inline(always)]
+    fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()> {
+        ctx.l3_csum_replace(at + 10, 0, difference, 0).ok()?;
+        let (s, d) = (addresses[0].low(), addresses[1].low());
+        ctx.store(at + 12, &[s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]], 0).ok()
+    }
+}
+
+impl Family for V6 {
+    const NUMBER: u8 = 10;
+    const CHECKSUM_FLAGS: u64 = CSUM_IPV6;
+
+    #[inline(always)]
+    fn set_destination(fib: &mut FibLookup, destination: &Address) {
+        fib.__bindgen_anon_4.ipv6_dst = words(destination);
+    }
+    #[inline(always)]
+    fn source(fib: &FibLookup) -> Address {
+        // SAFETY: a lookup of this family filled it in.
+        let words = unsafe { fib.__bindgen_anon_3.ipv6_src };
+        let mut bytes = [0; 16];
+        for i in 0..4 {
+            let word = words[i].to_ne_bytes();
+            bytes[i * 4] = word[0];
+            bytes[i * 4 + 1] = word[1];
+            bytes[i * 4 + 2] = word[2];
+            bytes[i * 4 + 3] = word[3];
+        }
+        Address(bytes)
+    }
+    #[inline(always)]
+    fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], _: u64) -> Option<()> {
+        ctx.store(at + 8, addresses, 0).ok()
+    }
+}

@@ -1,0 +1,126 @@
+//! Every client, every address of a Service, every traffic policy, every protocol, every place of an endpoint: who answers, who is refused,
+//! and which client the server sees. [`rules`] has what upstream says; this asks a cluster of two nodes.
+
+mod bed;
+mod rules;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use anyhow::ensure;
+use weft_tests_conformance::{Bed, Outcome, Request, Site};
+
+use crate::bed::Stage;
+use crate::rules::{Cell, Client, Entry, Expected, Source};
+
+/// Rounds of questions for cells that aren't right yet: the first may come before the last Service is everywhere.
+const ROUNDS: u32 = 8;
+/// Questions of a cell that is to be answered.
+const QUESTIONS: u32 = 3;
+/// How long an answer may take on a busy machine, and how long none must come for a drop.
+const ANSWER_MS: u32 = 3_000;
+const DROP_MS: u32 = 1_000;
+
+#[test]
+fn every_cell() -> anyhow::Result<()> {
+    let Some(bed) = Bed::start("conformance::matrix", "matrix", &["--nodes", "2"])? else { return Ok(()) };
+    bed.run("matrix", async |site| {
+        let stage = Stage::build(&bed, &site).await?;
+        let (excused, mut left): (Vec<_>, Vec<_>) =
+            Cell::all().into_iter().partition(|cell| not_yet(cell).is_some());
+        let (count, mut wrong) = (left.len(), BTreeMap::new());
+        for _ in 0..ROUNDS {
+            wrong = ask(&site, &stage, &left).await?;
+            left = wrong.keys().copied().collect();
+            if left.is_empty() {
+                break;
+            }
+        }
+        report_not_yet(&excused, &ask(&site, &stage, &excused).await?);
+        stage.clear(&site).await?;
+        let report: Vec<String> = wrong.into_values().collect();
+        ensure!(report.is_empty(), "{} of {count} cells are wrong:\n{}", report.len(), report.join("\n"));
+        Ok(())
+    })
+}
+
+/// Why a cell is known to be wrong.
+fn not_yet(cell: &Cell) -> Option<&'static str> {
+    let expected = cell.expected();
+    let refuses = matches!(expected, Expected::Dropped).then_some("refused instead of dropped");
+    let translated = cell.client == Client::Unhooked && cell.entry == Entry::Cluster;
+    let hides = translated && matches!(expected, Expected::By(_, Source::Kept));
+    refuses.or(hides.then_some("a pod's packets to a cluster address come from the node's address"))
+}
+
+/// Says which cells are left out, and which of them needn't be any more.
+fn report_not_yet(excused: &[Cell], wrong: &BTreeMap<Cell, String>) {
+    let mut reasons = BTreeMap::<&str, (u32, u32)>::new();
+    for cell in excused {
+        let (all, right) = reasons.entry(not_yet(cell).unwrap_or_default()).or_default();
+        *all += 1;
+        *right += u32::from(!wrong.contains_key(cell));
+    }
+    for (reason, (all, right)) in reasons {
+        eprintln!("NOT YET {all} cells: {reason}; {right} of them are right by now");
+    }
+}
+
+/// Asks all cells, each client's at once; answers the wrong ones with what was seen.
+async fn ask(site: &Site, stage: &Stage, cells: &[Cell]) -> anyhow::Result<BTreeMap<Cell, String>> {
+    let mut wrong = BTreeMap::new();
+    for client in Client::ALL {
+        let own: Vec<&Cell> = cells.iter().filter(|cell| cell.client == client).collect();
+        if own.is_empty() {
+            continue;
+        }
+        let requests: Vec<Request> = own.iter().map(|cell| request(stage, cell)).collect();
+        let outcomes = stage.places[&client].ask(site, &requests).await?;
+        for ((cell, request), outcomes) in own.into_iter().zip(&requests).zip(&outcomes) {
+            let expected = cell.expected();
+            let as_expected = outcomes.iter().filter(|outcome| fits(stage, cell, &expected, outcome)).count();
+            if as_expected != request.count as usize {
+                wrong.insert(
+                    *cell,
+                    format!("{cell:?} at {}: expected {expected:?}, saw {outcomes:?}", request.to),
+                );
+            }
+        }
+    }
+    Ok(wrong)
+}
+
+fn request(stage: &Stage, cell: &Cell) -> Request {
+    let (count, timeout_ms) = match cell.expected() {
+        Expected::By(..) => (QUESTIONS, ANSWER_MS),
+        Expected::Refused => (1, ANSWER_MS),
+        Expected::Dropped | Expected::Nothing => (1, DROP_MS),
+    };
+    Request { way: cell.way, to: stage.address(cell), count, timeout_ms }
+}
+
+fn fits(stage: &Stage, cell: &Cell, expected: &Expected, outcome: &Outcome) -> bool {
+    match (expected, outcome) {
+        (Expected::By(names, source), Outcome::Answered { by, client }) => {
+            names.contains(by.as_str()) && sources(stage, cell, *source).contains(&client.ip())
+        }
+        (Expected::Refused | Expected::Nothing, Outcome::Refused)
+        | (Expected::Dropped | Expected::Nothing, Outcome::Timeout) => true,
+        (
+            Expected::By(..) | Expected::Refused | Expected::Dropped | Expected::Nothing,
+            Outcome::Answered { .. }
+            | Outcome::Refused
+            | Outcome::Timeout
+            | Outcome::Unreachable
+            | Outcome::Failed(_),
+        ) => false,
+    }
+}
+
+fn sources(stage: &Stage, cell: &Cell, source: Source) -> BTreeSet<IpAddr> {
+    let mut addresses = stage.addresses[&cell.client].clone();
+    if source == Source::KeptOrNode {
+        addresses.extend([Client::Node, Client::FarNode].iter().flat_map(|node| &stage.addresses[node]));
+    }
+    addresses
+}

@@ -1,0 +1,144 @@
+//! Load-balancer addresses on a real link: two nodes, a client, and the death of the node that answers.
+
+use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::announce;
+use weft_tests_harness::netns::{Netns, ip};
+use weft_tests_harness::{require, wait_until};
+
+const VIP: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 200);
+const PORT: u16 = 8080;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A namespace on the link that announces, and answers connections with its name.
+struct Node {
+    netns: Netns,
+    device: String,
+    wanted: watch::Sender<BTreeSet<Ipv4Addr>>,
+    shutdown: CancellationToken,
+    agent: Option<JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Node {
+    fn new(link: &Netns, number: u8) -> anyhow::Result<Self> {
+        let netns = Netns::new("ann")?;
+        let device = format!("to-{number}");
+        let pair =
+            ["-n", link.name(), "link", "add", &device, "type", "veth", "peer", "name", "eth0", "netns"];
+        ip(&[&pair[..], &[netns.name()]].concat())?;
+        ip(&["-n", link.name(), "link", "set", &device, "master", "br0", "up"])?;
+        ip(&["-n", netns.name(), "addr", "add", &format!("10.99.0.{number}/24"), "dev", "eth0"])?;
+        ip(&["-n", netns.name(), "link", "set", "eth0", "up"])?;
+        serve(&netns, number)?;
+        let mut node = Self {
+            netns,
+            device,
+            wanted: watch::channel(BTreeSet::new()).0,
+            shutdown: CancellationToken::new(),
+            agent: None,
+        };
+        node.start(number)?;
+        Ok(node)
+    }
+
+    fn start(&mut self, number: u8) -> anyhow::Result<()> {
+        self.shutdown = CancellationToken::new();
+        let (wanted, shutdown) = (self.wanted.subscribe(), self.shutdown.clone());
+        self.agent = Some(self.netns.thread(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(announce::run(Ipv4Addr::new(10, 99, 0, number), wanted, shutdown))?;
+            Ok(())
+        })?);
+        Ok(())
+    }
+
+    fn stop(&mut self) -> anyhow::Result<()> {
+        self.shutdown.cancel();
+        let agent = self.agent.take().context("an agent runs")?;
+        agent.join().map_err(|panic| anyhow::anyhow!("the agent panicked: {panic:?}"))?
+    }
+}
+
+/// Answers each connection with the node's number, for as long as the test runs.
+fn serve(netns: &Netns, number: u8) -> anyhow::Result<()> {
+    let bound = netns.thread(|| Ok(TcpListener::bind(("0.0.0.0", PORT))?))?;
+    let listener = bound.join().map_err(|panic| anyhow::anyhow!("{panic:?}"))??;
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.write_all(&[number]);
+        }
+    });
+    Ok(())
+}
+
+/// Which node answers at the address; the error of the attempt if none.
+fn ask(link: &Netns) -> anyhow::Result<u8> {
+    let asked = link.thread(|| {
+        let mut stream =
+            TcpStream::connect_timeout(&SocketAddr::from((VIP, PORT)), Duration::from_millis(300))?;
+        let mut number = [0];
+        stream.read_exact(&mut number)?;
+        Ok(number[0])
+    })?;
+    asked.join().map_err(|panic| anyhow::anyhow!("{panic:?}"))?
+}
+
+fn answering(link: &Netns, wanted: impl Fn(u8) -> bool) -> anyhow::Result<u8> {
+    wait_until("a node answers", PATIENCE, || Ok(ask(link).ok().filter(|number| wanted(*number))))
+}
+
+#[test]
+fn an_address_is_held_by_one_node_and_moves_when_it_dies() -> anyhow::Result<()> {
+    if !require("announce", &["root"]) {
+        return Ok(());
+    }
+    let link = Netns::new("annl")?;
+    ip(&["-n", link.name(), "link", "add", "br0", "type", "bridge"])?;
+    ip(&["-n", link.name(), "addr", "add", "10.99.0.254/24", "dev", "br0"])?;
+    ip(&["-n", link.name(), "link", "set", "br0", "up"])?;
+    let mut nodes = [Node::new(&link, 1)?, Node::new(&link, 2)?];
+    let address = BTreeSet::from([VIP]);
+    for node in &nodes {
+        node.wanted.send_replace(address.clone());
+    }
+    let first = answering(&link, |_| true)?;
+    let (holder, heir) = if first == 1 { (0, 1) } else { (1, 0) };
+
+    // The agent's end is not the node's: the kernel answers on, and the next agent takes over what it finds.
+    nodes[holder].stop()?;
+    assert_eq!(ask(&link)?, first);
+    nodes[holder].start(first)?;
+    assert_eq!(ask(&link)?, first);
+
+    ip(&["-n", link.name(), "link", "set", &nodes[holder].device, "down"])?;
+    let second = answering(&link, |number| number != first)?;
+    assert_eq!(usize::from(second) - 1, heir);
+
+    // Back again, it still has the address: one of the two lets go, and only one answers from then on.
+    ip(&["-n", link.name(), "link", "set", &nodes[holder].device, "up"])?;
+    let held = |node: &Node| -> anyhow::Result<bool> {
+        let shown =
+            std::process::Command::new("ip").args(["-n", node.netns.name(), "-4", "addr"]).output()?;
+        Ok(String::from_utf8_lossy(&shown.stdout).contains("10.99.0.200/32"))
+    };
+    wait_until("one holds it", PATIENCE, || Ok((held(&nodes[0])? != held(&nodes[1])?).then_some(())))?;
+    answering(&link, |_| true)?;
+
+    // No longer fit, a node gives it to the other; with none fit, nobody answers.
+    let now = if held(&nodes[0])? { 0 } else { 1 };
+    nodes[now].wanted.send_replace(BTreeSet::new());
+    answering(&link, |number| usize::from(number) - 1 != now)?;
+    nodes[1 - now].wanted.send_replace(BTreeSet::new());
+    wait_until("nobody holds it", PATIENCE, || Ok((!held(&nodes[0])? && !held(&nodes[1])?).then_some(())))?;
+    for node in &mut nodes {
+        node.stop()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! Ways to a Service beside the plain ones: affinity over restarts, namespaces within a pod, clients on the node.
+
+use std::collections::BTreeSet;
+
+use weft_ebpf_abi::{SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY};
+use weft_tests_harness::netns::{Netns, ip};
+use weft_tests_harness::require;
+
+use crate::NEEDS;
+use crate::entries::{FAMILIES, Service};
+use crate::place::{POD, POD6, Place, ask_tcp, ask_udp, serve, within};
+
+const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+
+#[test]
+fn affinity_outlives_the_agent_for_packets_and_sockets() {
+    if !require("dataplane::affinity", &NEEDS) {
+        return;
+    }
+    let place = Place::new("af").unwrap();
+    let mut first = place.start().unwrap();
+    let mut expected = Vec::new();
+    for family in FAMILIES {
+        let backends = NAMES.map(|name| serve(&place.pod, family.pod, name));
+        let service = Service {
+            last: 10,
+            node_port: 30080,
+            affinity_seconds: 600,
+            backends: &backends,
+            ..Service::default()
+        };
+        first.enter(&family, &service).unwrap();
+        let plain = Service { last: 11, node_port: 30081, affinity_seconds: 0, ..service };
+        first.enter(&family, &plain).unwrap();
+        let spread: BTreeSet<_> =
+            within(&place.client, || (0..40).map(|_| ask_tcp(family.vip(11)).unwrap()).collect());
+        assert!(spread.len() > 1, "without affinity it is always the same");
+        for netns in [&place.client, &place.node, &place.pod] {
+            for ask in [ask_tcp, ask_udp] {
+                let answer = within(netns, || ask(family.vip(10)).unwrap());
+                expected.push((netns, ask, family.vip(10), answer));
+            }
+        }
+    }
+    let check = || {
+        for (netns, ask, to, answer) in &expected {
+            within(netns, || (0..10).for_each(|_| assert_eq!(ask(*to).unwrap(), *answer)));
+        }
+    };
+    check();
+    drop(first);
+    check();
+    let _second = place.start().unwrap();
+    check();
+}
+
+/// A namespace within the pod: its packets come through the pod, which no hook of its own sees.
+fn nested(place: &Place) -> Netns {
+    let inner = Netns::new("in").unwrap();
+    let (p, i) = (place.pod.name(), inner.name());
+    let commands = [
+        format!("-n {p} link add in0 type veth peer name eth0 netns {i}"),
+        format!("-n {p} addr add {POD}/32 dev in0"),
+        format!("-n {p} addr add {POD6}/128 dev in0 nodad"),
+        format!("-n {p} link set in0 up"),
+        format!("-n {i} addr add 10.42.0.77/32 dev eth0"),
+        format!("-n {i} addr add fd42::77/128 dev eth0 nodad"),
+        format!("-n {i} link set eth0 up"),
+        format!("-n {i} route add {POD} dev eth0"),
+        format!("-n {i} route add {POD6} dev eth0"),
+        format!("-n {i} route add default via {POD}"),
+        format!("-n {i} route add default via {POD6}"),
+        format!("-n {p} route add 10.42.0.77 dev in0"),
+        format!("-n {p} route add fd42::77 dev in0"),
+        format!("-n {p} neigh add proxy fd42::77 dev eth0"),
+    ];
+    for command in &commands {
+        ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
+    }
+    within(&place.pod, || {
+        for (file, value) in [
+            ("ipv4/ip_forward", "1"),
+            ("ipv6/conf/all/forwarding", "1"),
+            ("ipv4/conf/eth0/proxy_arp", "1"),
+            ("ipv4/neigh/eth0/proxy_delay", "0"),
+            ("ipv6/conf/eth0/proxy_ndp", "1"),
+            ("ipv6/neigh/eth0/proxy_delay", "0"),
+        ] {
+            std::fs::write(format!("/proc/sys/net/{file}"), value).unwrap();
+        }
+    });
+    inner
+}
+
+#[test]
+fn a_namespace_within_a_pod_reaches_services() {
+    if !require("dataplane::nested", &NEEDS) {
+        return;
+    }
+    let place = Place::new("ne").unwrap();
+    let inner = nested(&place);
+    let mut running = place.start().unwrap();
+    for family in FAMILIES {
+        let pod = serve(&place.pod, family.pod, "pod");
+        let host = serve(&place.node, family.node, "host");
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        running.plain(&family, 11, 30081, &[host]).unwrap();
+        let address = if family.pod.is_ipv4() { "10.42.0.77" } else { "fd42::77" };
+        within(&inner, || {
+            for _ in 0..20 {
+                assert_eq!(ask_tcp(family.vip(10)).unwrap(), format!("pod {}", family.gateway));
+                assert_eq!(ask_udp(family.vip(10)).unwrap(), format!("pod {}", family.gateway));
+            }
+            assert_eq!(ask_tcp(family.vip(11)).unwrap(), format!("host {address}"));
+            assert_eq!(ask_tcp(family.at_node(30080)).unwrap(), format!("pod {}", family.gateway));
+        });
+    }
+}
+
+#[test]
+fn flags_hold_for_the_nodes_own_sockets() {
+    if !require("dataplane::socket-flags", &NEEDS) {
+        return;
+    }
+    let place = Place::new("sf").unwrap();
+    let mut running = place.start().unwrap();
+    for family in FAMILIES {
+        let pod = serve(&place.pod, family.pod, "pod");
+        let service = Service { last: 10, node_port: 30080, backends: &[pod], ..Service::default() };
+        running.enter(&family, &Service { flags: SERVICE_CHECK_SOURCE, ..service }).unwrap();
+        let ask = || within(&place.node, || ask_tcp(family.vip(10)));
+        let before = running.drops("source_not_allowed");
+        assert_eq!(ask().unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+        assert_eq!(running.drops("source_not_allowed"), before + 1);
+        // What stands for "the node is in a range".
+        place.allow(&family, 10, &[(family.vip(10).ip(), 0)]).unwrap();
+        assert!(ask().is_ok());
+        running.enter(&family, &Service { flags: SERVICE_DROP_EMPTY, backends: &[], ..service }).unwrap();
+        let before = running.drops("no_local_endpoints");
+        assert_eq!(ask().unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+        assert_eq!(running.drops("no_local_endpoints"), before + 1);
+    }
+}
