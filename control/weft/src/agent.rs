@@ -191,6 +191,18 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
     tasks.spawn(async move {
         dataplane::run(config, clients.proxy, programmed, stop).await.context("the data plane failed")
     });
+    let (path, observer) = (paths.control_socket(), Arc::new(observer(&node, &paths)));
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        if let Err(error) = dataplane::observe::socket::serve(path, observer, stop.clone()).await {
+            tracing::warn!(
+                error = logging::chain(&error),
+                "the node answers no questions; it runs all the same"
+            );
+            stop.cancelled().await;
+        }
+        Ok(())
+    });
     let (task, stop) = (network::Task::new(&node, &paths, clients.kubelet.clone()), shutdown.clone());
     tasks.spawn(async move {
         stop.run_until_cancelled(task.run(is_programmed, network_ready)).await.unwrap_or(Ok(()))
@@ -230,6 +242,15 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         gate: dataplane::policy::Gate::default(),
         proxy: dataplane::ProxyConfig::default(),
         balancer_pools: node.cluster.load_balancer_pools.clone(),
+    }
+}
+
+/// What the agent tells of itself: it is in the node's namespaces already.
+fn observer(node: &Node, paths: &NodePaths) -> dataplane::observe::Observer {
+    dataplane::observe::Observer {
+        pins: paths.bpffs(),
+        netns: None,
+        cgroup: node.paths.node_cgroup(&node.name),
     }
 }
 

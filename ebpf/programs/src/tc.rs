@@ -14,6 +14,7 @@ use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
+use crate::events;
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
 use crate::policy;
@@ -85,7 +86,10 @@ fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
             }
         }
         Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
-        Outcome::Dropped(reason) => dropped(reason),
+        Outcome::Dropped(reason) => {
+            events::dropped(&packet.key, reason);
+            dropped(reason)
+        }
     }
 }
 
@@ -256,7 +260,10 @@ fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mar
     };
     *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
     match record(key, route.source, ifindex, entry) {
-        Ok(()) => Outcome::Goes,
+        Ok(()) => {
+            events::packet(key, &backend);
+            Outcome::Goes
+        }
         Err(reason) => Outcome::Dropped(reason),
     }
 }
