@@ -11,11 +11,13 @@ mod config;
 mod dns;
 mod env;
 mod events;
+mod gate;
 mod hooks;
 mod http_get;
 mod images;
 mod logs;
 mod metrics;
+mod network;
 mod node;
 mod objects;
 mod observed;
@@ -43,6 +45,7 @@ mod worker;
 mod fake;
 
 pub use config::{CapacityOverrides, Config, ServerTls};
+pub use gate::PodGate;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -14,8 +14,10 @@ use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, PodDevices, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
+use crate::events;
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
+use crate::policy;
 use crate::reject::{reject, too_big};
 use crate::rewrite::{rewrite, rewrite_error};
 
@@ -26,9 +28,10 @@ const LEAST_MTU_BYTES: u32 = 1_280;
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
+    let mark = policy::take_mark(&ctx);
     match ethertype(&ctx) {
-        V4::ETHERTYPE => ingress::<V4>(&ctx),
-        V6::ETHERTYPE => ingress::<V6>(&ctx),
+        V4::ETHERTYPE => ingress::<V4>(&ctx, mark),
+        V6::ETHERTYPE => ingress::<V6>(&ctx, mark),
         _ => PASS,
     }
 }
@@ -65,24 +68,37 @@ enum Outcome {
 }
 
 #[inline(always)]
-fn ingress<F: Family>(ctx: &TcContext) -> i32 {
-    let Some(Work { packet, entry, route }) = work() else { return PASS };
-    if read::<F>(ctx, packet).is_none() {
+fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
+    let Some(work) = work() else { return PASS };
+    work.mark = mark;
+    if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
-    if packet.key.protocol == F::ICMP {
-        return error::<F>(ctx, packet, entry, true);
+    if work.packet.key.protocol == F::ICMP {
+        return error::<F>(ctx, &work.packet, &mut work.entry, true);
     }
-    match judge::<F>(ctx, packet, entry, route) {
+    let outcome = judge::<F>(ctx, work);
+    let Work { packet, entry, route, .. } = work;
+    match outcome {
         Outcome::Pass => PASS,
         Outcome::Goes => go::<F>(ctx, packet, entry),
         Outcome::Begins => match record(&packet.key, route, ingress_ifindex(ctx), entry) {
-            Ok(()) => go::<F>(ctx, packet, entry),
-            Err(reason) => dropped(reason),
+            Ok(()) => {
+                events::packet(&packet.key, &flow::backend(entry, packet.key.protocol));
+                go::<F>(ctx, packet, entry)
+            }
+            Err(reason) => told(packet, reason),
         },
         Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
-        Outcome::Dropped(reason) => dropped(reason),
+        Outcome::Dropped(reason) => told(packet, reason),
     }
+}
+
+/// Drops a packet that would have begun a flow: whoever watches is told.
+#[inline(always)]
+fn told(packet: &Packet, reason: DropReason) -> i32 {
+    events::dropped(&packet.key, reason);
+    dropped(reason)
 }
 
 /// Sends a packet on as what it becomes, if it fits.
@@ -133,7 +149,8 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, route: &mut Route) -> Outcome {
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let Work { packet, entry, .. } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
@@ -144,7 +161,7 @@ fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, rou
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, work) }
 }
 
 /// Copies the entry of a flow.
@@ -225,7 +242,8 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, route: &mut Route) -> Outcome {
+fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let Work { packet, entry, route, mark } = work;
     let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
     let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
@@ -256,6 +274,9 @@ fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, rou
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
+    if !policy::may_reach(*mark, &backend) {
+        return Outcome::Dropped(DropReason::PolicyEgress);
+    }
     if find_route::<F>(ctx, packet, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
     }

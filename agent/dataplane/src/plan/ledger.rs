@@ -57,8 +57,8 @@ impl Op {
 pub struct Ledger {
     /// Services' addresses.
     pub services: BTreeMap<ServiceKey, ServiceValue>,
-    /// Lists by number.
-    pub lists: BTreeMap<u32, BTreeMap<u32, BackendKey>>,
+    /// Lists by number, with what stands at each place; the last one is never empty.
+    pub lists: BTreeMap<u32, Vec<Option<BackendKey>>>,
     /// Places in all lists.
     pub slots: usize,
     /// Ranges of clients, by the list's number.
@@ -102,8 +102,12 @@ impl Ledger {
             Op::PutBackend(key, value) => drop(self.backends.insert(*key, *value)),
             Op::PutNodeAddress(address) => drop(self.node_addresses.insert(*address)),
             Op::PutSlot(key, backend) => {
-                let old = self.lists.entry(key.list).or_default().insert(key.index, *backend);
-                self.slots += usize::from(old.is_none());
+                let list = self.lists.entry(key.list).or_default();
+                let place = key.index as usize;
+                if list.len() <= place {
+                    list.resize(place + 1, None);
+                }
+                self.slots += usize::from(list[place].replace(*backend).is_none());
             }
             Op::PutSource(key) => {
                 let new = self.sources.entry(list_of(key)).or_default().insert(*key);
@@ -113,7 +117,9 @@ impl Ledger {
             Op::DeleteService(key) => drop(self.services.remove(key)),
             Op::DeleteSlot(key) => {
                 if let Some(list) = self.lists.get_mut(&key.list) {
-                    self.slots -= usize::from(list.remove(&key.index).is_some());
+                    let slot = list.get_mut(key.index as usize).and_then(Option::take);
+                    self.slots -= usize::from(slot.is_some());
+                    list.truncate(list.iter().rposition(Option::is_some).map_or(0, |last| last + 1));
                     if list.is_empty() {
                         self.lists.remove(&key.list);
                     }

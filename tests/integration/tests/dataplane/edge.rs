@@ -233,8 +233,8 @@ fn a_hashed_list_gives_a_client_the_same_backend_whichever_node_it_asks() {
         let mut seen = std::collections::BTreeSet::new();
         within(&place.client, || {
             for port in 40_000..40_040 {
+                let socket = UdpSocket::bind((family.client, port)).unwrap();
                 let answers = [family.vip(10), family.vip(11), family.at_node(30080)].map(|to| {
-                    let socket = UdpSocket::bind((family.client, port)).unwrap();
                     socket.connect(to).unwrap();
                     ask_datagram(&socket).unwrap()
                 });
