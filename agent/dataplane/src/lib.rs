@@ -22,6 +22,7 @@ mod run;
 mod serve;
 mod sys;
 pub mod tables;
+mod trouble;
 
 pub use metrics::Metrics;
 pub use run::{Config, Error, cleanup, run, run_with_metrics};
