@@ -16,6 +16,7 @@ mod metrics;
 pub mod node;
 pub mod overlay;
 pub mod plan;
+pub mod policy;
 pub mod programs;
 pub mod reconcile;
 mod run;

@@ -6,11 +6,13 @@ mod text;
 pub use text::{dangling, render};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
 
 use self::codec::{read_ledger, run};
+use crate::announce::answers::Answers;
 use crate::desired::{Desired, Health, desired};
 use crate::maps::{MapError, MapSet, Table};
 use crate::plan::{Ledger, Op, Planner, Totals};
@@ -73,6 +75,7 @@ pub struct Reconciler<M> {
     /// Services that go on failing, to be told of.
     troubles: Vec<(ServiceName, String)>,
     health: HashMap<ServiceName, Health>,
+    answers: Answers,
     health_changes: BTreeSet<ServiceName>,
     left: BTreeSet<BackendKey>,
     node_addresses: BTreeSet<Address>,
@@ -102,6 +105,7 @@ impl<M: MapSet> Reconciler<M> {
             unprogrammed: BTreeMap::new(),
             troubles: Vec::new(),
             health: HashMap::new(),
+            answers: Answers::default(),
             health_changes: BTreeSet::new(),
             left: BTreeSet::new(),
             node_addresses,
@@ -184,6 +188,11 @@ impl<M: MapSet> Reconciler<M> {
         }
     }
 
+    /// The load-balancer addresses to answer for, if they have changed since the last call.
+    pub fn take_answers(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+        self.answers.take()
+    }
+
     /// Brings the maps to what the tables say: Services that changed or, if none did, those that failed before.
     pub fn sync(&mut self) -> Report {
         let mut report = Report { full: self.prune == Prune::All, ..Report::default() };
@@ -239,6 +248,7 @@ impl<M: MapSet> Reconciler<M> {
             let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.zone()));
             let wanted = wanted.unwrap_or_default();
             self.note_health(&name, wanted.health);
+            self.answers.note(&name, &wanted.answers);
             changes.push((name, wanted));
         }
         let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const MAP_LOOKUP_ELEM: libc::c_long = 1;
+const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -14,6 +16,17 @@ const MAP_DELETE_BATCH: libc::c_long = 27;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
+
+/// `union bpf_attr` for single elements; `value` is the next key too.
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
 
 /// `union bpf_attr`, member `batch`.
 #[repr(C)]
@@ -146,6 +159,44 @@ pub(crate) fn read_all(
             return Ok((all_keys, all_values));
         }
         position = Some(next.clone());
+    }
+}
+
+/// Reads all entries of a map of any kind, entry by entry: a trie's batches go by keys, and older kernels have none.
+pub(crate) fn read_by_key(
+    map: BorrowedFd<'_>,
+    key_bytes: usize,
+    value_bytes: usize,
+) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut all = Vec::new();
+    let mut last: Option<Vec<u8>> = None;
+    loop {
+        let mut next = vec![0_u8; key_bytes];
+        let mut attr = ElementAttr {
+            map_fd: number(map),
+            key: last.as_deref().map_or(0, address),
+            value: next.as_mut_ptr() as u64,
+            ..ElementAttr::default()
+        };
+        match bpf(MAP_GET_NEXT_KEY, &mut attr) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(all),
+            Err(error) => return Err(error),
+        }
+        let mut value = vec![0_u8; value_bytes];
+        let mut attr = ElementAttr {
+            map_fd: number(map),
+            key: address(&next),
+            value: value.as_mut_ptr() as u64,
+            ..ElementAttr::default()
+        };
+        match bpf(MAP_LOOKUP_ELEM, &mut attr) {
+            Ok(_) => all.push((next.clone(), value)),
+            // It went between the two calls.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+        last = Some(next);
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod family;
 mod maps;
+mod policy;
 mod reject;
 mod rewrite;
 mod sock;
