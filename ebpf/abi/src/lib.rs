@@ -54,8 +54,10 @@ pub mod names {
     pub const RULES: &str = "weft_rule_2";
     /// [`TrackKey`](super::policy::TrackKey) to [`TrackValue`](super::policy::TrackValue), least recently used dropped.
     pub const TRACKED: &str = "weft_track_2";
+    /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
+    pub const WOULD_DROP: &str = "weft_dry_2";
     /// All of them.
-    pub const ALL: [&str; 16] = [
+    pub const ALL: [&str; 17] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -72,6 +74,7 @@ pub mod names {
         RANGES,
         RULES,
         TRACKED,
+        WOULD_DROP,
     ];
 }
 
@@ -104,6 +107,8 @@ pub mod sizes {
     pub const RULES: u32 = 524_288;
     /// Flows of isolated pods; about 110 bytes each.
     pub const TRACKED: u32 = 32_768;
+    /// Sets of rules on trial that have met a packet they do not cover.
+    pub const WOULD_DROP: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }
