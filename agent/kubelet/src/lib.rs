@@ -17,6 +17,7 @@ mod http_get;
 mod images;
 mod logs;
 mod metrics;
+mod network;
 mod node;
 mod objects;
 mod observed;

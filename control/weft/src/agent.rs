@@ -229,6 +229,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         ebpf_object: node.programs.ebpf,
         gate: dataplane::policy::Gate::default(),
         proxy: dataplane::ProxyConfig::default(),
+        balancer_pools: node.cluster.load_balancer_pools.clone(),
     }
 }
 

@@ -56,7 +56,10 @@ impl Worker {
             }
             // A node without a resolv.conf has no names outside the cluster to offer.
             let host = tokio::fs::read_to_string(&shared.config.host_resolv_conf).await.unwrap_or_default();
-            let spec = spec::sandbox(&pod, &shared.config, attempt, &host);
+            let spec = match spec::sandbox(&pod, &shared.config, attempt, &host) {
+                Ok(spec) => spec,
+                Err(error) => return Done::Sandbox(Err(error)),
+            };
             Done::Sandbox(match shared.runtime.run_sandbox(spec).await {
                 Ok(sandbox) => gate::pass(&shared, &pod, sandbox).await,
                 Err(error) => Err(error),

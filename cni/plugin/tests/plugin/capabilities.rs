@@ -122,7 +122,7 @@ fn a_host_port_opens_no_way_to_loopback() {
     let ports = json!([{"hostPort": 8080, "containerPort": 80}]);
     node.ok("ADD", "a", Some(&a), &with_ports(conf(&node), ports));
     node.ok("ADD", "b", Some(&b), &conf(&node));
-    let private =
+    let listener =
         namespace::within(&node.netns.path(), || TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
     // A pod with every right sends its own loopback addresses out to the node.
     namespace::within(&b.path(), || {
