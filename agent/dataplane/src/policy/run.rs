@@ -413,7 +413,7 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
     use weft_cni_netlink::Event as E;
     events.iter().any(|event| match event {
         E::Link(_) | E::Lost => true,
-        E::Address(_) | E::Route | E::Neighbour(_) => false,
+        E::Address(_) | E::Route { .. } | E::Neighbour(_) => false,
     })
 }
 
