@@ -2,8 +2,8 @@
 
 mod absorb;
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
+use crate::abandon::{Search, Searches};
+use crate::announce;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
@@ -59,6 +61,8 @@ pub struct Config {
     pub ebpf_object: &'static [u8],
     /// Addresses of NodePorts, health and metrics.
     pub proxy: ProxyConfig,
+    /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.
+    pub balancer_pools: Vec<IpNetwork>,
 }
 
 /// Why the dataplane does not run.
@@ -79,6 +83,9 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Load-balancer addresses could not be taken away.
+    #[error(transparent)]
+    Announce(#[from] announce::Error),
 }
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
@@ -115,7 +122,11 @@ pub async fn run_with_metrics(
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
+    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let (answers, wanted) = watch::channel(BTreeSet::new());
+    let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
     let mut dataplane = Dataplane {
+        searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
@@ -126,6 +137,8 @@ pub async fn run_with_metrics(
         proxy: Arc::clone(&proxy),
         families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
+        balancer_pools: config.balancer_pools.clone(),
+        answers,
         relists: Relists::default(),
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
@@ -133,6 +146,7 @@ pub async fn run_with_metrics(
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
+        () = announce => Ok(()),
     }
 }
 
@@ -146,6 +160,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        announce::cleanup()?;
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
@@ -184,10 +199,14 @@ struct Dataplane {
     devices: Devices,
     shared: Arc<Shared>,
     checks: Checks,
+    searches: Searches,
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
     programmed: watch::Sender<bool>,
+    balancer_pools: Vec<IpNetwork>,
+    /// Load-balancer addresses that this node is fit to answer for.
+    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
@@ -225,6 +244,7 @@ impl Dataplane {
                     }
                     self.refresh_devices()?;
                 }
+                () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {}
             }
             due = None;
@@ -293,6 +313,11 @@ impl Dataplane {
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
+        self.searches.add(self.reconciler.take_left());
+        if let Some(mut answers) = self.reconciler.take_answers() {
+            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(IpAddr::V4(*ip))));
+            self.answers.send_replace(answers);
+        }
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
@@ -312,8 +337,8 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        let addresses = devices.addresses.iter();
-        let answering = addresses.filter(|ip| self.proxy.answers(**ip)).map(|ip| Address::from(*ip));
+        let addresses = devices.addresses.iter().copied();
+        let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
         self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);
         self.devices = devices;

@@ -8,6 +8,7 @@
 )]
 
 mod address;
+pub mod diag;
 mod error;
 mod event;
 pub mod hostport;
@@ -20,6 +21,7 @@ mod route;
 mod shaping;
 mod socket;
 pub mod sysctl;
+mod unlink;
 
 pub use address::Address;
 pub use error::{Class, Error};

@@ -230,6 +230,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
         proxy: dataplane::ProxyConfig::default(),
+        balancer_pools: node.cluster.load_balancer_pools.clone(),
     }
 }
 

@@ -65,6 +65,9 @@ pub(crate) struct ServerArgs {
     /// Addresses of the Services, in the same way [default: 10.43.0.0/16]
     #[arg(long, value_name = "CIDR[,CIDR]")]
     pub(crate) service_cidr: Option<PerFamily<IpNetwork>>,
+    /// Addresses for Services of type LoadBalancer; without any, somebody else gives them
+    #[arg(long, value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
+    pub(crate) load_balancer_pool: Option<Vec<IpNetwork>>,
     /// Keep the cluster's state in etcd instead of in the data directory: etcd=https://a:2379,https://b:2379
     #[arg(long, value_name = "etcd=URL,...", value_parser = parse_store)]
     pub(crate) store: Option<EtcdUrls>,

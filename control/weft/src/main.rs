@@ -13,6 +13,7 @@ mod network;
 mod nodes;
 mod paths;
 mod pki;
+mod pod_routes;
 mod ranges;
 mod server;
 mod up;

@@ -163,6 +163,22 @@ pub(crate) fn mistakes(
     wrong
 }
 
+/// What is wrong with the pools of load-balancer addresses.
+pub(crate) fn pool_mistakes(
+    pools: &[IpNetwork],
+    cluster: PerFamily<IpNetwork>,
+    services: PerFamily<IpNetwork>,
+) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (index, pool) in pools.iter().enumerate() {
+        wrong.extend(form(*pool));
+        let others = cluster.iter().chain(services.iter()).chain(pools[..index].iter().copied());
+        let clashes = others.filter(|other| overlap(*pool, *other));
+        wrong.extend(clashes.map(|other| format!("{pool} overlaps with {other}")));
+    }
+    wrong.into_iter().map(|one| format!("--load-balancer-pool: {one}")).collect()
+}
+
 fn name(range: IpNetwork) -> &'static str {
     if range.is_ipv6() { "IPv6" } else { "IPv4" }
 }
