@@ -32,6 +32,18 @@ const BOTH: Families = Families {
     machine: &["10.44.0.1", "fd44::1"],
 };
 
+const SIX_FIRST: Families = Families {
+    cluster: "fd42::/56,10.42.0.0/16",
+    services: "fd43::/112,10.43.0.0/16",
+    ranges: [
+        "fd42:0:0:1::/64 [\"fd42:0:0:1::/64\",\"10.42.1.0/24\"]",
+        "fd42::/64 [\"fd42::/64\",\"10.42.0.0/24\"]",
+    ],
+    nodes: ["fd44::2 10.44.0.2", "fd44::3 10.44.0.3"],
+    pods: &["fd42:", "10.42."],
+    machine: &["fd44::1", "10.44.0.1"],
+};
+
 /// Tunnels are of IPv6 too, and so is the way to the API.
 const SIX: Families = Families {
     cluster: "fd42::/56",
@@ -93,6 +105,15 @@ fn two_nodes_of_both_families() -> anyhow::Result<()> {
     let Some(mut cluster) = BOTH.start("dual::two_nodes_of_both_families", "dual")? else { return Ok(()) };
     all_of(&cluster, &BOTH)?;
     the_ranges_are_kept_over_a_restart(&mut cluster)?;
+    cluster.purge()
+}
+
+#[test]
+fn two_nodes_with_ipv6_first() -> anyhow::Result<()> {
+    let Some(mut cluster) = SIX_FIRST.start("dual::two_nodes_with_ipv6_first", "sixone")? else {
+        return Ok(());
+    };
+    all_of(&cluster, &SIX_FIRST)?;
     cluster.purge()
 }
 
