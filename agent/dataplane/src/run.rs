@@ -25,6 +25,7 @@ use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
+use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
@@ -59,6 +60,8 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Where pods wait for their policies.
+    pub gate: policy::Gate,
     /// Addresses of NodePorts, health and metrics.
     pub proxy: ProxyConfig,
     /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.
@@ -91,7 +94,8 @@ pub enum Error {
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
 /// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
-/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes, and
+/// for policies on pods, namespaces and networkpolicies.networking.k8s.io.
 ///
 /// # Errors
 /// If the programs can't be put in place, or the node's devices can't be watched. What the API or single map operations
@@ -119,6 +123,9 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let parts = policy::Parts::new(&programs)?;
+    let policies =
+        policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
@@ -145,6 +152,7 @@ pub async fn run_with_metrics(
     };
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
+        outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
     }

@@ -199,10 +199,10 @@ fn a_narrow_way_to_a_peer_is_found() {
     }
     let (netns, pods) = two_nodes();
     let both = [("node-1", 1), ("node-2", 2)];
-    let _nodes: Vec<Overlay> =
-        [1, 2].map(|n| overlay(n, (&netns[usize::from(n) - 1], "192.168.79."), &both)).into();
-    ip(&["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "lock", "1400"])
-        .unwrap();
+    let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
+    let _second = overlay(2, (&netns[1], "192.168.79."), &both);
+    let narrow = ["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "1400"];
+    repair(&mut first, &netns[0], "a narrow way", || ip(&narrow).unwrap());
     for address in ["10.42.2.2", "fd42:0:0:2::2"] {
         let address: IpAddr = address.parse().unwrap();
         let listener = within(&pods[1], || TcpListener::bind((address, 0)).unwrap());
