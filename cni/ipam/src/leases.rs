@@ -25,8 +25,8 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Held while an address is acquired. It says which of each family was given last: only a hint, and cheaper than a file of its own.
 const LOCK: &str = "lock";
 
-/// More than the text of an address of each family.
-const MAX_HINT_BYTES: u64 = 128;
+/// More than the text of an address of each family. Always as many, so that one write replaces all that was there.
+const HINT_BYTES: usize = 128;
 
 /// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing as leases do.
 const PORTS: &str = "ports";
@@ -316,15 +316,14 @@ impl Lock {
     fn hint(&self) -> Vec<IpAddr> {
         let mut text = String::new();
         // Read wrongly or not at all, it costs some addresses their rest, and nothing else.
-        let _ = (&*self.file).take(MAX_HINT_BYTES).read_to_string(&mut text);
+        let _ = (&*self.file).take(HINT_BYTES as u64).read_to_string(&mut text);
         text.split_whitespace().filter_map(|address| address.parse().ok()).collect()
     }
 
     fn remember(&self, given: &[Acquired]) {
         let text: Vec<String> = given.iter().map(|one| one.address.to_string()).collect();
-        let text = text.join(" ") + "\n";
+        let text = format!("{:<1$}\n", text.join(" "), HINT_BYTES - 1);
         let _ = self.file.write_all_at(text.as_bytes(), 0);
-        let _ = self.file.set_len(text.len() as u64);
     }
 }
 

@@ -103,7 +103,10 @@ impl Attachment<'_> {
         self.add_capabilities(&mut host, &port, &mut pod, made)?;
         // From the pod outwards, as each depends on the one before.
         wait_until_running(&mut host, &self.host_name)?;
-        wait_until_running(&mut host, &self.fabric.bridge)?;
+        // One that ran before has other ports.
+        if !bridge.running {
+            wait_until_running(&mut host, &self.fabric.bridge)?;
+        }
         Ok(self.result(&bridge, &port))
     }
 
