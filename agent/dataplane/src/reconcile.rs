@@ -6,11 +6,13 @@ mod text;
 pub use text::{dangling, render};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
 
 use self::codec::{read_ledger, run};
+use crate::announce::answers::Answers;
 use crate::desired::{Desired, Health, desired};
 use crate::maps::{MapError, MapSet, Table};
 use crate::plan::{Ledger, Op, Planner, Totals};
@@ -59,7 +61,9 @@ pub struct Reconciler<M> {
     dirty: BTreeSet<ServiceName>,
     unprogrammed: BTreeMap<ServiceName, Unprogrammed>,
     health: HashMap<ServiceName, Health>,
+    answers: Answers,
     health_changes: BTreeSet<ServiceName>,
+    left: BTreeSet<BackendKey>,
     node_addresses: BTreeSet<Address>,
     prune: Prune,
 }
@@ -86,7 +90,9 @@ impl<M: MapSet> Reconciler<M> {
             dirty: BTreeSet::new(),
             unprogrammed: BTreeMap::new(),
             health: HashMap::new(),
+            answers: Answers::default(),
             health_changes: BTreeSet::new(),
+            left: BTreeSet::new(),
             node_addresses,
             prune: Prune::Nothing,
         })
@@ -143,6 +149,11 @@ impl<M: MapSet> Reconciler<M> {
         changed.into_iter().map(|name| (name.clone(), self.health.get(&name).copied())).collect()
     }
 
+    /// UDP backends that sockets must leave since the last call.
+    pub fn take_left(&mut self) -> BTreeSet<BackendKey> {
+        std::mem::take(&mut self.left)
+    }
+
     /// Entries of a map, as far as known.
     #[must_use]
     pub fn entries(&self, table: Table) -> usize {
@@ -154,6 +165,11 @@ impl<M: MapSet> Reconciler<M> {
             Table::NodeAddresses => ledger.node_addresses.len(),
             Table::Sources => ledger.ranges,
         }
+    }
+
+    /// The load-balancer addresses to answer for, if they have changed since the last call.
+    pub fn take_answers(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+        self.answers.take()
     }
 
     /// Brings the maps to what the tables say. What fails stays dirty.
@@ -209,6 +225,7 @@ impl<M: MapSet> Reconciler<M> {
             let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.zone()));
             let wanted = wanted.unwrap_or_default();
             self.note_health(&name, wanted.health);
+            self.answers.note(&name, &wanted.answers);
             changes.push((name, wanted));
         }
         let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();
@@ -296,6 +313,7 @@ impl<M: MapSet> Reconciler<M> {
             let result = run(&mut self.maps, rest);
             let done = result.as_ref().map_or_else(|error| error.done.min(rest.len()), |()| rest.len());
             for (_, op) in &rest[..done] {
+                self.left.extend(self.planner.ledger.left_by(op));
                 self.planner.record(op);
             }
             report.applied += done;

@@ -2,8 +2,8 @@
 
 mod absorb;
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,12 +17,15 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
+use crate::abandon::{Search, Searches};
+use crate::announce;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
+use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
@@ -57,8 +60,12 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Where pods wait for their policies.
+    pub gate: policy::Gate,
     /// Addresses of NodePorts, health and metrics.
     pub proxy: ProxyConfig,
+    /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.
+    pub balancer_pools: Vec<IpNetwork>,
 }
 
 /// Why the dataplane does not run.
@@ -79,12 +86,16 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Load-balancer addresses could not be taken away.
+    #[error(transparent)]
+    Announce(#[from] announce::Error),
 }
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
 /// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
-/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes, and
+/// for policies on pods, namespaces and networkpolicies.networking.k8s.io.
 ///
 /// # Errors
 /// If the programs can't be put in place, or the node's devices can't be watched. What the API or single map operations
@@ -112,10 +123,17 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let parts = policy::Parts::new(&programs)?;
+    let policies =
+        policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
+    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let (answers, wanted) = watch::channel(BTreeSet::new());
+    let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
     let mut dataplane = Dataplane {
+        searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
@@ -126,13 +144,17 @@ pub async fn run_with_metrics(
         proxy: Arc::clone(&proxy),
         families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
+        balancer_pools: config.balancer_pools.clone(),
+        answers,
         relists: Relists::default(),
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
+        outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
+        () = announce => Ok(()),
     }
 }
 
@@ -146,6 +168,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        announce::cleanup()?;
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
@@ -184,10 +207,14 @@ struct Dataplane {
     devices: Devices,
     shared: Arc<Shared>,
     checks: Checks,
+    searches: Searches,
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
     programmed: watch::Sender<bool>,
+    balancer_pools: Vec<IpNetwork>,
+    /// Load-balancer addresses that this node is fit to answer for.
+    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
@@ -200,8 +227,11 @@ impl Dataplane {
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
+        let mut due = None;
         loop {
             let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            // Fixed when it begins: events that change nothing must not put it off.
+            due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -212,19 +242,28 @@ impl Dataplane {
                     }
                 }
                 changed = changes.next() => {
-                    let mut relevant = concerns_devices(&changed?);
+                    let mut relevant = self.take_in(&changed?);
                     while let Some(more) = changes.next().now_or_never() {
-                        relevant |= concerns_devices(&more?);
+                        relevant |= self.take_in(&more?);
                     }
                     if !relevant {
+                        // A repair of the overlay waits for the retry: somebody may go on taking entries away.
                         continue;
                     }
                     self.refresh_devices()?;
                 }
-                () = tokio::time::sleep(self.retry), if lagging => {}
+                () = self.searches.progress() => continue,
+                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {}
             }
+            due = None;
             self.sync();
         }
+    }
+
+    /// Tells the overlay of the kernel's changes; answers whether devices or addresses are among them.
+    fn take_in(&mut self, events: &[weft_cni_netlink::Event]) -> bool {
+        events.iter().for_each(|event| self.overlay.observe(event));
+        concerns_devices(events)
     }
 
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
@@ -282,6 +321,11 @@ impl Dataplane {
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
+        self.searches.add(self.reconciler.take_left());
+        if let Some(mut answers) = self.reconciler.take_answers() {
+            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(IpAddr::V4(*ip))));
+            self.answers.send_replace(answers);
+        }
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
@@ -301,7 +345,7 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        let addresses = devices.addresses.iter().map(|ip| IpAddr::from(*ip));
+        let addresses = devices.addresses.iter().copied();
         let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
         self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);
@@ -315,6 +359,6 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
     use weft_cni_netlink::Event as E;
     events.iter().any(|event| match event {
         E::Link(_) | E::Address(_) | E::Lost => true,
-        E::Route | E::Neighbour(_) => false,
+        E::Route { .. } | E::Neighbour(_) => false,
     })
 }

@@ -8,10 +8,12 @@
 )]
 
 mod address;
+pub mod diag;
 mod error;
 mod event;
 pub mod hostport;
 mod link;
+mod lookup;
 pub mod masquerade;
 pub mod namespace;
 mod neighbour;
@@ -24,8 +26,9 @@ mod unlink;
 
 pub use address::Address;
 pub use error::{Class, Error};
-pub use event::{Event, Events};
+pub use event::{Event, Events, NeighbourChange};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
+pub use lookup::Destined;
 pub use neighbour::{FdbEntry, Neighbour};
 pub use route::Route;
 pub use shaping::Shape;

@@ -136,14 +136,14 @@ fn message(route: &Route) -> RouteMessage {
     message
 }
 
-fn family(network: IpNetwork) -> AddressFamily {
+pub(crate) fn family(network: IpNetwork) -> AddressFamily {
     match network {
         IpNetwork::V4(_) => AddressFamily::Inet,
         IpNetwork::V6(_) => AddressFamily::Inet6,
     }
 }
 
-fn read(message: &RouteMessage) -> Option<Route> {
+pub(crate) fn read(message: &RouteMessage) -> Option<Route> {
     let main =
         message.header.table == RouteHeader::RT_TABLE_MAIN && message.header.kind == RouteType::Unicast;
     if !main {
@@ -177,7 +177,7 @@ fn read(message: &RouteMessage) -> Option<Route> {
     Some(route)
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(crate) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),

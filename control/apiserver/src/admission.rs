@@ -1,5 +1,6 @@
 //! Owns admission: what may be changed about, or refused of, an otherwise good request.
 
+mod ingress;
 mod node;
 mod pod;
 mod rbac;
@@ -83,6 +84,9 @@ pub(crate) async fn await_account(api: &Api, kind: &Kind, namespace: &str, objec
 pub(crate) fn mutate(review: &Review<'_>, object: &mut Value, old: Option<&Value>) -> Result<(), Status> {
     if review.is("", "Pod") && review.subresource.is_empty() {
         pod::mutate(review, object, old)?;
+    }
+    if review.is("networking.k8s.io", "Ingress") && review.operation == Operation::Create {
+        ingress::default_class(review, object);
     }
     if review.is("", "Node") && review.operation == Operation::Create {
         node::taint_new(object);

@@ -1,57 +1,40 @@
 //! Owns the EndpointSlice controller.
 
 pub(crate) mod build;
-mod reconcile;
+pub(crate) mod reconcile;
+pub(crate) mod writer;
 
 use crate::claim;
-use crate::error::{Doing, SyncError};
+use crate::error::SyncError;
 use crate::pod;
 use crate::shared::{BY_SERVICE, Shared};
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Client;
-use kube::api::{Api, DeleteParams, PostParams};
-use parking_lot::Mutex;
 use reconcile::{MANAGED_BY, MANAGER, Plan};
-use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use weft_control_client::ObjectKey;
 use weft_control_client::informer::Change;
 use weft_control_client::queue::{Outcome, Queue, work};
-use weft_control_client::{Class, ObjectKey, classify, found};
+use writer::{STALE_FOR, Writer};
 
 /// Upstream's `--concurrent-service-endpoint-syncs`.
 const WORKERS: usize = 5;
-/// How long a sync waits for the cache to show the writes of the one before; then it works from what there is.
-const STALE_FOR: Duration = Duration::from_secs(10);
-
-/// Written, and not shown by the cache yet.
-#[derive(Default)]
-struct Pending {
-    /// Resource version that each written slice must have reached, by name.
-    written: HashMap<String, Option<String>>,
-    deleted: BTreeSet<String>,
-    since: Option<Instant>,
-}
-
 /// The controller.
 pub(crate) struct Controller {
-    client: Client,
     shared: Arc<Shared>,
     queue: Queue<ObjectKey>,
-    pending: Mutex<HashMap<ObjectKey, Pending>>,
+    writer: Writer,
 }
 
 impl Controller {
     /// Made before the caches are filled, so that it misses no change.
     pub(crate) fn new(client: Client, shared: Arc<Shared>) -> Arc<Self> {
         let controller = Arc::new(Self {
-            client,
             shared: shared.clone(),
             queue: Queue::default(),
-            pending: Mutex::default(),
+            writer: Writer::new(client, shared.clone()),
         });
         requeue_on_change(&shared, &controller.queue);
         let queue = controller.queue.clone();
@@ -79,7 +62,7 @@ impl Controller {
             .into_iter()
             .filter(|s| is_ours(s) && s.metadata.deletion_timestamp.is_none())
             .collect();
-        if self.is_stale(&key) {
+        if self.writer.is_stale(&key) {
             // The slice event that is missing brings the Service back; this is for when it never comes.
             return Ok(Outcome::After(STALE_FOR));
         }
@@ -91,75 +74,19 @@ impl Controller {
         let Some(pods) = selected(&self.shared, &service) else { return Ok(Outcome::Done) };
         let trigger = trigger_time(&service, &pods);
         let mut node_missing = false;
-        for family in families(&service) {
+        let families = families(&service);
+        // A family that the Service had goes with its slices.
+        let gone = slices.iter().filter(|s| !families.contains(&s.address_type)).cloned().collect();
+        self.writer.apply(&key, Plan { delete: gone, ..Plan::default() }).await?;
+        for family in families {
             let of_family: Vec<_> = slices.iter().filter(|s| s.address_type == family).cloned().collect();
             let node = |name: &str| self.shared.nodes.get("", name);
             let (wanted, missing) = build::wanted(&service, &pods, &family, node);
             node_missing |= missing;
             let plan = reconcile::plan(&service, &family, &of_family, wanted, trigger.as_deref());
-            self.apply(&key, plan).await?;
+            self.writer.apply(&key, plan).await?;
         }
         Ok(if node_missing { Outcome::Again } else { Outcome::Done })
-    }
-
-    async fn apply(&self, key: &ObjectKey, plan: Plan) -> Result<(), SyncError> {
-        if plan.is_empty() {
-            return Ok(());
-        }
-        let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), &key.namespace);
-        let params = PostParams::default();
-        for slice in &plan.create {
-            match api.create(&params, slice).await {
-                Ok(written) => self.wrote(key, &written),
-                Err(e) if classify(&e) == Class::NamespaceTerminating => return Ok(()),
-                Err(error) => return Err(error).doing("create an endpoint slice for service", key),
-            }
-        }
-        for slice in &plan.update {
-            let name = slice.metadata.name.as_deref().unwrap_or_default();
-            let written = api.replace(name, &params, slice).await.doing("update endpoint slice", name)?;
-            self.wrote(key, &written);
-        }
-        for slice in &plan.delete {
-            let name = slice.metadata.name.as_deref().unwrap_or_default();
-            let deleted = api.delete(name, &DeleteParams::default()).await.map(|_| ());
-            found(deleted).doing("delete endpoint slice", name)?;
-            let mut pending = self.pending.lock();
-            let pending = pending.entry(key.clone()).or_default();
-            pending.deleted.insert(name.to_owned());
-            pending.since = Some(Instant::now());
-        }
-        Ok(())
-    }
-
-    fn wrote(&self, key: &ObjectKey, slice: &EndpointSlice) {
-        let mut pending = self.pending.lock();
-        let pending = pending.entry(key.clone()).or_default();
-        let name = slice.metadata.name.clone().unwrap_or_default();
-        pending.written.insert(name, slice.metadata.resource_version.clone());
-        pending.since = Some(Instant::now());
-    }
-
-    /// Whether the cache lacks a write of ours. A slice that is newer than ours, or gone, counts as shown.
-    fn is_stale(&self, key: &ObjectKey) -> bool {
-        let mut all = self.pending.lock();
-        let Some(pending) = all.get_mut(key) else { return false };
-        let too_old = pending.since.is_none_or(|since| since.elapsed() > STALE_FOR);
-        let version = |name: &str| {
-            let slice = self.shared.endpoint_slices.get(&key.namespace, name)?;
-            slice.metadata.resource_version.as_ref()?.parse::<u64>().ok()
-        };
-        let behind = |(name, written): (&String, &Option<String>)| {
-            let written = written.as_ref().and_then(|v| v.parse::<u64>().ok());
-            version(name) < written
-        };
-        let stale =
-            pending.written.iter().any(behind) || pending.deleted.iter().any(|n| version(n).is_some());
-        if too_old || !stale {
-            all.remove(key);
-            return false;
-        }
-        true
     }
 }
 

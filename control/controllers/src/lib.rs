@@ -6,13 +6,16 @@ mod deployment;
 mod discovery;
 mod endpoints;
 mod endpointslice;
+mod endpointslicemirroring;
 mod error;
 mod gc;
+mod load_balancer;
 mod namespace;
 mod namespaced;
 mod node;
 mod pod;
 mod replicaset;
+mod servicecidr;
 mod shared;
 
 pub use error::Error;
@@ -39,6 +42,9 @@ pub const CONTROLLERS: &[&str] = &[
     "replicaset-controller",
     "endpointslice-controller",
     "endpoint-controller",
+    "endpointslicemirroring-controller",
+    "service-cidrs-controller",
+    "service-controller",
     "namespace-controller",
     "generic-garbage-collector",
     "node-controller",
@@ -55,6 +61,8 @@ pub struct Config {
     pub cluster_cidrs: Vec<IpNetwork>,
     /// Service addresses, which no node's range may overlap.
     pub service_cidrs: Vec<IpNetwork>,
+    /// Where Services of type LoadBalancer get their addresses from; with none, somebody else gives them.
+    pub load_balancer_pools: Vec<IpNetwork>,
     /// The cluster CA, published to every namespace.
     pub root_ca_pem: String,
     /// Name under which the lease is held; the same after a restart.
@@ -117,7 +125,7 @@ async fn lead(
     let shared = Shared::new();
     let mut tasks = Tasks { set: JoinSet::new(), term: term.clone() };
     tasks.start_workloads(clients, &shared);
-    tasks.start_services(clients, &shared);
+    tasks.start_services(clients, &shared, config);
     tasks.start_namespaces(clients, &shared, config);
     tasks.start_nodes(clients, &shared, config);
     let collector = gc::Controller::new(clients("generic-garbage-collector"));
@@ -163,11 +171,25 @@ impl Tasks {
         self.spawn(|term| async move { replica_sets.run(&term).await });
     }
 
-    fn start_services(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>) {
+    fn start_services(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {
         let slices = endpointslice::Controller::new(clients("endpointslice-controller"), shared.clone());
         self.spawn(|term| async move { slices.run(&term).await });
         let endpoints = endpoints::Controller::new(clients("endpoint-controller"), shared.clone());
         self.spawn(|term| async move { endpoints.run(&term).await });
+
+        let client = clients("endpointslicemirroring-controller");
+        let recorder = self.recorder(&client, "endpoint-slice-mirroring-controller");
+        let mirroring = endpointslicemirroring::Controller::new(client, shared.clone(), recorder);
+        self.spawn(|term| async move { mirroring.run(&term).await });
+
+        let ranges = servicecidr::Controller::new(clients("service-cidrs-controller"), shared.clone());
+        self.spawn(|term| async move { ranges.run(&term).await });
+
+        let client = clients("service-controller");
+        let recorder = self.recorder(&client, "service-controller");
+        let pools = config.load_balancer_pools.clone();
+        let balancers = load_balancer::Controller::new(client, shared.clone(), recorder, pools);
+        self.spawn(|term| async move { balancers.run(&term).await });
     }
 
     fn start_namespaces(&mut self, clients: &impl Fn(&str) -> Client, shared: &Arc<Shared>, config: &Config) {

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{
     ConfigMap, Container, Endpoints, Namespace, Node, Pod, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::{IPAddress, ServiceCIDR};
 use kube::{Api, Client};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) namespaces: Arc<Informer<Namespace>>,
     pub(crate) endpoint_slices: Arc<Informer<EndpointSlice>>,
     pub(crate) endpoints: Arc<Informer<Endpoints>>,
+    pub(crate) service_cidrs: Arc<Informer<ServiceCIDR>>,
+    pub(crate) ip_addresses: Arc<Informer<IPAddress>>,
     pub(crate) service_accounts: Arc<Informer<ServiceAccount>>,
     pub(crate) root_cas: Arc<Informer<ConfigMap>>,
     pub(crate) node_leases: Arc<Informer<Lease>>,
@@ -50,6 +53,8 @@ impl Shared {
             namespaces: Informer::new(|_| {}, vec![]),
             endpoint_slices: Informer::new(|_| {}, vec![(BY_SERVICE, by_service)]),
             endpoints: Informer::new(|_| {}, vec![]),
+            service_cidrs: Informer::new(|_| {}, vec![]),
+            ip_addresses: Informer::new(|_| {}, vec![]),
             service_accounts: Informer::new(|_| {}, vec![]),
             root_cas: Informer::new(|_| {}, vec![]),
             node_leases: Informer::new(|_| {}, vec![]),
@@ -61,8 +66,17 @@ impl Shared {
         let all = Selection::default;
         let named = |name: &str| Selection { fields: Some(format!("metadata.name={name}")), labels: None };
         let stop = || shutdown.clone();
-        let Readers { deployments, replica_sets, slices, endpoints, namespaces, nodes, accounts, roots } =
-            readers;
+        let Readers {
+            deployments,
+            replica_sets,
+            slices,
+            endpoints,
+            ranges,
+            namespaces,
+            nodes,
+            accounts,
+            roots,
+        } = readers;
         tokio::join!(
             self.pods.run(Api::all(replica_sets), all(), stop()),
             self.replica_sets.run(Api::all(deployments.clone()), all(), stop()),
@@ -72,6 +86,8 @@ impl Shared {
             self.namespaces.run(Api::all(namespaces), all(), stop()),
             self.endpoint_slices.run(Api::all(slices), all(), stop()),
             self.endpoints.run(Api::all(endpoints), all(), stop()),
+            self.service_cidrs.run(Api::all(ranges.clone()), all(), stop()),
+            self.ip_addresses.run(Api::all(ranges), all(), stop()),
             self.service_accounts.run(Api::all(accounts), named("default"), stop()),
             self.root_cas.run(Api::all(roots), named(ROOT_CA), stop()),
             self.node_leases.run(Api::namespaced(nodes, NODE_LEASES), all(), stop()),
@@ -85,6 +101,7 @@ pub(crate) struct Readers {
     replica_sets: Client,
     slices: Client,
     endpoints: Client,
+    ranges: Client,
     namespaces: Client,
     nodes: Client,
     accounts: Client,
@@ -98,6 +115,7 @@ impl Readers {
             replica_sets: clients("replicaset-controller"),
             slices: clients("endpointslice-controller"),
             endpoints: clients("endpoint-controller"),
+            ranges: clients("service-cidrs-controller"),
             namespaces: clients("namespace-controller"),
             nodes: clients("node-controller"),
             accounts: clients("service-account-controller"),

@@ -9,6 +9,8 @@ mod kubectl;
 mod nodes;
 #[path = "control_plane/ownership.rs"]
 mod ownership;
+#[path = "control_plane/services.rs"]
+mod services;
 #[path = "control_plane/support.rs"]
 mod support;
 #[path = "control_plane/workloads.rs"]

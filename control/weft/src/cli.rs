@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
 
+use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 use crate::ranges::PerFamily;
 
@@ -36,6 +37,18 @@ pub(crate) enum Command {
     /// Import, list and remove images, on every node of the cluster
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Say step by step what becomes of a connection, and which object in the API makes it so
+    Why(WhyArgs),
+    /// Watch connections get their backends, and what is refused or dropped, as it happens
+    Flows(FlowsArgs),
+    /// Try the network of the running cluster
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Look through what the cluster stands on, and say what to do about what is wrong
+    Doctor(DoctorArgs),
+    /// See which Services the kernels of the nodes carry
+    #[command(subcommand, visible_alias = "svc")]
+    Service(ServiceCommand),
     /// Print the administrator's kubeconfig
     Kubeconfig,
     /// Print the version
@@ -65,6 +78,9 @@ pub(crate) struct ServerArgs {
     /// Addresses of the Services, in the same way [default: 10.43.0.0/16]
     #[arg(long, value_name = "CIDR[,CIDR]")]
     pub(crate) service_cidr: Option<PerFamily<IpNetwork>>,
+    /// Addresses for Services of type LoadBalancer; without any, somebody else gives them
+    #[arg(long, value_name = "CIDR[,CIDR...]", value_delimiter = ',')]
+    pub(crate) load_balancer_pool: Option<Vec<IpNetwork>>,
     /// Keep the cluster's state in etcd instead of in the data directory: etcd=https://a:2379,https://b:2379
     #[arg(long, value_name = "etcd=URL,...", value_parser = parse_store)]
     pub(crate) store: Option<EtcdUrls>,

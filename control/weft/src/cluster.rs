@@ -24,14 +24,19 @@ pub(crate) struct Cluster {
     /// Network that joins the nodes, and holds this machine's address where it has none of its own. Has the pods' families.
     pub(crate) underlay_cidr: PerFamily<IpNetwork>,
     pub(crate) nodes: Vec<String>,
+    /// Addresses for Services of type LoadBalancer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) load_balancer_pools: Vec<IpNetwork>,
 }
 
 /// What was asked for; `None` is as it is, or the default.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Wanted {
     pub(crate) nodes: Option<u8>,
     pub(crate) cluster_cidr: Option<PerFamily<IpNetwork>>,
     pub(crate) service_cidr: Option<PerFamily<IpNetwork>>,
+    /// These alone may be others than the cluster was made with.
+    pub(crate) load_balancer_pools: Option<Vec<IpNetwork>>,
 }
 
 /// Why the cluster's record can't be used.
@@ -66,7 +71,7 @@ pub(crate) enum Error {
 impl Cluster {
     /// The record in the data directory if it is as wanted, or what a new one would say; makes nothing.
     pub(crate) fn plan(path: &Path, wanted: &Wanted, hostname: &str) -> Result<Self, Error> {
-        let Some(cluster) = Self::read(path)? else { return Self::new(wanted, hostname) };
+        let Some(cluster) = Self::read(path)? else { return Self::new(wanted, hostname)?.with_pools(wanted) };
         let (present, nodes) = (cluster.nodes.len(), wanted.nodes.map_or(cluster.nodes.len(), usize::from));
         if nodes != present {
             return Err(Error::OtherNodes { present, wanted: nodes });
@@ -79,13 +84,23 @@ impl Cluster {
                 return Err(Error::OtherRange { flag, present, wanted });
             }
         }
-        Ok(cluster)
+        cluster.with_pools(wanted)
+    }
+
+    fn with_pools(mut self, wanted: &Wanted) -> Result<Self, Error> {
+        let Some(pools) = &wanted.load_balancer_pools else { return Ok(self) };
+        let mistakes = ranges::pool_mistakes(pools, self.cluster_cidr, self.service_cidr);
+        if !mistakes.is_empty() {
+            return Err(Error::Ranges(mistakes));
+        }
+        self.load_balancer_pools.clone_from(pools);
+        Ok(self)
     }
 
     /// The record in the data directory, or a new one.
     pub(crate) fn open(path: &Path, wanted: &Wanted, hostname: &str) -> Result<Self, Error> {
         let cluster = Self::plan(path, wanted, hostname)?;
-        if !path.exists() {
+        if Self::read(path)?.as_ref() != Some(&cluster) {
             let text = serde_json::to_string_pretty(&cluster)
                 .map_err(|source| Error::Damaged { path: path.to_path_buf(), source })?;
             pki::write(path, &text, 0o644)?;
@@ -125,7 +140,8 @@ impl Cluster {
             (1..=nodes).map(|number| format!("node-{number}")).collect()
         };
         let underlay_cidr = PerFamily::of(underlay).ok_or_else(none)?;
-        Ok(Self { cluster_cidr, service_cidr, underlay_cidr, nodes: names })
+        let load_balancer_pools = Vec::new();
+        Ok(Self { cluster_cidr, service_cidr, underlay_cidr, nodes: names, load_balancer_pools })
     }
 
     /// First address of the primary service range: the API's own Service.
@@ -167,7 +183,7 @@ mod tests {
     fn wanted(nodes: Option<u8>, ranges: Option<(&str, &str)>) -> Wanted {
         let (cluster_cidr, service_cidr) =
             ranges.map(|(a, b)| (a.parse().unwrap(), b.parse().unwrap())).unzip();
-        Wanted { nodes, cluster_cidr, service_cidr }
+        Wanted { nodes, cluster_cidr, service_cidr, load_balancer_pools: None }
     }
 
     fn file(label: &str) -> std::path::PathBuf {
@@ -188,6 +204,21 @@ mod tests {
         let ranges = Some(("10.42.0.0/16", "10.43.0.0/16"));
         let other = Cluster::open(&path, &wanted(None, ranges), "Host").unwrap_err();
         assert!(other.to_string().contains("fd42::/56, not 10.42.0.0/16"), "{other}");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn pools_may_change_from_start_to_start() {
+        let path = file("pools");
+        let mut asked = wanted(Some(1), None);
+        assert!(Cluster::open(&path, &asked, "h").unwrap().load_balancer_pools.is_empty());
+        let pools: Vec<IpNetwork> = vec!["192.0.2.0/28".parse().unwrap(), "2001:db8::/120".parse().unwrap()];
+        asked.load_balancer_pools = Some(pools.clone());
+        assert_eq!(Cluster::open(&path, &asked, "h").unwrap().load_balancer_pools, pools);
+        assert_eq!(Cluster::open(&path, &wanted(None, None), "h").unwrap().load_balancer_pools, pools);
+        asked.load_balancer_pools = Some(vec!["10.43.7.0/24".parse().unwrap()]);
+        let refused = Cluster::open(&path, &asked, "h").unwrap_err().to_string();
+        assert_eq!(refused, "--load-balancer-pool: 10.43.7.0/24 overlaps with 10.43.0.0/16");
         std::fs::remove_file(path).unwrap();
     }
 

@@ -97,7 +97,8 @@ impl<T: Family + FromStr> FromStr for PerFamily<T> {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let value = |text: &str| text.trim().parse::<T>().map_err(|_| ParseError::Value(text.to_owned()));
+        let value =
+            |text: &str| text.trim().parse::<T>().map_err(|_unparsed| ParseError::Value(text.to_owned()));
         let values = text.split(',').map(value).collect::<Result<Vec<T>, _>>()?;
         match *values.as_slice() {
             [primary] => Ok(Self::single(primary)),
@@ -160,6 +161,22 @@ pub(crate) fn mistakes(
         }
     }
     wrong
+}
+
+/// What is wrong with the pools of load-balancer addresses.
+pub(crate) fn pool_mistakes(
+    pools: &[IpNetwork],
+    cluster: PerFamily<IpNetwork>,
+    services: PerFamily<IpNetwork>,
+) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (index, pool) in pools.iter().enumerate() {
+        wrong.extend(form(*pool));
+        let others = cluster.iter().chain(services.iter()).chain(pools[..index].iter().copied());
+        let clashes = others.filter(|other| overlap(*pool, *other));
+        wrong.extend(clashes.map(|other| format!("{pool} overlaps with {other}")));
+    }
+    wrong.into_iter().map(|one| format!("--load-balancer-pool: {one}")).collect()
 }
 
 fn name(range: IpNetwork) -> &'static str {

@@ -66,7 +66,12 @@ pub(crate) fn claim(paths: &Paths) -> anyhow::Result<lock::Claim> {
 impl ServerArgs {
     /// What is asked for of the cluster.
     pub(crate) fn wanted(&self, nodes: Option<u8>) -> Wanted {
-        Wanted { nodes, cluster_cidr: self.cluster_cidr, service_cidr: self.service_cidr }
+        Wanted {
+            nodes,
+            cluster_cidr: self.cluster_cidr,
+            service_cidr: self.service_cidr,
+            load_balancer_pools: self.load_balancer_pool.clone(),
+        }
     }
 }
 
@@ -78,6 +83,10 @@ pub(crate) fn listen(args: &ServerArgs, cluster: &Cluster) -> anyhow::Result<std
         IpNetwork::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let address = args.listen.unwrap_or(SocketAddr::new(any, API_PORT));
+    anyhow::ensure!(
+        any.is_ipv4() || address.is_ipv6(),
+        "the nodes reach the API over IPv6, their primary family, and {address} is of IPv4"
+    );
     let listener = std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen at {address} for the API"))?;
     listener.set_nonblocking(true)?;
@@ -133,6 +142,7 @@ fn spawn_controllers(
     let config = controllers::Config {
         cluster_cidrs: cluster.cluster_cidr.iter().collect(),
         service_cidrs: cluster.service_cidr.iter().collect(),
+        load_balancer_pools: cluster.load_balancer_pools.clone(),
         root_ca_pem: authority.certificate().to_owned(),
         identity: network::hostname(),
         leader_election: true,

@@ -23,7 +23,10 @@ pub(super) fn create(group: &str, kind: &str, object: &Value, errors: &mut Error
         ("", "Service") => validation::service(object, errors),
         ("", "Endpoints") => endpoints::endpoints(object, errors),
         ("discovery.k8s.io", "EndpointSlice") => endpoints::slice(object, errors),
-        ("networking.k8s.io", "Ingress") => ingress::ingress(object, errors),
+        ("networking.k8s.io", "Ingress") => {
+            ingress::ingress_create(object, errors);
+            ingress::ingress(object, errors);
+        }
         ("networking.k8s.io", "IngressClass") => ingress::class(object, errors),
         ("networking.k8s.io", "NetworkPolicy") => ingress::network_policy(object, errors),
         ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr(object, errors),
@@ -47,6 +50,7 @@ pub(super) fn update(group: &str, kind: &str, change: &Change<'_>, errors: &mut 
         ("discovery.k8s.io", "EndpointSlice") => endpoints::slice_update(change, errors),
         ("networking.k8s.io", "IngressClass") => ingress::class_update(change, errors),
         ("networking.k8s.io", "ServiceCIDR") => ranges::service_cidr_update(change, errors),
+        ("networking.k8s.io", "Ingress") => return ingress::ingress(change.new, errors),
         ("networking.k8s.io", "IPAddress") => return ranges::ip_address_update(change, errors),
         _ => {}
     }

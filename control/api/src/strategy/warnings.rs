@@ -31,6 +31,7 @@ pub fn warnings(kind: &Kind, object: &Value) -> Vec<String> {
             let spec = &object["spec"]["jobTemplate"]["spec"]["template"]["spec"];
             pod_spec(&mut warnings, "spec.jobTemplate.spec.template.spec", spec);
         }
+        ("", "Service") => service(&mut warnings, object),
         ("", "ComponentStatus") => warnings.push("v1 ComponentStatus is deprecated in v1.19+".to_owned()),
         ("", "Endpoints") => {
             warnings.push(
@@ -40,6 +41,41 @@ pub fn warnings(kind: &Kind, object: &Value) -> Vec<String> {
         _ => {}
     }
     warnings
+}
+
+/// Fields of a Service that its type or its lack of an address makes void.
+fn service(warnings: &mut Vec<String>, object: &Value) {
+    let spec = &object["spec"];
+    let (headless, named) = (spec["clusterIP"] == "None", spec["type"] == "ExternalName");
+    if object["metadata"]["annotations"]["service.kubernetes.io/topology-aware-hints"].is_string() {
+        warnings.push(
+            "annotation service.kubernetes.io/topology-aware-hints is deprecated, please use service.kubernetes.io/topology-mode instead"
+                .to_owned(),
+        );
+    }
+    if headless {
+        if !text(&spec["loadBalancerIP"]).is_empty() {
+            warnings.push("spec.loadBalancerIP is ignored when spec.clusterIP is \"None\"".to_owned());
+        }
+        if !items(&spec["externalIPs"]).is_empty() {
+            warnings.push("spec.externalIPs is ignored when spec.clusterIP is \"None\"".to_owned());
+        }
+        if !matches!(text(&spec["sessionAffinity"]), "" | "None") {
+            warnings.push("spec.SessionAffinity is ignored for headless services".to_owned());
+        }
+    }
+    if named && !items(&spec["externalIPs"]).is_empty() {
+        warnings.push("spec.externalIPs is ignored when spec.type is \"ExternalName\"".to_owned());
+    }
+    if !named && !text(&spec["externalName"]).is_empty() {
+        warnings.push("spec.externalName is ignored when spec.type is not \"ExternalName\"".to_owned());
+    }
+    if spec["trafficDistribution"] == "PreferClose" {
+        warnings.push(
+            "spec.trafficDistribution: PreferClose is deprecated, please use PreferSameZone instead"
+                .to_owned(),
+        );
+    }
 }
 
 fn finalizers(object: &Value) -> Vec<String> {

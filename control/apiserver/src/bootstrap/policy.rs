@@ -325,6 +325,28 @@ fn controllers() -> Vec<(&'static str, Vec<Row>)> {
             ],
         ),
         (
+            "endpointslicemirroring-controller",
+            vec![
+                (READ, "core", "endpoints services"),
+                ("update", "core", "services/finalizers endpoints/finalizers"),
+                ("create delete get list update watch patch", "discovery.k8s.io", "endpointslices"),
+                EVENTS,
+            ],
+        ),
+        (
+            "service-cidrs-controller",
+            vec![
+                ("get list watch patch update", "networking.k8s.io", "servicecidrs"),
+                ("patch update", "networking.k8s.io", "servicecidrs/finalizers servicecidrs/status"),
+                (READ, "networking.k8s.io", "ipaddresses"),
+                EVENTS,
+            ],
+        ),
+        (
+            "service-controller",
+            vec![(READ, "core", "services"), ("patch update", "core", "services/status"), EVENTS],
+        ),
+        (
             "endpoint-controller",
             vec![
                 (READ, "core", "pods services"),

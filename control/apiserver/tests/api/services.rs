@@ -410,3 +410,40 @@ async fn the_status_is_patched_and_judged() {
     assert_eq!(answer["status"]["loadBalancer"], json!({}));
     cluster.stop().await;
 }
+
+#[tokio::test]
+async fn ingresses_get_the_default_class() {
+    let cluster = cluster(&["10.43.0.0/24"]).await;
+    let http = cluster.admin();
+    let (classes, ingresses) = (
+        "/apis/networking.k8s.io/v1/ingressclasses",
+        "/apis/networking.k8s.io/v1/namespaces/default/ingresses",
+    );
+    let class = |name: &str, default: &str, parameters: Value| {
+        json!({"apiVersion": "networking.k8s.io/v1", "kind": "IngressClass", "metadata": {"name": name,
+            "annotations": {"ingressclass.kubernetes.io/is-default-class": default}},
+            "spec": {"controller": "example.com/c", "parameters": parameters}})
+    };
+    let ingress = |name: &str, class: Value, annotations: Value| {
+        json!({"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": {"name": name, "annotations": annotations},
+            "spec": {"ingressClassName": class, "defaultBackend": {"service": {"name": "a", "port": {"number": 80}}}}})
+    };
+    let made = http.create(ingresses, &ingress("before", Value::Null, json!({}))).await;
+    assert!(made["spec"]["ingressClassName"].is_null());
+    http.create(classes, &class("plain", "false", Value::Null)).await;
+    http.create(classes, &class("b", "true", json!({"kind": "K", "name": "n"}))).await;
+    let made = http.create(ingresses, &ingress("after", Value::Null, json!({}))).await;
+    assert_eq!(made["spec"]["ingressClassName"], "b");
+    let made = http.create(ingresses, &ingress("said", json!("plain"), json!({}))).await;
+    assert_eq!(made["spec"]["ingressClassName"], "plain");
+    let old = json!({"kubernetes.io/ingress.class": "x"});
+    let made = http.create(ingresses, &ingress("old", Value::Null, old.clone())).await;
+    assert!(made["spec"]["ingressClassName"].is_null());
+    let both = http.post(ingresses, &ingress("both", json!("b"), old)).await;
+    assert!(both.text.contains("must match `ingressClassName` when both are specified"), "{}", both.text);
+    let wrong = json!({"kind": "K", "name": "n", "scope": "Namespace"});
+    let wrong = http.post(classes, &class("c", "false", wrong)).await;
+    let expected = "spec.parameters.namespace: Required value: `parameters.scope` is set to 'Namespace'";
+    assert!(wrong.code == 422 && wrong.text.contains(expected), "{}", wrong.text);
+    cluster.stop().await;
+}

@@ -2,7 +2,9 @@
 
 use crate::pod;
 use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod, Service, ServicePort};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -134,20 +136,37 @@ pub(crate) fn target(pod: &Pod) -> ObjectReference {
     }
 }
 
+/// Whom a ready endpoint is for: those of its zone, and those of its node, if the Service's traffic is to stay near
+/// (KEP-2433, KEP-3015).
+fn hints(service: &Service, ready: bool, zone: Option<&str>, node: &str) -> Option<EndpointHints> {
+    let distribution = service.spec.as_ref()?.traffic_distribution.as_deref()?;
+    let by_node = match distribution {
+        "PreferSameNode" => true,
+        "PreferClose" | "PreferSameZone" => false,
+        _ => return None,
+    };
+    let zones = zone.map(|zone| vec![ForZone { name: zone.to_owned() }]);
+    let nodes = (by_node && !node.is_empty()).then(|| vec![ForNode { name: node.to_owned() }]);
+    let any = zones.is_some() || nodes.is_some();
+    (ready && any).then_some(EndpointHints { for_nodes: nodes, for_zones: zones })
+}
+
 fn endpoint(service: &Service, pod: &Pod, node: Option<&Node>, addresses: Vec<String>) -> Endpoint {
     let serving = pod::is_ready(pod);
     let terminating = pod::is_terminating(pod);
+    let ready = publishes_not_ready(service) || (serving && !terminating);
     let zone = node.and_then(|n| n.metadata.labels.as_ref()?.get(ZONE).cloned());
     Endpoint {
         addresses,
         conditions: Some(EndpointConditions {
-            ready: Some(publishes_not_ready(service) || (serving && !terminating)),
+            ready: Some(ready),
             serving: Some(serving),
             terminating: Some(terminating),
         }),
         hostname: hostname(service, pod),
         node_name: Some(pod::node_name(pod)).filter(|n| !n.is_empty()).map(Into::into),
         target_ref: Some(target(pod)),
+        hints: hints(service, ready, zone.as_deref(), pod::node_name(pod)),
         zone,
         ..Endpoint::default()
     }
@@ -252,6 +271,28 @@ pub(crate) mod tests {
             }
             let c = one(&service, pod).unwrap().conditions.unwrap();
             assert_eq!((c.ready.unwrap(), c.serving.unwrap(), c.terminating.unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn hints_keep_traffic_near() {
+        // What the Service wants, whether the pod is ready → zones, nodes
+        let rows = [
+            (None, true, None, None),
+            (Some("PreferClose"), true, Some("z1"), None),
+            (Some("PreferSameZone"), true, Some("z1"), None),
+            (Some("PreferSameNode"), true, Some("z1"), Some("n1")),
+            (Some("PreferSameNode"), false, None, None),
+        ];
+        for (distribution, ready, zone, node) in rows {
+            let mut service = service(IntOrString::Int(8080));
+            service.spec.as_mut().unwrap().traffic_distribution = distribution.map(str::to_owned);
+            let hints = one(&service, endpoint_pod("p", "10.42.0.2", ready)).unwrap().hints;
+            let first = |names: Option<Vec<String>>| names.map(|names| names.join(","));
+            let hints = hints.unwrap_or_default();
+            let zones = hints.for_zones.map(|all| all.into_iter().map(|one| one.name).collect());
+            let nodes = hints.for_nodes.map(|all| all.into_iter().map(|one| one.name).collect());
+            assert_eq!((first(zones).as_deref(), first(nodes).as_deref()), (zone, node), "{distribution:?}");
         }
     }
 

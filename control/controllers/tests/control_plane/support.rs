@@ -81,7 +81,7 @@ impl Plane {
                 issuer: "https://kubernetes.default.svc.cluster.local".into(),
                 audiences: Vec::new(),
             },
-            service_cidrs: vec!["10.43.0.0/16".parse().unwrap()],
+            service_cidrs: vec!["10.43.0.0/16".parse().unwrap(), "fd43::/112".parse().unwrap()],
             node_port_range: 30000..=32767,
             kubelet_client: None,
             cluster_domain: "cluster.local".into(),
@@ -121,6 +121,7 @@ impl Plane {
         let config = weft_control_controllers::Config {
             cluster_cidrs: ["10.42.0.0/16", "fd42::/56"].map(|range| range.parse().unwrap()).into(),
             service_cidrs: vec!["10.43.0.0/16".parse().unwrap()],
+            load_balancer_pools: vec!["192.0.2.0/29".parse().unwrap()],
             root_ca_pem: ca,
             identity: "test".into(),
             leader_election: true,

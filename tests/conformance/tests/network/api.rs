@@ -107,9 +107,13 @@ async fn verbs(site: &Site, kind: &Kind, make: impl Fn(u8) -> Value) -> anyhow::
     let patched = api.patch(name, &PatchParams::default(), &patch).await.context("patch")?;
     ensure!(patched.annotations().contains_key("patched"), "{patched:?}");
     event(&mut events, "the patch", |event| annotated(event, "patched")).await?;
-    let mut object = patched;
-    object.annotations_mut().insert("updated".to_owned(), "true".to_owned());
-    let updated = api.replace(name, &PostParams::default(), &object).await.context("update")?;
+    let updated = replaced(async || {
+        let mut object = api.get(name).await?;
+        object.annotations_mut().insert("updated".to_owned(), "true".to_owned());
+        api.replace(name, &PostParams::default(), &object).await
+    })
+    .await
+    .context("update")?;
     ensure!(updated.annotations().contains_key("updated"), "{updated:?}");
     event(&mut events, "the update", |event| annotated(event, "updated")).await?;
     if let Some(status) = &kind.status {
@@ -131,6 +135,16 @@ async fn verbs(site: &Site, kind: &Kind, make: impl Fn(u8) -> Value) -> anyhow::
     .await
 }
 
+/// Reads and writes anew as long as somebody else, such as the kind's controller, is faster.
+async fn replaced(write: impl AsyncFn() -> kube::Result<DynamicObject>) -> kube::Result<DynamicObject> {
+    loop {
+        match write().await {
+            Err(kube::Error::Api(status)) if status.reason == "Conflict" => {}
+            written => return written,
+        }
+    }
+}
+
 /// The status by patch and by update; neither touches the spec, nor a write of the object the status.
 async fn statuses(
     api: &Api<DynamicObject>,
@@ -145,11 +159,14 @@ async fn statuses(
         .context("patch of status")?;
     ensure!(patched.annotations().contains_key("patchedstatus") == annotates, "{patched:?}");
     ensure!(contains(&patched.data["status"], status), "the status is {}", patched.data["status"]);
-    let mut object = api.get_status(name).await.context("get of status")?;
-    let spec = object.data["spec"].clone();
-    object.annotations_mut().insert("updatedstatus".to_owned(), "true".to_owned());
-    let updated =
-        api.replace_status(name, &PostParams::default(), &object).await.context("update of status")?;
+    let spec = api.get_status(name).await.context("get of status")?.data["spec"].clone();
+    let updated = replaced(async || {
+        let mut object = api.get_status(name).await?;
+        object.annotations_mut().insert("updatedstatus".to_owned(), "true".to_owned());
+        api.replace_status(name, &PostParams::default(), &object).await
+    })
+    .await
+    .context("update of status")?;
     ensure!(updated.annotations().contains_key("updatedstatus") == annotates, "{updated:?}");
     ensure!(updated.data["spec"] == spec && contains(&updated.data["status"], status), "{updated:?}");
     let patch = Patch::Merge(json!({"status": null}));
@@ -158,14 +175,14 @@ async fn statuses(
     Ok(())
 }
 
-/// Whether `whole` has all that `part` has; lists by place.
+/// Whether `whole` has all that `part` has; lists in any order, and with more.
 fn contains(whole: &Value, part: &Value) -> bool {
     match (whole, part) {
         (Value::Object(whole), Value::Object(part)) => {
             part.iter().all(|(key, value)| whole.get(key).is_some_and(|other| contains(other, value)))
         }
         (Value::Array(whole), Value::Array(part)) => {
-            whole.len() == part.len() && whole.iter().zip(part).all(|(whole, part)| contains(whole, part))
+            part.iter().all(|part| whole.iter().any(|whole| contains(whole, part)))
         }
         (whole, part) => whole == part,
     }

@@ -17,6 +17,7 @@ const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
 const ADDRESS_TYPES: [&str; 3] = ["FQDN", "IPv4", "IPv6"];
 const MAX_ENDPOINTS: usize = 1000;
 const MAX_ADDRESSES: usize = 100;
+const MAX_HINTS: usize = 8;
 const MAX_PORTS: usize = 20_000;
 
 pub(super) fn endpoints(object: &Value, errors: &mut Errors) {
@@ -117,10 +118,34 @@ fn slice_endpoint(errors: &mut Errors, path: &FieldPath, endpoint: &Value, type_
     }
     optional_name(errors, &path.child("nodeName"), &endpoint["nodeName"], names::dns1123_subdomain);
     optional_name(errors, &path.child("hostname"), &endpoint["hostname"], names::dns1123_label);
-    for (index, zone) in items(&endpoint["hints"]["forZones"]).iter().enumerate() {
-        let path = path.child("hints").child("forZones").index(index).child("name");
-        if required(errors, &path, &zone["name"]) {
-            problems(errors, &path, text(&zone["name"]), names::label_value(text(&zone["name"])));
+    slice_hints(errors, &path.child("hints"), &endpoint["hints"]);
+}
+
+/// Whom an endpoint is for: at most so many zones and nodes, each once.
+fn slice_hints(errors: &mut Errors, path: &FieldPath, hints: &Value) {
+    for field in ["forZones", "forNodes"] {
+        let (list, path) = (items(&hints[field]), path.child(field));
+        if list.len() > MAX_HINTS {
+            errors.push(FieldError::too_many(&path, list.len(), MAX_HINTS));
+            return;
+        }
+        let mut seen = BTreeSet::new();
+        for (index, one) in list.iter().enumerate() {
+            let (name, path) = (text(&one["name"]), path.index(index).child("name"));
+            if !seen.insert(name) {
+                errors.push(FieldError::duplicate(&path, name));
+            } else if required(errors, &path, &one["name"]) {
+                problems(
+                    errors,
+                    &path,
+                    name,
+                    if field == "forZones" {
+                        names::label_value(name)
+                    } else {
+                        names::dns1123_subdomain(name)
+                    },
+                );
+            }
         }
     }
 }

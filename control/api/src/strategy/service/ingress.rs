@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::super::Change;
 use super::super::checks::{
     Errors, immutable, label_selector, one_of, optional_name, optional_one_of, port_number, port_reference,
-    problems, required,
+    problems, required, required_name,
 };
 use super::super::value::{is_empty, items, number, text};
 use super::validation;
@@ -13,7 +13,19 @@ use crate::field::{FieldError, FieldPath};
 use crate::names;
 
 const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
+/// How Ingresses said their class before there was a field.
+const CLASS: &str = "kubernetes.io/ingress.class";
 const PATH_TYPES: [&str; 3] = ["Exact", "ImplementationSpecific", "Prefix"];
+
+/// A new Ingress says its class once, or twice the same.
+pub(super) fn ingress_create(object: &Value, errors: &mut Errors) {
+    let (named, annotated) = (&object["spec"]["ingressClassName"], &object["metadata"]["annotations"][CLASS]);
+    if named.is_string() && annotated.is_string() && named != annotated {
+        let path = FieldPath::new("annotations").child(CLASS);
+        let detail = "must match `ingressClassName` when both are specified";
+        errors.push(FieldError::invalid(&path, annotated.clone(), detail));
+    }
+}
 
 pub(super) fn ingress(object: &Value, errors: &mut Errors) {
     let path = FieldPath::new("spec");
@@ -155,11 +167,23 @@ pub(super) fn class(object: &Value, errors: &mut Errors) {
     };
     problems(errors, &path, controller, bad);
     let (parameters, path) = (&object["spec"]["parameters"], FieldPath::new("spec").child("parameters"));
-    if !parameters.is_null() {
-        for field in ["kind", "name"] {
-            required(errors, &path.child(field), &parameters[field]);
-        }
-        one_of(errors, &path.child("scope"), &parameters["scope"], &["Cluster", "Namespace"]);
+    if parameters.is_null() {
+        return;
+    }
+    optional_name(errors, &path.child("apiGroup"), &parameters["apiGroup"], names::dns1123_subdomain);
+    for field in ["kind", "name"] {
+        required_name(errors, &path.child(field), &parameters[field], names::path_segment);
+    }
+    let (scope, namespace) = (&parameters["scope"], &parameters["namespace"]);
+    one_of(errors, &path.child("scope"), scope, &["Cluster", "Namespace"]);
+    let path = path.child("namespace");
+    if scope == "Namespace" && namespace.is_null() {
+        let detail = "`parameters.scope` is set to 'Namespace'";
+        errors.push(FieldError::required(&path, detail));
+    } else if scope == "Namespace" {
+        problems(errors, &path, text(namespace), names::dns1123_label(text(namespace)));
+    } else if scope == "Cluster" && !namespace.is_null() {
+        errors.push(FieldError::forbidden(&path, "`parameters.scope` is set to 'Cluster'"));
     }
 }
 

@@ -308,3 +308,6 @@ pub(super) fn balancer_ingress(errors: &mut Errors, path: &FieldPath, ingress: &
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
