@@ -96,20 +96,65 @@ pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desi
         out.frontends.insert(key(*address, 0, 0, SCOPE_INTERNAL), refuse);
     }
     for port in &service.ports {
-        for family in [Family::V4, Family::V6] {
-            if service.cluster.iter().any(|address| Family::of(address) == family) {
-                let candidates = Candidates::of(port, family, slices);
-                let (cluster, local) = (candidates.cluster(zone), candidates.local());
-                add_backends(&mut out, &candidates);
-                Builder { out: &mut out, service, port, family, cluster, local }.add_frontends();
+        add_port(&mut out, service, slices, Target { port, hashed: true, zone, at: named });
+    }
+    for range in &service.ranges {
+        for number in range.first..=range.last {
+            let same = |port: &ServicePort| port.port == number && port.protocol == range.protocol;
+            if !service.ports.iter().any(same) {
+                let port =
+                    ServicePort { name: "".into(), port: number, node_port: 0, protocol: range.protocol };
+                add_port(
+                    &mut out,
+                    service,
+                    slices,
+                    Target { port: &port, hashed: false, zone, at: same_number },
+                );
             }
         }
     }
-    let active: BTreeSet<_> = out.lists.values().flatten().copied().collect();
-    for (backend, known) in &mut out.backends {
-        known.active = active.contains(backend);
+    for backend in out.lists.values().flatten() {
+        if let Some(known) = out.backends.get_mut(backend) {
+            known.active = true;
+        }
     }
     out
+}
+
+/// A port, and how its endpoints are found.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    port: &'a ServicePort,
+    /// From outside by a Maglev table. Ranges do without: a thousand tables would be too many.
+    hashed: bool,
+    zone: Option<&'a str>,
+    /// Ports at which a slice's endpoints serve it.
+    at: fn(&Slice, &ServicePort) -> Vec<u16>,
+}
+
+/// Ports of a slice with this name: a named target port may be another one in each.
+fn named(slice: &Slice, port: &ServicePort) -> Vec<u16> {
+    let targets =
+        slice.ports.iter().filter(|(name, protocol, _)| *name == port.name && *protocol == port.protocol);
+    targets.map(|(_, _, number)| *number).collect()
+}
+
+fn same_number(_: &Slice, port: &ServicePort) -> Vec<u16> {
+    vec![port.port]
+}
+
+fn add_port(out: &mut Desired, service: &Service, slices: &[&Slice], target: Target<'_>) {
+    for family in [Family::V4, Family::V6] {
+        if service.cluster.iter().any(|address| Family::of(address) == family) {
+            let candidates = Candidates::of(&target, family, slices);
+            let uses_local = service.internal_local || service.external_local;
+            let local = if uses_local { candidates.local() } else { BTreeSet::new() };
+            let cluster = candidates.cluster(target.zone);
+            add_backends(out, &candidates);
+            let Target { port, hashed, .. } = target;
+            Builder { out, service, port, hashed, family, cluster, local }.add_frontends();
+        }
+    }
 }
 
 fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
@@ -142,17 +187,15 @@ fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
 struct Candidates<'a>(Vec<(BackendKey, &'a Endpoint)>);
 
 impl<'a> Candidates<'a> {
-    fn of(port: &ServicePort, family: Family, slices: &[&'a Slice]) -> Self {
+    fn of(target: &Target<'_>, family: Family, slices: &[&'a Slice]) -> Self {
         let mut found = Vec::new();
+        let protocol = target.port.protocol;
         for slice in slices {
-            for (_, protocol, number) in
-                slice.ports.iter().filter(|(n, p, _)| *n == port.name && *p == port.protocol)
-            {
+            for port in (target.at)(slice, target.port).into_iter().map(Port::new) {
                 let of_family = slice.endpoints.iter().filter(|e| Family::of(&e.address) == family);
-                found.extend(of_family.map(|e| {
-                    let port = Port::new(*number);
-                    (BackendKey { address: e.address, port, protocol: *protocol, pad: 0 }, e)
-                }));
+                found.extend(
+                    of_family.map(|e| (BackendKey { address: e.address, port, protocol, pad: 0 }, e)),
+                );
             }
         }
         Self(found)
@@ -219,6 +262,7 @@ struct Builder<'a> {
     out: &'a mut Desired,
     service: &'a Service,
     port: &'a ServicePort,
+    hashed: bool,
     family: Family,
     cluster: BTreeSet<BackendKey>,
     local: BTreeSet<BackendKey>,
@@ -264,7 +308,8 @@ impl Builder<'_> {
         let local = self.service.external_local;
         let keep = if local { SERVICE_KEEP_SOURCE } else { 0 };
         self.add(address, number, Way { scope: SCOPE_INTERNAL, local: false, flags, claim });
-        let flags = flags | keep | SERVICE_HASHED;
+        let hashed = if self.hashed { SERVICE_HASHED } else { 0 };
+        let flags = flags | keep | hashed;
         self.add(address, number, Way { scope: SCOPE_EXTERNAL, local, flags, claim });
     }
 

@@ -6,6 +6,7 @@
 //!
 //! [`run`] is the whole of it and tells when Services are live; [`cleanup`] leaves nothing.
 
+pub mod abandon;
 pub mod announce;
 pub mod desired;
 mod health;

@@ -97,6 +97,8 @@ pub struct Devices {
     pub bridge: u32,
     /// Number of the overlay's device; 0 while there is none.
     pub overlay: u32,
+    /// The overlay's device is set up.
+    pub overlay_up: bool,
 }
 
 /// Looks at the devices of the current network namespace. Bridge and overlay are edges even without an address.
@@ -105,6 +107,7 @@ pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
     let links = netlink.links()?;
     let named = |name| links.iter().find(|link| link.name == name).map_or(0, |link| link.index);
     let mut found = Devices { bridge: named(BRIDGE), overlay: named(OVERLAY), ..Devices::default() };
+    found.overlay_up = links.iter().any(|link| link.index == found.overlay && link.up);
     let mut edges = BTreeSet::from([found.bridge, found.overlay]);
     for address in netlink.addresses()? {
         let ip = address.network.ip();

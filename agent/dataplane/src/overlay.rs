@@ -9,7 +9,9 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
-use weft_cni_netlink::{Class, Error, FdbEntry, Link, Mac, Neighbour, Netlink, Route, Vxlan};
+use weft_cni_netlink::{
+    Class, Error, Event, FdbEntry, Link, LinkChange, Mac, Neighbour, NeighbourChange, Netlink, Route, Vxlan,
+};
 
 use crate::OVERLAY;
 use crate::node::Devices;
@@ -126,11 +128,33 @@ impl Overlay {
             self.addresses.clone_from(&devices.addresses);
             self.dirty = true;
         }
-        if devices.overlay != self.index && self.index != 0 {
+        // The kernel drops the routes of a device that is set down, and doesn't say so.
+        if self.index != 0 && (devices.overlay != self.index || !devices.overlay_up) {
             self.index = 0;
             self.applied.clear();
             self.dirty = true;
         }
+    }
+
+    /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
+    /// does contradicts nothing.
+    pub fn observe(&mut self, event: &Event) {
+        let before = self.applied.len();
+        match *event {
+            Event::Lost => self.applied.clear(),
+            Event::Route { route: Some(route), gone } => {
+                let index = self.index;
+                let kept = route.index == index && route.gateway == Some(route.destination.network());
+                // Another route to the same pods may go as it came: ours is there all the while.
+                let broken = if gone { route.index == index } else { !kept };
+                self.applied.retain(|peer| !(broken && peer.pods.contains(&route.destination)));
+            }
+            Event::Neighbour(change) if change.index == self.index => {
+                self.applied.retain(|peer| !contradicts(peer, &change));
+            }
+            Event::Route { route: None, .. } | Event::Neighbour(_) | Event::Link(_) | Event::Address(_) => {}
+        }
+        self.dirty |= self.applied.len() != before;
     }
 
     /// Whether the kernel lags behind.
@@ -191,6 +215,9 @@ impl Overlay {
             }
             None => self.create(&mut netlink)?,
         };
+        if !device.up {
+            netlink.change_link(device.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
+        }
         if device.index != self.index {
             self.index = device.index;
             self.applied.clear();
@@ -298,6 +325,16 @@ impl Overlay {
         }
         Ok(())
     }
+}
+
+/// Whether a neighbour or forwarding entry that a peer needs is gone or leads elsewhere.
+fn contradicts(peer: &Peer, change: &NeighbourChange) -> bool {
+    let wanted = mac(peer.address);
+    if change.forwarding {
+        return change.mac == Some(wanted) && (change.gone || change.address != Some(peer.address));
+    }
+    let is_peers = change.address.is_some_and(|ip| peer.pods.iter().any(|range| range.network() == ip));
+    is_peers && (change.gone || change.mac != Some(wanted))
 }
 
 /// The first address behind a range's own: its gateway.

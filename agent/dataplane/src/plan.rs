@@ -1,69 +1,37 @@
 //! The difference between what the maps say and what they should say, as ordered operations. Pure: applying is the reconciler's.
+//!
+//! What a Service wants is derived anew whenever it changes and not kept: memory holds what the maps hold, and whose it is.
 
 mod contest;
 mod ledger;
+mod lists;
+mod owned;
 
 pub use ledger::{Ledger, Op};
+pub use owned::Totals;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use weft_ebpf_abi::{
-    Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey, SourceData,
-    SourceKey,
-};
+use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKey, ServiceValue};
 
 use self::contest::Contests;
-use crate::desired::{Desired, Known, ListName};
+use self::owned::{Id, Owned, Users};
+use crate::desired::Desired;
 use crate::maglev;
-use crate::tables::{Range, ServiceName};
-
-/// What a Service has in the maps, or may have after operations that failed.
-#[derive(Debug, Default)]
-struct Owned {
-    frontends: BTreeSet<ServiceKey>,
-    lists: BTreeMap<ListName, u32>,
-    backends: BTreeSet<BackendKey>,
-}
-
-impl Owned {
-    fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.lists.is_empty() && self.backends.is_empty()
-    }
-}
-
-/// Counts over all Services, kept with every change.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Services with an address.
-    pub services: usize,
-    /// Services with internalTrafficPolicy Local that have endpoints, and none on this node.
-    pub no_local_internal: usize,
-    /// Likewise with externalTrafficPolicy Local.
-    pub no_local_external: usize,
-}
-
-impl Totals {
-    fn count(&mut self, desired: &Desired, count: impl Fn(&mut usize)) {
-        let facts = [
-            (!desired.frontends.is_empty(), &mut self.services),
-            (desired.no_local_internal, &mut self.no_local_internal),
-            (desired.no_local_external, &mut self.no_local_external),
-        ];
-        facts.into_iter().filter(|(is, _)| *is).for_each(|(_, total)| count(total));
-    }
-}
+use crate::tables::ServiceName;
 
 /// Plans changes of the maps. It owns the numbers of lists and generations.
 #[derive(Debug)]
 pub struct Planner {
     /// What the maps say.
     pub ledger: Ledger,
-    owned: HashMap<ServiceName, Owned>,
-    desired: HashMap<ServiceName, Desired>,
-    owner_of: HashMap<ServiceKey, ServiceName>,
+    ids: HashMap<ServiceName, Id>,
+    owned: HashMap<Id, Owned>,
+    next_id: Id,
+    owner_of: HashMap<ServiceKey, Id>,
     contests: Contests,
     totals: Totals,
-    references: HashMap<BackendKey, BTreeMap<ServiceName, Known>>,
+    references: HashMap<BackendKey, Users>,
     /// Generations given in plans that are not applied yet.
     pending: HashMap<BackendKey, BackendValue>,
     claimed: HashSet<u32>,
@@ -81,8 +49,9 @@ impl Planner {
         let last_generation = ledger.backends.values().map(|b| b.generation).max().unwrap_or(0);
         Self {
             ledger,
+            ids: HashMap::new(),
             owned: HashMap::new(),
-            desired: HashMap::new(),
+            next_id: 0,
             owner_of: HashMap::new(),
             contests: Contests::default(),
             totals: Totals::default(),
@@ -96,19 +65,19 @@ impl Planner {
 
     /// Plans for Services that changed; one that is gone wants nothing. Each operation names its Service by its place in
     /// `changes`.
-    pub fn plan(&mut self, changes: Vec<(ServiceName, Desired)>) -> Vec<(usize, Op)> {
+    pub fn plan(&mut self, mut changes: Vec<(ServiceName, Desired)>) -> Vec<(usize, Op)> {
         self.contests.announce(&changes);
-        let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();
-        for (name, desired) in changes {
-            self.intend(&name, desired);
+        let mut ids = Vec::with_capacity(changes.len());
+        for (name, desired) in &mut changes {
+            ids.push(self.intend(name, desired));
         }
         let mut ops = Vec::new();
-        for (index, name) in names.iter().enumerate() {
+        for (index, (id, (_, desired))) in ids.into_iter().zip(&changes).enumerate() {
             let mut own = Vec::new();
-            self.plan_backends(name, &mut own);
-            self.plan_lists(name, &mut own);
-            self.plan_services(name, &mut own);
-            self.release(name);
+            self.plan_backends(id, &mut own);
+            self.plan_lists(id, desired, &mut own);
+            self.plan_services(id, desired, &mut own);
+            self.forget_if_empty(id);
             ops.extend(own.into_iter().map(|op| (index, op)));
         }
         ops.sort_by_key(|(_, op)| op.phase());
@@ -126,7 +95,7 @@ impl Planner {
         let services = self.ledger.services.keys().filter(|k| !self.owner_of.contains_key(k));
         let mut ops: Vec<_> = services.map(|k| Op::DeleteService(*k)).collect();
         for (list, slots) in self.ledger.lists.iter().filter(|(l, _)| !self.claimed.contains(l)) {
-            ops.extend(slots.keys().rev().map(|i| Op::DeleteSlot(SlotKey { list: *list, index: *i })));
+            lists::plan_slots(*list, slots, &BTreeSet::new(), &mut ops);
         }
         let sources = self.ledger.sources.iter().filter(|(l, _)| !self.claimed.contains(l));
         ops.extend(sources.flat_map(|(_, ranges)| ranges).map(|key| Op::DeleteSource(*key)));
@@ -153,13 +122,13 @@ impl Planner {
         self.ledger.record(op);
         if let Op::PutBackend(key, _) = op {
             self.pending.remove(key);
-        }
-        if let Op::DeleteService(key) = op
-            && self.contests.is_contested(key)
-        {
-            if let Some(owned) = self.owner_of.remove(key).and_then(|owner| self.owned.get_mut(&owner)) {
-                owned.frontends.remove(key);
+            if self.pending.is_empty() {
+                // What the first synchronisation took is not needed again.
+                self.pending = HashMap::new();
             }
+        }
+        if let Op::DeleteService(key) = op {
+            self.owner_of.remove(key);
             self.contests.freed(key);
         }
     }
@@ -170,58 +139,39 @@ impl Planner {
         self.totals
     }
 
-    fn intend(&mut self, name: &ServiceName, mut desired: Desired) {
-        self.contest(name, &mut desired);
-        if let Some(old) = self.desired.get(name) {
-            self.totals.count(old, |total| *total -= 1);
-        }
-        self.totals.count(&desired, |total| *total += 1);
-        let owned = self.owned.entry(name.clone()).or_default();
-        for (key, known) in &desired.backends {
-            self.references.entry(*key).or_default().insert(name.clone(), *known);
-            owned.backends.insert(*key);
-        }
-        for key in owned.backends.iter().filter(|k| !desired.backends.contains_key(k)) {
-            if let Some(users) = self.references.get_mut(key) {
-                users.remove(name);
-                if users.is_empty() {
-                    self.references.remove(key);
-                }
-            }
-        }
-        for key in desired.frontends.keys() {
-            self.owner_of.insert(*key, name.clone());
-            owned.frontends.insert(*key);
-        }
-        for list in desired.lists.keys() {
-            if !owned.lists.contains_key(list) {
-                let adopted = desired.frontends.iter().filter(|(_, f)| f.list == Some(*list));
-                let mut adopted = adopted.filter_map(|(k, _)| self.ledger.services.get(k).map(|v| v.list));
-                let number = adopted.find(|number| !self.claimed.contains(number)).unwrap_or_else(|| {
-                    self.next_list += 1;
-                    self.next_list - 1
-                });
-                self.claimed.insert(number);
-                owned.lists.insert(*list, number);
-            }
-        }
-        self.desired.insert(name.clone(), desired);
+    /// Enters what a Service wants, less what others have a better right to. What it had stays its own until it is gone
+    /// from the maps.
+    fn intend(&mut self, name: &ServiceName, desired: &mut Desired) -> Id {
+        let id = self.ids.get(name).copied().unwrap_or_else(|| {
+            let id = self.next_id;
+            self.next_id = self.next_id.wrapping_add(1);
+            self.ids.insert(name.clone(), id);
+            self.owned.insert(id, Owned::new(name.clone()));
+            id
+        });
+        self.contest(id, name, desired);
+        let Some(mut owned) = self.owned.remove(&id) else { return id };
+        self.intend_frontends(id, &mut owned, desired);
+        self.intend_lists(&mut owned, desired);
+        self.intend_backends(id, &mut owned, desired);
+        self.totals.replace(owned.set_facts(desired), owned.facts());
+        self.owned.insert(id, owned);
+        id
     }
 
     /// Several Services may claim one address and port: who has the better right gets it, whoever comes first, so that
     /// every node and every start of an agent decide alike. The others wait.
-    fn contest(&mut self, name: &ServiceName, desired: &mut Desired) {
+    fn contest(&mut self, id: Id, name: &ServiceName, desired: &mut Desired) {
         self.contests.withdraw(name);
         let created = desired.created;
         desired.frontends.retain(|key, frontend| {
             let mine = (frontend.claim, created, name);
-            if let Some(owner) = self.owner_of.get(key).filter(|owner| *owner != name) {
-                let theirs = self.desired.get(owner).and_then(|d| Some((d.frontends.get(key)?, d.created)));
+            if let Some(owner) = self.owner_of.get(key).filter(|owner| **owner != id) {
                 // One that wants it no longer gives it up of itself.
-                if let Some((frontend, created)) = theirs
-                    && mine < (frontend.claim, created, owner)
+                if let Some(theirs) = self.owned.get(owner).and_then(|owned| owned.right_to(key))
+                    && mine < theirs
                 {
-                    self.contests.disturb(owner);
+                    self.contests.disturb(theirs.2);
                 }
                 self.contests.wait(key, mine);
                 return false;
@@ -234,8 +184,92 @@ impl Planner {
         });
     }
 
-    fn plan_backends(&mut self, name: &ServiceName, ops: &mut Vec<Op>) {
-        let Some(owned) = self.owned.get(name) else { return };
+    fn intend_frontends(&mut self, id: Id, owned: &mut Owned, desired: &Desired) {
+        for (key, _) in &owned.frontends {
+            if desired.frontends.contains_key(key) || self.owner_of.get(key) != Some(&id) {
+                continue;
+            }
+            if !self.ledger.services.contains_key(key) {
+                self.owner_of.remove(key);
+                self.contests.freed(key);
+            }
+        }
+        let left = owned.frontends.iter().map(|(key, _)| *key);
+        let left = left.filter(|k| !desired.frontends.contains_key(k) && self.owner_of.get(k) == Some(&id));
+        let left: Vec<_> = left.map(|key| (key, None)).collect();
+        let wanted = desired.frontends.iter().map(|(key, frontend)| (*key, Some(frontend.claim)));
+        owned.frontends = wanted.chain(left).collect();
+        owned.created = desired.created;
+        self.owner_of.extend(desired.frontends.keys().map(|key| (*key, id)));
+    }
+
+    fn intend_lists(&mut self, owned: &mut Owned, desired: &Desired) {
+        let ledger = &self.ledger;
+        owned.lists = std::mem::take(&mut owned.lists)
+            .into_iter()
+            .filter(|(list, number)| {
+                let keep = desired.lists.contains_key(list)
+                    || ledger.lists.contains_key(number)
+                    || ledger.sources.contains_key(number);
+                if !keep {
+                    self.claimed.remove(number);
+                }
+                keep
+            })
+            .collect();
+        let mut new: BTreeMap<_, _> = desired
+            .lists
+            .keys()
+            .filter(|list| owned.number(list).is_none())
+            .map(|list| (*list, None))
+            .collect();
+        if new.is_empty() {
+            return;
+        }
+        // The number that the list has in maps which were adopted, or a new one.
+        for (key, frontend) in &desired.frontends {
+            if let Some(number @ None) = frontend.list.as_ref().and_then(|list| new.get_mut(list))
+                && let Some(value) = ledger.services.get(key)
+                && self.claimed.insert(value.list)
+            {
+                *number = Some(value.list);
+            }
+        }
+        let numbered = new.into_iter().map(|(list, adopted)| {
+            let number = adopted.unwrap_or_else(|| {
+                self.next_list += 1;
+                self.next_list - 1
+            });
+            self.claimed.insert(number);
+            (list, number)
+        });
+        let mut all: Vec<_> = owned.lists.iter().copied().chain(numbered).collect();
+        all.sort_unstable();
+        owned.lists = all.into();
+    }
+
+    fn intend_backends(&mut self, id: Id, owned: &mut Owned, desired: &Desired) {
+        for (key, known) in &desired.backends {
+            self.references
+                .entry(*key)
+                .and_modify(|users| users.set(id, *known))
+                .or_insert_with(|| Users::one(id, *known));
+        }
+        let gone = owned.backends.iter().filter(|key| !desired.backends.contains_key(key));
+        let mut left = Vec::new();
+        for key in gone {
+            if self.references.get_mut(key).is_some_and(|users| users.remove(id)) {
+                self.references.remove(key);
+            }
+            if self.ledger.backends.contains_key(key) {
+                left.push(*key);
+            }
+        }
+        owned.backends = desired.backends.keys().copied().chain(left).collect();
+    }
+
+    fn plan_backends(&mut self, id: Id, ops: &mut Vec<Op>) {
+        let Some(owned) = self.owned.get(&id) else { return };
         for key in &owned.backends {
             let current = self.ledger.backends.get(key);
             let Some(users) = self.references.get(key) else {
@@ -244,8 +278,8 @@ impl Planner {
                 }
                 continue;
             };
-            let flags = if users.values().any(|u| u.active) { BACKEND_ACTIVE } else { 0 };
-            let owner = users.values().find(|u| u.active).or(users.values().next()).map_or(0, |u| u.owner);
+            let known = users.sum();
+            let (flags, owner) = (if known.active { BACKEND_ACTIVE } else { 0 }, known.owner);
             let same = |value: &&BackendValue| value.owner == owner;
             let generation = match current.filter(same).or(self.pending.get(key).filter(same)) {
                 Some(value) => value.generation,
@@ -262,25 +296,24 @@ impl Planner {
         }
     }
 
-    fn plan_lists(&self, name: &ServiceName, ops: &mut Vec<Op>) {
-        let (Some(owned), Some(desired)) = (self.owned.get(name), self.desired.get(name)) else { return };
-        let empty = BTreeMap::new();
+    fn plan_lists(&self, id: Id, desired: &Desired, ops: &mut Vec<Op>) {
+        let Some(owned) = self.owned.get(&id) else { return };
         let nothing = BTreeSet::new();
         for (list, number) in &owned.lists {
-            let slots = self.ledger.lists.get(number).unwrap_or(&empty);
+            let slots = self.ledger.lists.get(number).map_or(&[][..], Vec::as_slice);
             let wanted = desired.lists.get(list).unwrap_or(&nothing);
             if list.hashed {
-                plan_table(*number, slots, &maglev::table(wanted), ops);
+                lists::plan_table(*number, slots, &maglev::table(wanted), ops);
             } else {
-                plan_slots(*number, slots, wanted, ops);
+                lists::plan_slots(*number, slots, wanted, ops);
             }
-            plan_sources(*number, self.ledger.sources.get(number), desired.sources.get(list), ops);
+            lists::plan_sources(*number, self.ledger.sources.get(number), desired.sources.get(list), ops);
         }
     }
 
-    fn plan_services(&self, name: &ServiceName, ops: &mut Vec<Op>) {
-        let (Some(owned), Some(desired)) = (self.owned.get(name), self.desired.get(name)) else { return };
-        for key in &owned.frontends {
+    fn plan_services(&self, id: Id, desired: &Desired, ops: &mut Vec<Op>) {
+        let Some(owned) = self.owned.get(&id) else { return };
+        for (key, _) in &owned.frontends {
             let current = self.ledger.services.get(key);
             let Some(frontend) = desired.frontends.get(key) else {
                 if current.is_some() {
@@ -292,7 +325,7 @@ impl Planner {
                 let backends = desired.lists.get(&list)?.len();
                 let count =
                     if list.hashed { maglev::size(backends) } else { u32::try_from(backends).ok()? };
-                Some((*owned.lists.get(&list)?, count))
+                Some((owned.number(&list)?, count))
             });
             let (list, count) = list.unwrap_or((0, 0));
             let (affinity_seconds, flags) = (frontend.affinity_seconds, frontend.flags);
@@ -303,85 +336,12 @@ impl Planner {
         }
     }
 
-    /// Lets go of what the Service no longer wants and the maps no longer have.
-    fn release(&mut self, name: &ServiceName) {
-        let (Some(owned), Some(desired)) = (self.owned.get_mut(name), self.desired.get(name)) else { return };
-        let ledger = &self.ledger;
-        owned.frontends.retain(|key| {
-            let keep = desired.frontends.contains_key(key) || ledger.services.contains_key(key);
-            if !keep {
-                self.owner_of.remove(key);
-                self.contests.freed(key);
-            }
-            keep
-        });
-        owned.lists.retain(|list, number| {
-            let keep = desired.lists.contains_key(list)
-                || ledger.lists.contains_key(number)
-                || ledger.sources.contains_key(number);
-            if !keep {
-                self.claimed.remove(number);
-            }
-            keep
-        });
-        owned.backends.retain(|key| desired.backends.contains_key(key) || ledger.backends.contains_key(key));
-        if owned.is_empty() {
-            self.owned.remove(name);
-            if let Some(old) = self.desired.remove(name) {
-                self.totals.count(&old, |total| *total -= 1);
-            }
+    fn forget_if_empty(&mut self, id: Id) {
+        if let Some(owned) = self.owned.get(&id)
+            && owned.is_empty()
+        {
+            self.ids.remove(&owned.name);
+            self.owned.remove(&id);
         }
     }
-}
-
-/// Backends that stay keep their places; holes are filled with new ones, then with those from the end.
-fn plan_slots(
-    list: u32,
-    slots: &BTreeMap<u32, BackendKey>,
-    wanted: &BTreeSet<BackendKey>,
-    ops: &mut Vec<Op>,
-) {
-    let count = u32::try_from(wanted.len()).unwrap_or(u32::MAX);
-    let mut placed = BTreeSet::new();
-    let mut stay = HashSet::new();
-    for (index, backend) in slots.range(..count) {
-        if wanted.contains(backend) && placed.insert(*backend) {
-            stay.insert(*index);
-        }
-    }
-    let mut missing = wanted.iter().filter(|b| !placed.contains(b));
-    for index in (0..count).filter(|i| !stay.contains(i)) {
-        if let Some(backend) = missing.next() {
-            ops.push(Op::PutSlot(SlotKey { list, index }, *backend));
-        }
-    }
-    ops.extend(slots.range(count..).rev().map(|(i, _)| Op::DeleteSlot(SlotKey { list, index: *i })));
-}
-
-/// Every place of a table is decided by its hashes: only those that differ change.
-fn plan_table(list: u32, slots: &BTreeMap<u32, BackendKey>, table: &[BackendKey], ops: &mut Vec<Op>) {
-    let count = u32::try_from(table.len()).unwrap_or(u32::MAX);
-    for (index, backend) in (0..count).zip(table) {
-        if slots.get(&index) != Some(backend) {
-            ops.push(Op::PutSlot(SlotKey { list, index }, *backend));
-        }
-    }
-    ops.extend(slots.range(count..).rev().map(|(i, _)| Op::DeleteSlot(SlotKey { list, index: *i })));
-}
-
-fn plan_sources(
-    list: u32,
-    current: Option<&BTreeSet<SourceKey>>,
-    wanted: Option<&BTreeSet<Range>>,
-    ops: &mut Vec<Op>,
-) {
-    let key = |range: &Range| SourceKey {
-        prefix_bits: u32::BITS + range.prefix_bits,
-        data: SourceData { list: list.to_be_bytes(), address: range.first },
-    };
-    let wanted: BTreeSet<_> = wanted.into_iter().flatten().map(key).collect();
-    let none = BTreeSet::new();
-    let current = current.unwrap_or(&none);
-    ops.extend(wanted.difference(current).map(|key| Op::PutSource(*key)));
-    ops.extend(current.difference(&wanted).map(|key| Op::DeleteSource(*key)));
 }

@@ -60,6 +60,7 @@ pub struct Reconciler<M> {
     unprogrammed: BTreeMap<ServiceName, Unprogrammed>,
     health: HashMap<ServiceName, Health>,
     health_changes: BTreeSet<ServiceName>,
+    left: BTreeSet<BackendKey>,
     node_addresses: BTreeSet<Address>,
     prune: Prune,
 }
@@ -87,6 +88,7 @@ impl<M: MapSet> Reconciler<M> {
             unprogrammed: BTreeMap::new(),
             health: HashMap::new(),
             health_changes: BTreeSet::new(),
+            left: BTreeSet::new(),
             node_addresses,
             prune: Prune::Nothing,
         })
@@ -141,6 +143,11 @@ impl<M: MapSet> Reconciler<M> {
     pub fn take_health_changes(&mut self) -> Vec<(ServiceName, Option<Health>)> {
         let changed = std::mem::take(&mut self.health_changes);
         changed.into_iter().map(|name| (name.clone(), self.health.get(&name).copied())).collect()
+    }
+
+    /// UDP backends that sockets must leave since the last call.
+    pub fn take_left(&mut self) -> BTreeSet<BackendKey> {
+        std::mem::take(&mut self.left)
     }
 
     /// Entries of a map, as far as known.
@@ -296,6 +303,7 @@ impl<M: MapSet> Reconciler<M> {
             let result = run(&mut self.maps, rest);
             let done = result.as_ref().map_or_else(|error| error.done.min(rest.len()), |()| rest.len());
             for (_, op) in &rest[..done] {
+                self.left.extend(self.planner.ledger.left_by(op));
                 self.planner.record(op);
             }
             report.applied += done;

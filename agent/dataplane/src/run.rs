@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
+use crate::abandon::{Search, Searches};
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
@@ -115,7 +116,9 @@ pub async fn run_with_metrics(
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
+    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
     let mut dataplane = Dataplane {
+        searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
         reconciler,
@@ -184,6 +187,7 @@ struct Dataplane {
     devices: Devices,
     shared: Arc<Shared>,
     checks: Checks,
+    searches: Searches,
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
@@ -200,8 +204,11 @@ impl Dataplane {
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
+        let mut due = None;
         loop {
             let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            // Fixed when it begins: events that change nothing must not put it off.
+            due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = events.next() => {
@@ -212,19 +219,28 @@ impl Dataplane {
                     }
                 }
                 changed = changes.next() => {
-                    let mut relevant = concerns_devices(&changed?);
+                    let mut relevant = self.take_in(&changed?);
                     while let Some(more) = changes.next().now_or_never() {
-                        relevant |= concerns_devices(&more?);
+                        relevant |= self.take_in(&more?);
                     }
                     if !relevant {
+                        // A repair of the overlay waits for the retry: somebody may go on taking entries away.
                         continue;
                     }
                     self.refresh_devices()?;
                 }
-                () = tokio::time::sleep(self.retry), if lagging => {}
+                () = self.searches.progress() => continue,
+                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {}
             }
+            due = None;
             self.sync();
         }
+    }
+
+    /// Tells the overlay of the kernel's changes; answers whether devices or addresses are among them.
+    fn take_in(&mut self, events: &[weft_cni_netlink::Event]) -> bool {
+        events.iter().for_each(|event| self.overlay.observe(event));
+        concerns_devices(events)
     }
 
     /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
@@ -282,6 +298,7 @@ impl Dataplane {
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
+        self.searches.add(self.reconciler.take_left());
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
@@ -301,7 +318,7 @@ impl Dataplane {
         if devices.edge != self.devices.edge {
             self.programs.attach_edges(&devices.edge)?;
         }
-        let addresses = devices.addresses.iter().map(|ip| IpAddr::from(*ip));
+        let addresses = devices.addresses.iter().copied();
         let answering = addresses.filter(|ip| self.proxy.answers(*ip)).map(Address::from);
         self.reconciler.set_node_addresses(answering.collect());
         self.overlay.set_devices(&devices);
@@ -315,6 +332,6 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
     use weft_cni_netlink::Event as E;
     events.iter().any(|event| match event {
         E::Link(_) | E::Address(_) | E::Lost => true,
-        E::Route | E::Neighbour(_) => false,
+        E::Route { .. } | E::Neighbour(_) => false,
     })
 }

@@ -2,8 +2,9 @@
 
 mod trim;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -14,18 +15,42 @@ const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Label on a Node that names its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-/// Namespace and name of a Service.
+/// Namespace and name of a Service; a clone shares the text.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServiceName {
+pub struct ServiceName(Arc<str>);
+
+impl ServiceName {
+    /// From its parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self(joined(namespace, name).into())
+    }
+
     /// Namespace.
-    pub namespace: String,
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        split(&self.0).0
+    }
+
     /// Name.
-    pub name: String,
+    #[must_use]
+    pub fn name(&self) -> &str {
+        split(&self.0).1
+    }
+}
+
+/// Neither part can have a slash.
+fn joined(namespace: &str, name: &str) -> String {
+    format!("{namespace}/{name}")
+}
+
+fn split(joined: &str) -> (&str, &str) {
+    joined.split_once('/').unwrap_or((joined, ""))
 }
 
 impl fmt::Display for ServiceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        f.write_str(&self.0)
     }
 }
 
@@ -74,15 +99,17 @@ pub struct Range {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// Cluster addresses. The Service has the families of these, whatever its other addresses are.
-    pub cluster: Vec<Address>,
+    pub cluster: Box<[Address]>,
     /// The load balancer's addresses, unless it proxies itself.
-    pub balancer: Vec<Address>,
+    pub balancer: Box<[Address]>,
     /// The only clients that may use those; `None` for all.
-    pub sources: Option<Vec<Range>>,
+    pub sources: Option<Box<[Range]>>,
     /// External addresses.
-    pub external: Vec<Address>,
+    pub external: Box<[Address]>,
     /// Ports.
-    pub ports: Vec<ServicePort>,
+    pub ports: Box<[ServicePort]>,
+    /// Ranges of ports that lead to the same ports of the endpoints (annotation `weft.dev/port-ranges`).
+    pub ranges: Box<[PortRange]>,
     /// Seconds of affinity by client; 0 for none.
     pub affinity_seconds: u32,
     /// internalTrafficPolicy is Local.
@@ -99,7 +126,7 @@ pub struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
     /// Name; empty if the Service has one port only.
-    pub name: String,
+    pub name: Box<str>,
     /// Port.
     pub port: u16,
     /// Port on every node; 0 for none.
@@ -108,13 +135,24 @@ pub struct ServicePort {
     pub protocol: u8,
 }
 
+/// A range of ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortRange {
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: u8,
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
+}
+
 /// A slice of endpoints, all of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
     /// Name, protocol and number of each port.
-    pub ports: Vec<(String, u8, u16)>,
+    pub ports: Box<[(Box<str>, u8, u16)]>,
     /// Endpoints.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Box<[Endpoint]>,
 }
 
 /// An endpoint.
@@ -162,10 +200,23 @@ pub struct Tables {
     zone: Option<String>,
     /// Addresses that the node answers itself (cluster DNS): they are no Service's to the programs.
     node_local: Vec<Address>,
-    services: HashMap<ServiceName, Service>,
-    slices: HashMap<ServiceName, BTreeMap<String, Slice>>,
-    /// Which Service a slice (namespace, name) belongs to.
-    slice_of: HashMap<(String, String), ServiceName>,
+    known: HashMap<ServiceName, Known>,
+    /// Which Service a slice (namespace/name) belongs to.
+    slice_of: HashMap<Box<str>, ServiceName>,
+}
+
+/// A Service, and slices that name it; either may come first.
+#[derive(Debug, Default)]
+struct Known {
+    service: Option<Box<Service>>,
+    /// By name.
+    slices: Vec<(Box<str>, Slice)>,
+}
+
+impl Known {
+    fn place(&self, slice: &str) -> Result<usize, usize> {
+        self.slices.binary_search_by(|(name, _)| (**name).cmp(slice))
+    }
 }
 
 impl Tables {
@@ -178,8 +229,8 @@ impl Tables {
     /// A Service and its slices.
     #[must_use]
     pub fn get(&self, name: &ServiceName) -> Option<(&Service, Vec<&Slice>)> {
-        let service = self.services.get(name)?;
-        Some((service, self.slices.get(name).map(|s| s.values().collect()).unwrap_or_default()))
+        let known = self.known.get(name)?;
+        Some((known.service.as_deref()?, known.slices.iter().map(|(_, slice)| slice).collect()))
     }
 
     /// Zone of this node, if its Node says one.
@@ -206,7 +257,7 @@ impl Tables {
         }
         self.zone = zone.cloned();
         let hinted = |slice: &Slice| slice.endpoints.iter().any(|e| e.hints.is_some());
-        let concerned = self.slices.iter().filter(|(_, slices)| slices.values().any(hinted));
+        let concerned = self.known.iter().filter(|(_, known)| known.slices.iter().any(|(_, s)| hinted(s)));
         concerned.map(|(name, _)| name.clone()).collect()
     }
 
@@ -216,15 +267,20 @@ impl Tables {
         let Some(service) = trim::service(object, &self.node_local) else {
             return self.delete_service(&name);
         };
-        match self.services.insert(name.clone(), service) {
-            Some(old) if self.services.get(&name) == Some(&old) => None,
-            Some(_) | None => Some(name),
+        let name = self.enter(name);
+        let known = self.known.get_mut(&name)?;
+        if known.service.as_deref() == Some(&service) {
+            return None;
         }
+        known.service = Some(Box::new(service));
+        Some(name)
     }
 
     /// Removes a Service; returns its name if it was there.
     pub fn delete_service(&mut self, name: &ServiceName) -> Option<ServiceName> {
-        self.services.remove(name).map(|_| name.clone())
+        self.known.get_mut(name)?.service.take()?;
+        self.forget_if_empty(name);
+        Some(name.clone())
     }
 
     /// Enters a slice; returns the Services that this changed (two if it moved).
@@ -240,50 +296,68 @@ impl Tables {
         let Some((owner, family)) = label.zip(family) else {
             return self.delete_slice(&namespace, &name).into_iter().collect();
         };
-        let owner = ServiceName { namespace: namespace.clone(), name: owner.clone() };
+        let owner = self.enter(ServiceName::new(&namespace, owner));
         let mut changed = Vec::new();
-        if self.slice_of.get(&(namespace.clone(), name.clone())).is_some_and(|old| *old != owner) {
+        if self.slice_of.get(joined(&namespace, &name).as_str()).is_some_and(|old| *old != owner) {
             changed.extend(self.delete_slice(&namespace, &name));
         }
         let slice = trim::slice(object, family, &self.node_name);
-        self.slice_of.insert((namespace, name.clone()), owner.clone());
-        let of_service = self.slices.entry(owner.clone()).or_default();
-        let same = of_service.get(&name) == Some(&slice);
-        if !same {
-            of_service.insert(name, slice);
-            changed.push(owner);
+        self.slice_of.insert(joined(&namespace, &name).into(), owner.clone());
+        let Some(known) = self.known.get_mut(&owner) else { return changed };
+        match known.place(&name) {
+            Ok(place) if known.slices[place].1 == slice => return changed,
+            Ok(place) => known.slices[place].1 = slice,
+            Err(place) => known.slices.insert(place, (name.into(), slice)),
         }
+        changed.push(owner);
         changed
     }
 
     /// Removes a slice; returns the Service that this changed.
     pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Option<ServiceName> {
-        let owner = self.slice_of.remove(&(namespace.to_owned(), name.to_owned()))?;
-        let of_service = self.slices.get_mut(&owner)?;
-        of_service.remove(name);
-        if of_service.is_empty() {
-            self.slices.remove(&owner);
+        let owner = self.slice_of.remove(joined(namespace, name).as_str())?;
+        let known = self.known.get_mut(&owner)?;
+        if let Ok(place) = known.place(name) {
+            known.slices.remove(place);
         }
+        self.forget_if_empty(&owner);
         Some(owner)
     }
 
     /// Names of all Services, for a relist.
     #[must_use]
     pub fn service_names(&self) -> Vec<ServiceName> {
-        self.services.keys().cloned().collect()
+        let named = self.known.iter().filter(|(_, known)| known.service.is_some());
+        named.map(|(name, _)| name.clone()).collect()
     }
 
     /// Namespaces and names of all slices, for a relist.
     #[must_use]
     pub fn slice_names(&self) -> Vec<(String, String)> {
-        self.slice_of.keys().cloned().collect()
+        let parts = self.slice_of.keys().map(|joined| split(joined));
+        parts.map(|(namespace, name)| (namespace.to_owned(), name.to_owned())).collect()
+    }
+
+    /// Makes sure that there is a record; returns the name that it has, so that all who keep it share one text.
+    fn enter(&mut self, name: ServiceName) -> ServiceName {
+        if let Some((known, _)) = self.known.get_key_value(&name) {
+            return known.clone();
+        }
+        self.known.insert(name.clone(), Known::default());
+        name
+    }
+
+    fn forget_if_empty(&mut self, name: &ServiceName) {
+        if self.known.get(name).is_some_and(|known| known.service.is_none() && known.slices.is_empty()) {
+            self.known.remove(name);
+        }
     }
 }
 
 /// Name of a Service object.
 #[must_use]
 pub fn service_name(object: &core::Service) -> Option<ServiceName> {
-    Some(ServiceName { namespace: object.metadata.namespace.clone()?, name: object.metadata.name.clone()? })
+    Some(ServiceName::new(object.metadata.namespace.as_deref()?, object.metadata.name.as_deref()?))
 }
 
 /// Namespace and name of a slice object.

@@ -16,6 +16,7 @@ mod http_get;
 mod images;
 mod logs;
 mod metrics;
+mod network;
 mod node;
 mod objects;
 mod observed;

@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use weft_agent_runtime::{ContainerSpec, Mount, Propagation, SandboxSpec, Security};
+use weft_agent_runtime::{ContainerSpec, Error, Mount, Propagation, SandboxSpec, Security};
 
 use crate::config::Config;
 use crate::dns;
 use crate::env;
+use crate::network;
 use crate::observed::keys;
 use crate::pod::{self, PodId};
 use crate::resources;
@@ -24,12 +25,20 @@ fn labels(id: &PodId) -> BTreeMap<String, String> {
 }
 
 /// The pod's sandbox. `host_resolv_conf` is the text of the node's own file.
-pub(crate) fn sandbox(pod: &Pod, config: &Config, attempt: u32, host_resolv_conf: &str) -> SandboxSpec {
+///
+/// # Errors
+/// If the pod asks for something that can't be.
+pub(crate) fn sandbox(
+    pod: &Pod,
+    config: &Config,
+    attempt: u32,
+    host_resolv_conf: &str,
+) -> Result<SandboxSpec, Error> {
     let id = PodId::of(pod);
     let spec = pod::spec(pod);
     let cluster =
         dns::Cluster { dns: config.cluster_dns, domain: &config.cluster_domain, host: host_resolv_conf };
-    SandboxSpec {
+    Ok(SandboxSpec {
         attempt,
         hostname: dns::kernel_hostname(pod, &config.cluster_domain),
         resolv_conf: dns::resolv_conf(pod, &cluster),
@@ -42,10 +51,12 @@ pub(crate) fn sandbox(pod: &Pod, config: &Config, attempt: u32, host_resolv_conf
         resources: resources::whole_pod(pod),
         labels: labels(&id),
         annotations: pod.metadata.annotations.clone().unwrap_or_default(),
+        port_mappings: network::port_mappings(pod),
+        bandwidth: network::bandwidth(pod)?,
         name: id.name,
         namespace: id.namespace,
         uid: id.uid,
-    }
+    })
 }
 
 /// What a container is made from besides its own specification.

@@ -13,6 +13,8 @@ use serde_json::{Map, Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
+use crate::SandboxSpec;
+
 /// The interface in the pod.
 const IFNAME: &str = "eth0";
 /// No plugin needs longer; one that hangs must not hold its pod for ever.
@@ -101,6 +103,9 @@ pub(crate) struct Attachment {
     pub(crate) netns: PathBuf,
     /// `CNI_ARGS`.
     pub(crate) args: BTreeMap<String, String>,
+    /// What plugins that name such a capability get as `runtimeConfig`.
+    #[serde(default)]
+    capabilities: Map<String, Value>,
     config: ConfigList,
     /// Result of ADD once there is one.
     result: Option<Value>,
@@ -161,12 +166,14 @@ impl Network {
         container: &str,
         netns: &Path,
         args: BTreeMap<String, String>,
+        capabilities: Map<String, Value>,
     ) -> Result<Attachment, NetworkError> {
         let config = self.config()?;
         Ok(Attachment {
             container: container.to_owned(),
             netns: netns.to_path_buf(),
             args,
+            capabilities,
             config,
             result: None,
         })
@@ -256,7 +263,7 @@ impl Network {
             let path = path.clone();
             move |source| NetworkError::Io { op, path, source }
         };
-        let input = attachment.config.input(plugin, previous);
+        let input = attachment.config.input(plugin, &attachment.capabilities, previous);
         let mut command = Command::new(&path);
         let folders: Vec<String> =
             self.bin_folders.iter().map(|folder| folder.display().to_string()).collect();
@@ -301,10 +308,21 @@ fn refusal(plugin: String, verb: Verb, output: &std::process::Output) -> Network
 }
 
 impl ConfigList {
-    fn input(&self, plugin: &Map<String, Value>, previous: Option<Value>) -> Value {
+    fn input(
+        &self,
+        plugin: &Map<String, Value>,
+        offered: &Map<String, Value>,
+        previous: Option<Value>,
+    ) -> Value {
         let mut input = plugin.clone();
-        // Capabilities are asked for by the list and given as runtimeConfig; we offer none.
-        input.remove("capabilities");
+        // The list says which capabilities a plugin has; of these it gets what there is (CNI 1.1.0 §3).
+        let named = input.remove("capabilities");
+        let has = |name: &str| named.as_ref().and_then(|named| named.get(name)).is_some_and(|on| *on == true);
+        let given = offered.iter().filter(|(name, _)| has(name.as_str()));
+        let given: Map<String, Value> = given.map(|(name, value)| (name.clone(), value.clone())).collect();
+        if !given.is_empty() {
+            input.insert("runtimeConfig".to_owned(), Value::Object(given));
+        }
         input.insert("cniVersion".to_owned(), Value::from(self.cni_version.clone()));
         input.insert("name".to_owned(), Value::from(self.name.clone()));
         if let Some(previous) = previous {
@@ -316,7 +334,14 @@ impl ConfigList {
 
 impl Attachment {
     fn nowhere(config: ConfigList) -> Self {
-        Self { container: String::new(), netns: PathBuf::new(), args: BTreeMap::new(), config, result: None }
+        Self {
+            container: String::new(),
+            netns: PathBuf::new(),
+            args: BTreeMap::new(),
+            capabilities: Map::new(),
+            config,
+            result: None,
+        }
     }
 
     fn arguments(&self) -> String {
@@ -330,6 +355,25 @@ impl Attachment {
         let address = |ip: &Value| ip.get("address")?.as_str()?.split('/').next()?.parse().ok();
         ips.into_iter().flatten().filter_map(address).collect()
     }
+}
+
+/// A sandbox's capability arguments, by CNI's conventional names; what isn't asked for is left out.
+pub(crate) fn capabilities(spec: &SandboxSpec) -> Map<String, Value> {
+    let mut all = Map::new();
+    if !spec.port_mappings.is_empty() {
+        all.insert("portMappings".to_owned(), json!(spec.port_mappings));
+    }
+    let mut bounds = Map::new();
+    let asked = spec.bandwidth;
+    for (name, bound) in
+        [("ingressRate", asked.ingress_bits_per_second), ("egressRate", asked.egress_bits_per_second)]
+    {
+        bounds.extend(bound.map(|bound| (name.to_owned(), json!(bound))));
+    }
+    if !bounds.is_empty() {
+        all.insert("bandwidth".to_owned(), Value::Object(bounds));
+    }
+    all
 }
 
 fn load(path: &Path) -> Result<ConfigList, NetworkError> {

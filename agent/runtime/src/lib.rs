@@ -47,6 +47,36 @@ pub struct SandboxSpec {
     pub labels: BTreeMap<String, String>,
     /// Annotations passed through.
     pub annotations: BTreeMap<String, String>,
+    /// Ports of the node that lead to the pod (ignored with `host_network`).
+    #[serde(default)]
+    pub port_mappings: Vec<PortMapping>,
+    /// Bounds on the pod's traffic (ignored with `host_network`).
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
+}
+
+/// A port of the node that leads to a pod; as CNI's capability `portMappings` has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// The node's port.
+    pub host_port: u16,
+    /// The pod's.
+    pub container_port: u16,
+    /// `tcp`, `udp` or `sctp`.
+    pub protocol: String,
+    /// The node's address; empty for every one.
+    #[serde(rename = "hostIP")]
+    pub host_ip: String,
+}
+
+/// Bounds on a pod's traffic, as the pod sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bandwidth {
+    /// What it receives.
+    pub ingress_bits_per_second: Option<u64>,
+    /// What it sends.
+    pub egress_bits_per_second: Option<u64>,
 }
 
 /// Limits of a container or pod, as the kubelet computed them.

@@ -1,5 +1,7 @@
 //! Changes of devices, addresses, routes and neighbours, as the kernel tells them.
 
+use std::net::IpAddr;
+
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -7,8 +9,8 @@ use netlink_sys::{Socket, SocketAddr};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::Error;
 use crate::socket::parse;
+use crate::{Error, Mac, Route, neighbour, route};
 
 /// Legacy group bits: links, neighbours, IPv4 addresses and routes, IPv6 addresses and routes.
 const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
@@ -20,12 +22,32 @@ pub enum Event {
     Link(u32),
     /// An address of a device.
     Address(u32),
-    /// Some route.
-    Route,
-    /// A neighbour or forwarding entry of a device.
-    Neighbour(u32),
+    /// A route was put or is gone; `None` if it is of another table or kind than [`Route`] tells of.
+    Route {
+        /// The route.
+        route: Option<Route>,
+        /// It is gone.
+        gone: bool,
+    },
+    /// A neighbour or forwarding entry was put, changed or is gone.
+    Neighbour(NeighbourChange),
     /// Events were lost: look at everything again.
     Lost,
+}
+
+/// A neighbour (address to hardware address) or forwarding entry (hardware address to the node at the tunnel's other end).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeighbourChange {
+    /// The device's number.
+    pub index: u32,
+    /// A forwarding entry, not a neighbour.
+    pub forwarding: bool,
+    /// The neighbour's address, or the other node's.
+    pub address: Option<IpAddr>,
+    /// The hardware address.
+    pub mac: Option<Mac>,
+    /// It is gone.
+    pub gone: bool,
 }
 
 /// A subscription, in the namespace of the thread that made it.
@@ -84,10 +106,10 @@ fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
         RouteNetlinkMessage::NewAddress(m) | RouteNetlinkMessage::DelAddress(m) => {
             Some(Event::Address(m.header.index))
         }
-        RouteNetlinkMessage::NewRoute(_) | RouteNetlinkMessage::DelRoute(_) => Some(Event::Route),
-        RouteNetlinkMessage::NewNeighbour(m) | RouteNetlinkMessage::DelNeighbour(m) => {
-            Some(Event::Neighbour(m.header.ifindex))
-        }
+        RouteNetlinkMessage::NewRoute(m) => Some(Event::Route { route: route::read(&m), gone: false }),
+        RouteNetlinkMessage::DelRoute(m) => Some(Event::Route { route: route::read(&m), gone: true }),
+        RouteNetlinkMessage::NewNeighbour(m) => Some(Event::Neighbour(neighbour::change(&m, false))),
+        RouteNetlinkMessage::DelNeighbour(m) => Some(Event::Neighbour(neighbour::change(&m, true))),
         _ => None,
     }
 }

@@ -8,6 +8,7 @@
 )]
 
 mod address;
+pub mod diag;
 mod error;
 mod event;
 pub mod hostport;
@@ -20,10 +21,11 @@ mod route;
 mod shaping;
 mod socket;
 pub mod sysctl;
+mod unlink;
 
 pub use address::Address;
 pub use error::{Class, Error};
-pub use event::{Event, Events};
+pub use event::{Event, Events, NeighbourChange};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use neighbour::{FdbEntry, Neighbour};
 pub use route::Route;

@@ -10,6 +10,7 @@ use netlink_packet_route::route::RouteType;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::error::ok_if_gone;
+use crate::event::NeighbourChange;
 use crate::socket::About;
 use crate::{Error, Mac, Netlink};
 
@@ -147,6 +148,16 @@ fn read_fdb(message: &NeighbourMessage, index: u32) -> Option<FdbEntry> {
         return None;
     }
     Some(FdbEntry { index, mac: mac(message)?, remote: destination(message)? })
+}
+
+pub(crate) fn change(message: &NeighbourMessage, gone: bool) -> NeighbourChange {
+    NeighbourChange {
+        index: message.header.ifindex,
+        forwarding: message.header.family == AddressFamily::Bridge,
+        address: destination(message),
+        mac: mac(message),
+        gone,
+    }
 }
 
 fn destination(message: &NeighbourMessage) -> Option<IpAddr> {

@@ -143,7 +143,7 @@ fn family(network: IpNetwork) -> AddressFamily {
     }
 }
 
-fn read(message: &RouteMessage) -> Option<Route> {
+pub(crate) fn read(message: &RouteMessage) -> Option<Route> {
     let main =
         message.header.table == RouteHeader::RT_TABLE_MAIN && message.header.kind == RouteType::Unicast;
     if !main {

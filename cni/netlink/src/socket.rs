@@ -38,6 +38,14 @@ pub(crate) struct About<'a> {
     pub(crate) subject: &'a str,
 }
 
+impl About<'_> {
+    /// The error for a code that the kernel answered.
+    pub(crate) fn refused(self, code: i32) -> Error {
+        let errno = Errno::from_raw(code.saturating_neg());
+        Error::Refused { op: self.op, subject: self.subject.to_owned(), errno }
+    }
+}
+
 impl Netlink {
     /// Opens a socket in the namespace of the calling thread.
     ///
@@ -75,13 +83,7 @@ impl Netlink {
                 match message.payload {
                     NetlinkPayload::InnerMessage(inner) => return Ok(inner),
                     NetlinkPayload::Error(error) => {
-                        let code = error.code.map_or(0, |code| code.get().saturating_neg());
-                        let errno = Errno::from_raw(code);
-                        return Err(Error::Refused {
-                            op: about.op,
-                            subject: about.subject.to_owned(),
-                            errno,
-                        });
+                        return Err(about.refused(error.code.map_or(0, std::num::NonZeroI32::get)));
                     }
                     _ => {}
                 }
@@ -101,34 +103,55 @@ impl Netlink {
         if holds(self)? {
             return Ok(());
         }
+        self.subscribed(group, |netlink| {
+            loop {
+                let seen = netlink.events;
+                if holds(netlink)? {
+                    return Ok(());
+                }
+                if netlink.events == seen {
+                    match netlink.receive(about.op) {
+                        Ok(_) => {}
+                        Err(Error::Socket { source, .. })
+                            if source.kind() == std::io::ErrorKind::WouldBlock =>
+                        {
+                            return Err(about.refused(-libc::EAGAIN));
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        })
+    }
+
+    /// Does something while events of a group come too, and while no answer is waited for longer than [`PATIENCE`].
+    pub(crate) fn subscribed<T>(
+        &mut self,
+        group: u32,
+        work: impl FnOnce(&mut Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let failed = |op| move |source| Error::Socket { op, source };
-        self.socket.add_membership(group).map_err(failed("subscribe"))?;
-        let timeout = |after: Duration| TimeVal::microseconds(i64::try_from(after.as_micros()).unwrap_or(0));
-        let set = |socket: &Socket, after| {
-            setsockopt(&borrowed(socket), ReceiveTimeout, &timeout(after))
+        let set = |socket: &Socket, after: Duration| {
+            let after = TimeVal::microseconds(i64::try_from(after.as_micros()).unwrap_or(0));
+            setsockopt(&borrowed(socket), ReceiveTimeout, &after)
                 .map_err(|errno| failed("set the time-out")(errno.into()))
         };
+        self.socket.add_membership(group).map_err(failed("subscribe"))?;
         set(&self.socket, PATIENCE)?;
-        let outcome = loop {
-            let seen = self.events;
-            match holds(self) {
-                Ok(false) if self.events == seen => {}
-                Ok(false) => continue,
-                Ok(true) => break Ok(()),
-                Err(error) => break Err(error),
-            }
-            match self.receive(about.op) {
-                Ok(_) => self.events += 1,
-                Err(Error::Socket { source, .. }) if source.kind() == std::io::ErrorKind::WouldBlock => {
-                    let (op, subject) = (about.op, about.subject.to_owned());
-                    break Err(Error::Refused { op, subject, errno: Errno::EAGAIN });
-                }
-                Err(error) => break Err(error),
-            }
-        };
+        let outcome = work(self);
         set(&self.socket, Duration::ZERO)?;
         self.socket.drop_membership(group).map_err(failed("unsubscribe"))?;
         outcome
+    }
+
+    /// The number of the last request.
+    pub(crate) fn sequence(&self) -> u32 {
+        self.sequence
+    }
+
+    /// The socket's descriptor.
+    pub(crate) fn raw(&self) -> BorrowedFd<'_> {
+        borrowed(&self.socket)
     }
 
     /// Sends a request and waits for its acknowledgement.
@@ -145,13 +168,7 @@ impl Netlink {
                     continue;
                 }
                 if let NetlinkPayload::Error(error) = message.payload {
-                    return match error.code {
-                        None => Ok(()),
-                        Some(code) => {
-                            let errno = Errno::from_raw(code.get().saturating_neg());
-                            Err(Error::Refused { op: about.op, subject: about.subject.to_owned(), errno })
-                        }
-                    };
+                    return error.code.map_or(Ok(()), |code| Err(about.refused(code.get())));
                 }
             }
         }
@@ -191,12 +208,8 @@ impl Netlink {
                     NetlinkPayload::InnerMessage(inner) => found.extend(pick(inner)),
                     NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(found)),
                     NetlinkPayload::Error(error) => {
-                        let code = error.code.map_or(0, |code| code.get().saturating_neg());
-                        return Err(Error::Refused {
-                            op,
-                            subject: String::new(),
-                            errno: Errno::from_raw(code),
-                        });
+                        let about = About { op, subject: "" };
+                        return Err(about.refused(error.code.map_or(0, std::num::NonZeroI32::get)));
                     }
                     _ => {}
                 }
@@ -205,6 +218,13 @@ impl Netlink {
     }
 
     fn send(&mut self, op: &'static str, message: RouteNetlinkMessage, flags: u16) -> Result<(), Error> {
+        let bytes = self.encode(message, flags);
+        self.socket.send(&bytes, 0).map_err(|source| Error::Socket { op, source })?;
+        Ok(())
+    }
+
+    /// The next request's bytes.
+    pub(crate) fn encode(&mut self, message: RouteNetlinkMessage, flags: u16) -> Vec<u8> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = flags;
@@ -213,11 +233,13 @@ impl Netlink {
         message.finalize();
         let mut buffer = vec![0; message.buffer_len()];
         message.serialize(&mut buffer);
-        self.socket.send(&buffer, 0).map_err(|source| Error::Socket { op, source })?;
-        Ok(())
+        buffer
     }
 
-    fn receive(&self, op: &'static str) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+    pub(crate) fn receive(
+        &self,
+        op: &'static str,
+    ) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
         let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
         parse(op, &datagram)
     }

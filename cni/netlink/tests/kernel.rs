@@ -76,6 +76,32 @@ fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
 }
 
 #[test]
+fn a_pair_that_is_deleted_early_is_found_by_nobody() {
+    if !require("netlink::early", &["root", "ip"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let other = Netns::new("nl").unwrap();
+    let peer = namespace::open(&other.path()).unwrap();
+    within(&netns, || {
+        let mut netlink = Netlink::open().unwrap();
+        let bridge = netlink.ensure_bridge("br-a", 1400).unwrap().index;
+        let end = |name| VethEnd { name, mac: None, mtu_bytes: 1400 };
+        for _ in 0..20 {
+            // The same names at once again.
+            netlink.create_veth_port(&end("ve-a"), &end("eth0"), Some(peer.as_fd()), Some(bridge)).unwrap();
+            netlink.delete_link_early("ve-a").unwrap();
+            assert_eq!(netlink.link("ve-a").unwrap_err().class(), Class::NotFound);
+            let inside = within(&other, || Netlink::open().unwrap().link("eth0").unwrap_err());
+            assert_eq!(inside.class(), Class::NotFound);
+            netlink.delete_link_early("ve-a").unwrap();
+        }
+        // What the kernel refuses is an error, not a wait.
+        assert!(netlink.delete_link_early("lo").is_err());
+    });
+}
+
+#[test]
 fn the_masquerade_rules_are_replaced_and_removed() {
     if !require("netlink::masquerade", &["root", "ip", "nft"]) {
         return;

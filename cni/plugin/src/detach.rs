@@ -46,7 +46,7 @@ pub(crate) fn unlink(
     addresses: &[IpAddr],
 ) -> Result<(), PluginError> {
     let mut host = Netlink::open()?;
-    host.delete_link_named(&names::host_interface(&config.name, owner))?;
+    host.delete_link_early(&names::host_interface(&config.name, owner))?;
     match host.link(&fabric.bridge) {
         Ok(bridge) => {
             for address in addresses {

@@ -11,7 +11,6 @@ mod capabilities;
 use std::time::{Duration, Instant};
 
 use calls::{Node, addresses_of, conf};
-use rand::RngExt as _;
 use serde_json::{Value, json};
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
@@ -271,58 +270,52 @@ fn adds_side_by_side_get_an_address_each() {
     assert_eq!(got.len(), 16);
 }
 
+/// A call for each system call that may change something, killed before it.
 #[test]
-fn kill_9_at_any_moment_leaks_no_address_and_no_device() {
-    if !require("cni::kill", &["root", "ip", "nft"]) {
+fn kill_9_between_any_two_steps_leaks_nothing() {
+    if !require("cni::kill", &["root", "ip", "nft", "strace"]) {
         return;
     }
-    const ROUNDS: usize = 200;
     let node = Node::new();
-    // 13 addresses: a leak in every fifteenth round would end the test.
+    // 13 addresses: a leak would soon end the test.
     let mut config = calls::dual(&node);
     config["runtimeConfig"] = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80}]});
+    let mut gc = config.clone();
+    gc["cni.dev/valid-attachments"] = json!([]);
     let pod = pod();
-    node.ok("ADD", "warm", Some(&pod), &config);
-    node.ok("DEL", "warm", Some(&pod), &config);
+    node.warm_up_with(&config);
     let before = node.state();
-    let probe = || {
-        let took = node.time("ADD", "probe", &pod, &config);
-        node.ok("DEL", "probe", Some(&pod), &config);
-        took
-    };
-    let whole = (0..10).map(|_| probe()).min().unwrap();
-    let (mut killed, mut after_lease, mut after_pair) = (0, 0, 0);
-    for round in 0..ROUNDS {
-        let id = format!("k{round}");
-        let verb = if round % 2 == 0 { "ADD" } else { "DEL" };
-        if verb == "DEL" {
-            node.ok("ADD", &id, Some(&pod), &config);
-        }
-        let delay = whole.mul_f64(rand::rng().random_range(0.3..2.0));
-        killed += usize::from(node.killed_after(verb, &id, &pod, &config, delay));
-        if verb == "ADD" {
-            after_lease += usize::from(node.leases() > 0);
-            after_pair += usize::from(calls::links(&pod).contains("eth0"));
-        }
-        match round % 3 {
-            0 => drop(node.ok("DEL", &id, Some(&pod), &config)),
-            // The caller has forgotten the container altogether.
-            1 => {
-                let mut gc = config.clone();
-                gc["cni.dev/valid-attachments"] = json!([]);
-                node.ok("GC", "", None, &gc);
+    let (mut kills, mut leases, mut pairs, mut ports) = (0, 0, 0, 0);
+    for (verb, step) in ["ADD", "DEL"].into_iter().flat_map(|verb| calls::STEPS.map(|step| (verb, step))) {
+        for n in 1.. {
+            let id = format!("k{verb}-{step}-{n}");
+            if verb == "DEL" {
+                node.ok("ADD", &id, Some(&pod), &config);
             }
-            // The namespace is gone first, as when the pod's processes die with their caller.
-            _ => drop(node.ok("DEL", &id, None, &config)),
+            let killed = node.killed_before(verb, &id, &pod, &config, (step, n));
+            if verb == "ADD" {
+                leases += usize::from(node.leases() > 0);
+                pairs += usize::from(calls::links(&pod).contains("eth0"));
+                ports += usize::from(!node.mapped().is_empty());
+            }
+            match n % 3 {
+                0 => drop(node.ok("DEL", &id, Some(&pod), &config)),
+                // The caller has forgotten the container altogether.
+                1 => drop(node.ok("GC", "", None, &gc)),
+                // The namespace is gone first, as when the pod's processes die with their caller.
+                _ => drop(node.ok("DEL", &id, None, &config)),
+            }
+            assert_eq!((node.leases(), node.state()), (0, before.clone()), "{verb} killed before {step} {n}");
+            assert!(!calls::links(&pod).contains("eth0"), "{verb} killed before {step} {n}");
+            if !killed {
+                break;
+            }
+            kills += 1;
         }
-        assert_eq!((node.leases(), node.state()), (0, before.clone()), "round {round} {verb}");
-        assert!(!calls::links(&pod).contains("eth0"), "round {round} {verb}");
     }
-    eprintln!(
-        "of {ROUNDS} calls {killed} were killed; {after_lease} ADDs left a lease, {after_pair} of them a pair"
-    );
+    eprintln!("{kills} kills; ADD left a lease {leases}, a pair {pairs}, a host port {ports} times");
     assert!(
-        killed > ROUNDS / 4 && after_pair > 0 && after_lease > after_pair,
+        kills > leases && leases > pairs && pairs > ports && ports > 0,
         "the kills hit too few of the steps"
     );
     // The whole pool can still be given out.

@@ -258,6 +258,7 @@ impl Task {
                 "bridge": POD_BRIDGE,
                 "mtu": mtu_bytes,
                 "ipam": ipam(ranges),
+                "capabilities": {"portMappings": true, "bandwidth": true},
                 "stateDir": self.state,
             }],
         });

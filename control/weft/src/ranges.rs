@@ -97,7 +97,8 @@ impl<T: Family + FromStr> FromStr for PerFamily<T> {
     type Err = ParseError;
 
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let value = |text: &str| text.trim().parse::<T>().map_err(|_| ParseError::Value(text.to_owned()));
+        let value =
+            |text: &str| text.trim().parse::<T>().map_err(|_unparsed| ParseError::Value(text.to_owned()));
         let values = text.split(',').map(value).collect::<Result<Vec<T>, _>>()?;
         match *values.as_slice() {
             [primary] => Ok(Self::single(primary)),

@@ -83,6 +83,10 @@ pub(crate) fn listen(args: &ServerArgs, cluster: &Cluster) -> anyhow::Result<std
         IpNetwork::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let address = args.listen.unwrap_or(SocketAddr::new(any, API_PORT));
+    anyhow::ensure!(
+        any.is_ipv4() || address.is_ipv6(),
+        "the nodes reach the API over IPv6, their primary family, and {address} is of IPv4"
+    );
     let listener = std::net::TcpListener::bind(address)
         .with_context(|| format!("cannot listen at {address} for the API"))?;
     listener.set_nonblocking(true)?;

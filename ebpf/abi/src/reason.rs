@@ -32,14 +32,16 @@ pub enum DropReason {
     PolicyIngress = 13,
     /// No NetworkPolicy allows the packet out of the pod.
     PolicyEgress = 14,
+    /// A packet larger than the next link takes; answered with ICMP "fragmentation needed" or "packet too big".
+    PacketTooBig = 15,
 }
 
 impl DropReason {
     /// Entries of the counters' map; index 0 is unused.
-    pub const COUNT: u32 = 15;
+    pub const COUNT: u32 = 16;
 
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::SocketNoEndpoints,
         Self::SocketUnknownPort,
         Self::PacketNoEndpoints,
@@ -54,6 +56,7 @@ impl DropReason {
         Self::NoLocalEndpoints,
         Self::PolicyIngress,
         Self::PolicyEgress,
+        Self::PacketTooBig,
     ];
 
     /// The name in metrics.
@@ -74,6 +77,7 @@ impl DropReason {
             Self::NoLocalEndpoints => "no_local_endpoints",
             Self::PolicyIngress => "policy_ingress",
             Self::PolicyEgress => "policy_egress",
+            Self::PacketTooBig => "packet_too_big",
         }
     }
 }

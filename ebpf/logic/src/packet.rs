@@ -47,12 +47,14 @@ pub trait Family {
     const ICMP: u8;
     /// ICMP type and code "port unreachable".
     const PORT_UNREACHABLE: [u8; 2];
+    /// ICMP type and code "fragmentation needed", "packet too big".
+    const TOO_BIG: [u8; 2];
     /// Whether the ICMP checksum covers the addresses.
     const ICMP_COVERS_ADDRESSES: bool;
     /// A header without options and extensions.
     type Header: Copy;
-    /// What an ICMP error quotes of a packet: such a header and 8 bytes.
-    type Quote: Copy;
+    /// What an ICMP error quotes of a packet at least: such a header and 8 bytes.
+    type Quote: Quote;
 
     /// Reads the header at `at`, down to the transport's. `None` for what the programs leave alone: another
     /// version, a damaged header, extensions that change what the destination is.
@@ -61,9 +63,23 @@ pub trait Family {
     fn is_error(icmp_type: u8) -> bool;
     /// The header of an answer to a packet.
     fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> Self::Header;
-    /// Sum of the words of a quote.
-    fn sum_quote(quote: &Self::Quote) -> u32;
 }
+
+/// The beginning of a packet, as long as an ICMP error quotes it.
+pub trait Quote: Copy {
+    /// Sum of its words, not yet folded.
+    fn sum(&self) -> u32;
+}
+
+impl<const N: usize> Quote for [u8; N] {
+    #[inline(always)]
+    fn sum(&self) -> u32 {
+        sum(self)
+    }
+}
+
+/// What is quoted of a packet that is too big: it has that much, and its ports are in it even behind a fragment header.
+pub type LongQuote = [u8; 64];
 
 /// Which part of a packet a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use weft_ebpf_abi::*;
 use crate::service::{Client, Destination, Found, allows, find, flow_is_current, scale, select};
 use crate::{Tables, flow, hash};
 
+mod cost;
 mod packets;
 
 #[derive(Default)]

@@ -4,8 +4,8 @@ use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::answer::{icmp_bytes, port_unreachable, tcp_reset};
-use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, Packet, Part, RST, TCP_BYTES};
+use weft_ebpf_logic::packet::answer::{Error, icmp_bytes, icmp_error, tcp_reset};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST, TCP_BYTES};
 
 use crate::family::Family;
 use crate::maps::count;
@@ -22,8 +22,26 @@ pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -
         TCP => reset::<F>(ctx, packet),
         _ => unreachable::<F>(ctx, packet),
     };
+    back(ctx, answered)
+}
+
+/// Counts a packet that does not fit through the next link, and tells its sender by ICMP what does. Without that, what is larger
+/// would vanish: the stack, which would say so, does not see the packet.
+#[inline(never)]
+pub fn too_big<F: Family>(ctx: &TcContext, packet: &Packet, mtu_bytes: u16) -> i32 {
+    count(DropReason::PacketTooBig);
+    // Only the first fragment has what the sender knows its socket by.
+    if packet.part == Part::Later {
+        return DROP;
+    }
+    back(ctx, error::<F, LongQuote>(ctx, packet, Error::too_big::<F>(mtu_bytes)))
+}
+
+/// Sends an answer out of the device that the packet came in by.
+#[inline(always)]
+fn back(ctx: &TcContext, answered: Option<()>) -> i32 {
     match answered {
-        // SAFETY: a helper with numbers: out of the device that it came in by.
+        // SAFETY: a helper with numbers.
         Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, 0) as i32 },
         None => DROP,
     }
@@ -65,11 +83,16 @@ fn unreachable<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     if packet.header_bytes as usize != F::HEADER_BYTES {
         return None;
     }
-    let quote: F::Quote = ctx.load(ETHERNET_BYTES).ok()?;
-    let answer = port_unreachable::<F>(packet, &quote);
-    resize::<F>(ctx, icmp_bytes::<F>() as usize)?;
+    error::<F, F::Quote>(ctx, packet, Error::port_unreachable::<F>())
+}
+
+#[inline(always)]
+fn error<F: Family, Q: Quote>(ctx: &TcContext, packet: &Packet, error: Error) -> Option<()> {
+    let quote: Q = ctx.load(ETHERNET_BYTES).ok()?;
+    let answer = icmp_error::<F, Q>(packet, &quote, error);
+    resize::<F>(ctx, icmp_bytes::<Q>() as usize)?;
     turn_ethernet(ctx)?;
-    ctx.store(ETHERNET_BYTES, &F::answer(packet, F::ICMP, icmp_bytes::<F>()), 0).ok()?;
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, F::ICMP, icmp_bytes::<Q>()), 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES + ICMP_BYTES, &quote, 0).ok()
 }

@@ -1,10 +1,11 @@
 //! Node edge: packets to Services that no socket hook saw, and the answers to them.
 
+use aya_ebpf::bindings::bpf_check_mtu_flags::BPF_MTU_CHK_SEGS;
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT,
-    bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SKIP_NEIGH,
+    BPF_FIB_LOOKUP_SRC, BPF_NOEXIST, TC_ACT_OK, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
 };
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect_neigh};
+use aya_ebpf::helpers::{bpf_check_mtu, bpf_fib_lookup, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
@@ -15,18 +16,19 @@ use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is
 
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
-use crate::reject::reject;
+use crate::reject::{reject, too_big};
 use crate::rewrite::{rewrite, rewrite_error};
 
 const PASS: i32 = TC_ACT_OK as i32;
 const DROP: i32 = TC_ACT_SHOT as i32;
+const LEAST_MTU_BYTES: u32 = 1_280;
 
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
-    match ctx.load(12) {
-        Ok(V4::ETHERTYPE) => ingress::<V4>(&ctx),
-        Ok(V6::ETHERTYPE) => ingress::<V6>(&ctx),
+    match ethertype(&ctx) {
+        V4::ETHERTYPE => ingress::<V4>(&ctx),
+        V6::ETHERTYPE => ingress::<V6>(&ctx),
         _ => PASS,
     }
 }
@@ -34,11 +36,18 @@ pub fn weft_ingress(ctx: TcContext) -> i32 {
 /// Packets that the node's own processes send: answers of a backend that is the node itself.
 #[classifier]
 pub fn weft_egress(ctx: TcContext) -> i32 {
-    match ctx.load(12) {
-        Ok(V4::ETHERTYPE) => egress::<V4>(&ctx),
-        Ok(V6::ETHERTYPE) => egress::<V6>(&ctx),
+    match ethertype(&ctx) {
+        V4::ETHERTYPE => egress::<V4>(&ctx),
+        V6::ETHERTYPE => egress::<V6>(&ctx),
         _ => PASS,
     }
+}
+
+#[inline(always)]
+fn ethertype(ctx: &TcContext) -> [u8; 2] {
+    // SAFETY: the kernel hands in a valid context. The low half holds the type in network order.
+    let [a, b, _, _] = unsafe { (*raw(ctx)).protocol }.to_ne_bytes();
+    [a, b]
 }
 
 /// What becomes of a packet.
@@ -64,10 +73,15 @@ fn ingress<F: Family>(ctx: &TcContext) -> i32 {
     }
     match judge::<F>(ctx, packet, entry) {
         Outcome::Pass => PASS,
-        Outcome::Goes => match translate::<F>(ctx, packet, entry) {
-            Ok(()) => leave(entry.ifindex),
-            Err(reason) => dropped(reason),
-        },
+        Outcome::Goes => {
+            if let Some(mtu_bytes) = too_big_for(ctx, packet, entry.ifindex) {
+                return too_big::<F>(ctx, packet, mtu_bytes);
+            }
+            match translate::<F>(ctx, packet, entry) {
+                Ok(()) => leave(entry.ifindex),
+                Err(reason) => dropped(reason),
+            }
+        }
         Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
         Outcome::Dropped(reason) => dropped(reason),
     }
@@ -173,8 +187,8 @@ fn established(packet: &Packet, entry: &FlowValue) -> Known {
 fn touch(packet: &Packet, entry: &FlowValue) {
     let now = Kernel.now_seconds();
     let closing = packet.key.protocol == TCP && packet.flags & (FIN | RST) != 0;
-    if let Some(live) = FLOWS.get_ptr_mut(packet.key)
-        && entry.last_seen != now
+    if entry.last_seen != now
+        && let Some(live) = FLOWS.get_ptr_mut(packet.key)
     {
         // SAFETY: an aligned word of an element; a lost race writes the same second.
         unsafe { (*live).last_seen = now };
@@ -269,7 +283,8 @@ fn route<F: Family>(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flag
             BPF_FIB_LOOKUP_SKIP_NEIGH | BPF_FIB_LOOKUP_SRC,
         )
     };
-    if result != 0 {
+    // It also looks at the packet's length; a flow may begin with a packet that is too big.
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) && result != i64::from(BPF_FIB_LKUP_RET_FRAG_NEEDED) {
         return None;
     }
     let keep = flags & SERVICE_KEEP_SOURCE != 0;
@@ -309,6 +324,21 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
         known.map_err(|_| DropReason::FlowTableFull)?;
     }
     rewrite::<F>(ctx, packet, entry).ok_or(DropReason::RewriteFailed)
+}
+
+/// The MTU of the next device, if the packet exceeds it.
+#[inline(always)]
+fn too_big_for(ctx: &TcContext, packet: &Packet, ifindex: u32) -> Option<u16> {
+    // Every link takes what IPv6 demands of it (RFC 8200 §5): small packets cost nothing here.
+    if packet.total_bytes <= LEAST_MTU_BYTES || ifindex == 0 {
+        return None;
+    }
+    let mut mtu = 0_u32;
+    // SAFETY: the context is valid, and the helper writes a word.
+    let result =
+        unsafe { bpf_check_mtu(raw(ctx).cast(), ifindex, &raw mut mtu, 0, u64::from(BPF_MTU_CHK_SEGS)) };
+    // Positive: the packet, or a segment of it, is too long.
+    (result > 0).then_some(mtu as u16)
 }
 
 /// Out of a device; 0 leaves the packet to the stack. Routing it there would drop it: its source is now an address of

@@ -1,11 +1,51 @@
-//! A cluster of both address families on two nodes: addresses, pods on one node and across, names, egress.
+//! Clusters of both address families and of IPv6 alone, on two nodes: addresses, pods on one node and across, names, egress.
 
 use anyhow::Context as _;
 use weft_tests_e2e::{cluster, eventually, sleeper};
 use weft_tests_harness::cluster::Cluster;
 
-const FLAGS: [&str; 6] =
-    ["--nodes", "2", "--cluster-cidr", "10.42.0.0/16,fd42::/56", "--service-cidr", "10.43.0.0/16,fd43::/112"];
+/// The families of a cluster, and what follows from them.
+struct Families {
+    cluster: &'static str,
+    services: &'static str,
+    /// The nodes' ranges, whichever node has which.
+    ranges: [&'static str; 2],
+    /// The nodes' own addresses.
+    nodes: [&'static str; 2],
+    /// What the addresses of a pod begin with, in their order.
+    pods: &'static [&'static str],
+    /// The machine's addresses on the network between the nodes.
+    machine: &'static [&'static str],
+}
+
+const BOTH: Families = Families {
+    cluster: "10.42.0.0/16,fd42::/56",
+    services: "10.43.0.0/16,fd43::/112",
+    ranges: [
+        "10.42.0.0/24 [\"10.42.0.0/24\",\"fd42::/64\"]",
+        "10.42.1.0/24 [\"10.42.1.0/24\",\"fd42:0:0:1::/64\"]",
+    ],
+    nodes: ["10.44.0.2 fd44::2", "10.44.0.3 fd44::3"],
+    pods: &["10.42.", "fd42:"],
+    machine: &["10.44.0.1", "fd44::1"],
+};
+
+/// Tunnels are of IPv6 too, and so is the way to the API.
+const SIX: Families = Families {
+    cluster: "fd42::/56",
+    services: "fd43::/112",
+    ranges: ["fd42:0:0:1::/64 [\"fd42:0:0:1::/64\"]", "fd42::/64 [\"fd42::/64\"]"],
+    nodes: ["fd44::2", "fd44::3"],
+    pods: &["fd42:"],
+    machine: &["fd44::1"],
+};
+
+impl Families {
+    fn start(&self, test: &str, label: &str) -> anyhow::Result<Option<Cluster>> {
+        let flags = ["--nodes", "2", "--cluster-cidr", self.cluster, "--service-cidr", self.services];
+        cluster(test, label, &flags)
+    }
+}
 
 /// A server on each node that says its own name, at port 80 of both families, and a headless Service over both.
 fn servers() -> String {
@@ -43,19 +83,29 @@ spec:
 
 #[test]
 fn two_nodes_of_both_families() -> anyhow::Result<()> {
-    let Some(mut cluster) = cluster("dual::two_nodes_of_both_families", "dual", &FLAGS)? else {
-        return Ok(());
-    };
-    nodes_have_ranges_and_addresses(&cluster)?;
+    let Some(mut cluster) = BOTH.start("dual::two_nodes_of_both_families", "dual")? else { return Ok(()) };
+    all_of(&cluster, &BOTH)?;
+    the_ranges_are_kept_over_a_restart(&mut cluster)?;
+    cluster.purge()
+}
+
+#[test]
+fn two_nodes_of_ipv6_alone() -> anyhow::Result<()> {
+    let Some(mut cluster) = SIX.start("dual::two_nodes_of_ipv6_alone", "six")? else { return Ok(()) };
+    all_of(&cluster, &SIX)?;
+    cluster.purge()
+}
+
+fn all_of(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
+    nodes_have_ranges_and_addresses(cluster, families)?;
     cluster.apply(&servers())?;
     let wait = ["wait", "--for=condition=Ready", "--timeout=60s"];
     cluster.kubectl(&[&wait[..], &["pod/web-1", "pod/web-2", "pod/client-1", "pod/client-2"]].concat())?;
-    every_pod_reaches_every_other(&cluster)?;
-    a_pod_knows_its_addresses(&cluster)?;
-    egress_bears_the_nodes_address(&cluster)?;
-    the_ranges_are_kept_over_a_restart(&mut cluster)?;
-    names_have_both_kinds_of_records(&cluster)?;
-    cluster.purge()
+    every_pod_reaches_every_other(cluster, families)?;
+    a_pod_knows_its_addresses(cluster, families)?;
+    names_have_records_of_each_family(cluster, families)?;
+    a_service_answers_at_each_address(cluster, families)?;
+    egress_bears_the_nodes_address(cluster, families)
 }
 
 /// The lines of a list by jsonpath.
@@ -65,26 +115,26 @@ fn list(cluster: &Cluster, kind: &str, path: &str) -> anyhow::Result<Vec<String>
     Ok(said.lines().map(str::to_owned).collect())
 }
 
-fn nodes_have_ranges_and_addresses(cluster: &Cluster) -> anyhow::Result<()> {
+fn nodes_have_ranges_and_addresses(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
     let mut ranges = list(cluster, "nodes", "{.spec.podCIDR} {.spec.podCIDRs}")?;
     ranges.sort();
-    let of = |number: u8, six: &str| format!("10.42.{number}.0/24 [\"10.42.{number}.0/24\",\"{six}\"]");
-    assert_eq!(ranges, [of(0, "fd42::/64"), of(1, "fd42:0:0:1::/64")]);
-    let internal = "{.metadata.name} {.status.addresses[?(@.type==\"InternalIP\")].address}";
-    assert_eq!(list(cluster, "nodes", internal)?, ["node-1 10.44.0.2 fd44::2", "node-2 10.44.0.3 fd44::3"]);
+    assert_eq!(ranges, families.ranges);
+    let internal = "{.status.addresses[?(@.type==\"InternalIP\")].address}";
+    assert_eq!(list(cluster, "nodes", internal)?, families.nodes);
     Ok(())
 }
 
-/// Name and both addresses of a pod.
-fn pods(cluster: &Cluster, label: &str) -> anyhow::Result<Vec<(String, [String; 2])>> {
+/// Name and addresses of the pods whose name begins so.
+fn pods(cluster: &Cluster, families: &Families, label: &str) -> anyhow::Result<Vec<(String, Vec<String>)>> {
     let mut found = Vec::new();
     for line in list(cluster, "pods", "{.metadata.name} {.status.podIP} {.status.podIPs[*].ip}")? {
         let words: Vec<&str> = line.split(' ').collect();
-        let [name, first, four, six] = words[..] else { anyhow::bail!("{line:?} is not of two addresses") };
-        assert_eq!(first, four, "the primary family's comes first: {line}");
-        assert!(four.starts_with("10.42.") && six.starts_with("fd42:"), "{line}");
+        let [name, first, all @ ..] = &words[..] else { anyhow::bail!("{line:?} lacks addresses") };
+        assert_eq!(Some(first), all.first(), "the primary family's comes first: {line}");
+        assert_eq!(all.len(), families.pods.len(), "{line}");
+        assert!(all.iter().zip(families.pods).all(|(ip, network)| ip.starts_with(network)), "{line}");
         if name.starts_with(label) {
-            found.push((name.to_owned(), [four.to_owned(), six.to_owned()]));
+            found.push(((*name).to_owned(), all.iter().map(|ip| (*ip).to_owned()).collect()));
         }
     }
     Ok(found)
@@ -98,8 +148,8 @@ fn fetch(cluster: &Cluster, from: &str, host: &str) -> anyhow::Result<String> {
 }
 
 /// On one node and across, in both families; a megabyte too, so that packets of full size pass the tunnel.
-fn every_pod_reaches_every_other(cluster: &Cluster) -> anyhow::Result<()> {
-    let servers = pods(cluster, "web-")?;
+fn every_pod_reaches_every_other(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
+    let servers = pods(cluster, families, "web-")?;
     assert_eq!(servers.len(), 2);
     for (server, addresses) in &servers {
         let big = "head -c 1048576 /dev/zero > /www/big";
@@ -130,10 +180,10 @@ spec:
     - {name: HOST_IPS, valueFrom: {fieldRef: {fieldPath: status.hostIPs}}}
 ";
 
-fn a_pod_knows_its_addresses(cluster: &Cluster) -> anyhow::Result<()> {
+fn a_pod_knows_its_addresses(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
     cluster.apply(CURIOUS)?;
     cluster.kubectl(&["wait", "--for=condition=Ready", "--timeout=60s", "pod/curious"])?;
-    let [(_, ips)] = &pods(cluster, "curious")?[..] else { anyhow::bail!("one pod") };
+    let [(_, ips)] = &pods(cluster, families, "curious")?[..] else { anyhow::bail!("one pod") };
     let variable = |name: &str| {
         let script = format!("echo ${name}");
         Ok::<_, anyhow::Error>(
@@ -143,7 +193,7 @@ fn a_pod_knows_its_addresses(cluster: &Cluster) -> anyhow::Result<()> {
     assert_eq!(variable("POD_IPS")?, ips.join(","));
     let hosts = cluster.kubectl(&["get", "pod", "curious", "-o", "jsonpath={.status.hostIPs[*].ip}"])?;
     assert_eq!(variable("HOST_IPS")?, hosts.replace(' ', ","));
-    assert!(hosts.starts_with("10.44.0.") && hosts.contains(" fd44::"), "{hosts}");
+    assert!(families.nodes.contains(&hosts.as_str()), "{hosts}");
     let file = cluster.kubectl(&["exec", "curious", "--", "cat", "/etc/hosts"])?;
     for ip in ips {
         assert!(file.contains(&format!("{ip}\tcurious\n")), "{file}");
@@ -151,26 +201,73 @@ fn a_pod_knows_its_addresses(cluster: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn names_have_both_kinds_of_records(cluster: &Cluster) -> anyhow::Result<()> {
-    let servers = pods(cluster, "web-")?;
-    let name = "pair.default.svc.cluster.local";
-    let asked = |kind: &str| {
+fn names_have_records_of_each_family(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
+    let servers = pods(cluster, families, "web-")?;
+    for (kind, v6) in [("a", false), ("aaaa", true)] {
+        let of_kind = |ip: &&String| ip.contains(':') == v6;
+        let wanted: Vec<_> = servers.iter().flat_map(|(_, ips)| ips).filter(of_kind).collect();
         let kind = format!("-type={kind}");
+        let name = "pair.default.svc.cluster.local";
         let args = ["exec", "client-1", "--", "nslookup", &kind, name];
-        eventually(cluster, &args, |said| said.matches("Name:").count() == 2)
-    };
-    let (four, six) = (asked("a")?, asked("aaaa")?);
-    for (_, [v4, v6]) in &servers {
-        assert!(four.contains(v4) && !four.contains(v6), "{four}");
-        assert!(six.contains(v6) && !six.contains(v4), "{six}");
+        let said = eventually(cluster, &args, |said| said.matches("Name:").count() == wanted.len())?;
+        assert!(wanted.iter().all(|ip| said.contains(*ip)), "{wanted:?}: {said}");
     }
     Ok(())
 }
 
+/// From pods on either node, and at the nodes' ports from outside.
+fn a_service_answers_at_each_address(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
+    cluster.apply(
+        "apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  type: NodePort
+  ipFamilyPolicy: PreferDualStack
+  selector: {app: web}
+  ports: [{port: 80, nodePort: 30080}]
+",
+    )?;
+    let addresses = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"])?;
+    let addresses: Vec<&str> = addresses.split(' ').collect();
+    assert_eq!(addresses.len(), families.pods.len(), "{addresses:?}");
+    for address in &addresses {
+        for from in ["client-1", "client-2"] {
+            let host = if address.contains(':') { format!("[{address}]") } else { (*address).to_owned() };
+            let url = format!("http://{host}/hostname");
+            // At once where the maps have it; a client may come before them.
+            eventually(cluster, &["exec", from, "--", "wget", "-qO-", &url], |name| {
+                name.starts_with("web-")
+            })?;
+        }
+    }
+    for node in families.nodes.iter().flat_map(|node| node.split(' ')) {
+        let answer = ask(cluster, std::net::SocketAddr::new(node.parse()?, 30080));
+        let answer = answer.with_context(|| format!("the node's port at {node}"))?;
+        assert!(answer.contains("web-"), "{node}: {answer}");
+    }
+    Ok(())
+}
+
+/// Asks a server for its name, from the machine that the nodes are on.
+fn ask(cluster: &Cluster, server: std::net::SocketAddr) -> anyhow::Result<String> {
+    use std::io::{Read as _, Write as _};
+    let asked = cluster.netns.thread(move || {
+        let patience = std::time::Duration::from_secs(5);
+        let mut stream = std::net::TcpStream::connect_timeout(&server, patience)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.write_all(b"GET /hostname HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    asked.join().map_err(|_panic| anyhow::anyhow!("the client broke down"))?
+}
+
 /// To the machine that the nodes are on, which knows no way back to a pod.
-fn egress_bears_the_nodes_address(cluster: &Cluster) -> anyhow::Result<()> {
+fn egress_bears_the_nodes_address(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
     use std::io::{BufRead as _, BufReader, Write as _};
-    for (listen, node) in [("10.44.0.1", "10.44.0.3"), ("fd44::1", "fd44::3")] {
+    for (listen, node) in families.machine.iter().zip(families.nodes[1].split(' ')) {
         let address: std::net::IpAddr = listen.parse()?;
         let (tell, port) = std::sync::mpsc::channel();
         let outside = cluster.netns.thread(move || {
@@ -183,11 +280,11 @@ fn egress_bears_the_nodes_address(cluster: &Cluster) -> anyhow::Result<()> {
             stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom outside\n")?;
             Ok(from.ip())
         })?;
-        let host = if address.is_ipv6() { format!("[{listen}]") } else { listen.to_owned() };
+        let host = if address.is_ipv6() { format!("[{listen}]") } else { (*listen).to_owned() };
         let url = format!("http://{host}:{}/", port.recv()?);
         let said = cluster.kubectl(&["exec", "client-2", "--", "wget", "-qO-", &url])?;
         assert_eq!(said.trim(), "from outside");
-        let from = outside.join().map_err(|_| anyhow::anyhow!("the server outside broke down"))??;
+        let from = outside.join().map_err(|_panic| anyhow::anyhow!("the server outside broke down"))??;
         assert_eq!(from.to_string(), node);
     }
     Ok(())
@@ -206,7 +303,7 @@ fn the_ranges_are_kept_over_a_restart(cluster: &mut Cluster) -> anyhow::Result<(
     assert!(!other.status.success() && said.contains("fd42::/56, not 10.42.0.0/16"), "{said}");
     cluster.up()?;
     assert_eq!(std::fs::read_to_string(cluster.data_dir().join("cluster.json"))?, before);
-    nodes_have_ranges_and_addresses(cluster)
+    nodes_have_ranges_and_addresses(cluster, &BOTH)
 }
 
 #[test]

@@ -40,11 +40,6 @@ impl Contests {
         best.is_none_or(|(claim, created, name)| right <= (*claim, *created, name))
     }
 
-    /// Whether somebody waits for it.
-    pub(super) fn is_contested(&self, key: &ServiceKey) -> bool {
-        self.waiting.contains_key(key)
-    }
-
     /// Enters a claim that is not granted.
     pub(super) fn wait(&mut self, key: &ServiceKey, (claim, created, name): Right<'_>) {
         tracing::debug!(service = %name, address = ?key.address, port = ?key.port, "several Services claim this");

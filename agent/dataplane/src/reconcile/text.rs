@@ -81,11 +81,10 @@ pub fn render(ledger: &Ledger) -> String {
     for (number, slots) in &ledger.lists {
         let next = numbers.len() + 1;
         let list = *numbers.entry(*number).or_insert(next);
-        let mut members: Vec<_> = slots.values().map(backend_text).collect();
+        let mut members: Vec<_> = slots.iter().flatten().map(backend_text).collect();
         members.sort();
         members.dedup();
-        let dense = slots.keys().copied().eq(0..u32::try_from(slots.len()).unwrap_or(u32::MAX));
-        let hole = if dense { "" } else { " WITH HOLES" };
+        let hole = if slots.iter().all(Option::is_some) { "" } else { " WITH HOLES" };
         lists.push(format!("list {list}{hole}: {}", members.join(" ")));
     }
     for (number, ranges) in &ledger.sources {
@@ -115,13 +114,14 @@ pub fn dangling(ledger: &Ledger) -> Vec<String> {
     for (key, value) in &ledger.services {
         for index in 0..value.count {
             let slot = SlotKey { list: value.list, index };
-            match ledger.lists.get(&slot.list).and_then(|l| l.get(&index)) {
+            let list = ledger.lists.get(&slot.list).map_or(&[][..], Vec::as_slice);
+            match list.get(index as usize).copied().flatten() {
                 None => found.push(format!("{} misses {slot:?}", service_text(key))),
-                Some(backend) if !ledger.backends.contains_key(backend) => {
+                Some(backend) if !ledger.backends.contains_key(&backend) => {
                     found.push(format!(
                         "{} leads to {} which is gone",
                         service_text(key),
-                        backend_text(backend)
+                        backend_text(&backend)
                     ));
                 }
                 Some(_) => {}

@@ -94,7 +94,7 @@ async fn serve(
 
 fn say(name: &ServiceName, local_endpoints: usize, healthy: bool) -> Response {
     let body = json!({
-        "service": {"namespace": name.namespace, "name": name.name},
+        "service": {"namespace": name.namespace(), "name": name.name()},
         "localEndpoints": local_endpoints,
         "serviceProxyHealthy": healthy,
     });

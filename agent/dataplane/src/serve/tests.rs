@@ -78,7 +78,7 @@ async fn health_and_metrics_are_served() {
 }
 
 fn change(name: &str, port: u16, local_endpoints: usize) -> (ServiceName, Option<Health>) {
-    let name = ServiceName { namespace: "shop".to_owned(), name: name.to_owned() };
+    let name = ServiceName::new("shop", name);
     (name, Some(Health { port, local_endpoints }))
 }
 
@@ -109,7 +109,7 @@ async fn a_load_balancer_learns_of_local_endpoints() {
     checks.apply(vec![change("front", other, 1), change("back", port, 1)]);
     until(port, "/", has("\"name\":\"back\"")).await.unwrap();
     until(other, "/", has("\"name\":\"front\"")).await.unwrap();
-    let gone = ServiceName { namespace: "shop".to_owned(), name: "back".to_owned() };
+    let gone = ServiceName::new("shop", "back");
     checks.apply(vec![(gone, None)]);
     until(port, "/", |answer| answer.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused))
         .await

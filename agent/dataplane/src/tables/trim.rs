@@ -7,12 +7,16 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
-use super::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice};
+use super::{Endpoint, EndpointState, Family, Hints, PortRange, Range, Service, ServicePort, Slice};
 
 /// Label on a Service that another proxy serves.
 const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// Label on a Service that no proxy serves.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Annotation on a Service: `10000-10099/UDP, 7000-7009`.
+const PORT_RANGES_ANNOTATION: &str = "weft.dev/port-ranges";
+/// Ports in a Service's ranges: each takes as many entries of the maps as a port that is written out.
+const MAX_RANGE_PORTS: usize = 1_024;
 /// Affinity when the Service gives no timeout (the API's default: 3 hours).
 const AFFINITY_DEFAULT_SECONDS: u32 = 10_800;
 /// Bits before an IPv4 address in its 128-bit form.
@@ -31,10 +35,10 @@ fn protocol(name: Option<&str>) -> Option<u8> {
     }
 }
 
-fn ordered(mut addresses: Vec<Address>) -> Vec<Address> {
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses
+fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
+    items.sort_unstable();
+    items.dedup();
+    items
 }
 
 /// `None` for what no proxy serves: headless, ExternalName, another proxy's.
@@ -62,15 +66,16 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
     let checked = external_local && spec.type_.as_deref() == Some("LoadBalancer");
     Some(Service {
         sources: sources(spec),
+        ranges: port_ranges(object),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
         affinity_seconds: affinity_seconds(spec),
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
         created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
-        cluster,
-        balancer,
-        external,
+        cluster: cluster.into(),
+        balancer: balancer.into(),
+        external: external.into(),
     })
 }
 
@@ -84,17 +89,42 @@ fn balancer_addresses(object: &core::Service) -> impl Iterator<Item = Address> {
 
 /// Ranges of clients. One that can't be read allows nobody: the API refuses it, so this is not from there.
 /// Ranges of one family only keep out all clients of the other.
-fn sources(spec: &core::ServiceSpec) -> Option<Vec<Range>> {
+fn sources(spec: &core::ServiceSpec) -> Option<Box<[Range]>> {
     let texts = spec.load_balancer_source_ranges.as_ref().filter(|r| !r.is_empty())?;
-    let mut ranges: Vec<_> = texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect();
-    ranges.sort_unstable();
-    ranges.dedup();
-    Some(ranges)
+    Some(ordered(texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect()).into())
 }
 
 fn range(network: IpNetwork) -> Range {
     let mapped = if network.is_ipv4() { V4_MAPPED_BITS } else { 0 };
     Range { first: Address::from(network.network()), prefix_bits: mapped + u32::from(network.prefix()) }
+}
+
+/// Ranges that can't be read are left out, and those that would be too many: the Service's other ports must go on.
+fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
+    let annotations = object.metadata.annotations.as_ref();
+    let Some(text) = annotations.and_then(|a| a.get(PORT_RANGES_ANNOTATION)) else { return Box::default() };
+    let mut count = 0;
+    let mut ranges = Vec::new();
+    for text in text.split(',').map(str::trim).filter(|text| !text.is_empty()) {
+        let range = port_range(text);
+        count += range.map_or(0, |range| usize::from(range.last - range.first) + 1);
+        match range {
+            Some(range) if count <= MAX_RANGE_PORTS => ranges.push(range),
+            Some(_) | None => {
+                tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
+                range = text, "not a range of ports, or more than 1024 ports in all")
+            }
+        }
+    }
+    ordered(ranges).into()
+}
+
+fn port_range(text: &str) -> Option<PortRange> {
+    let (ports, kind) = text.split_once('/').map_or((text, None), |(ports, kind)| (ports, Some(kind)));
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    let protocol = protocol(kind.map(str::trim))?;
+    (0 < first && first <= last).then_some(PortRange { protocol, first, last })
 }
 
 fn affinity_seconds(spec: &core::ServiceSpec) -> u32 {
@@ -115,7 +145,7 @@ fn number(port: i32) -> u16 {
 
 fn port(port: &core::ServicePort) -> Option<ServicePort> {
     Some(ServicePort {
-        name: port.name.clone().unwrap_or_default(),
+        name: port.name.as_deref().unwrap_or_default().into(),
         port: u16::try_from(port.port).ok()?,
         node_port: port.node_port.map_or(0, number),
         protocol: protocol(port.protocol.as_deref())?,
@@ -125,7 +155,7 @@ fn port(port: &core::ServicePort) -> Option<ServicePort> {
 pub(super) fn slice(object: &discovery::EndpointSlice, family: Family, node_name: &str) -> Slice {
     let ports = object.ports.iter().flatten().filter_map(|p| {
         let number = u16::try_from(p.port?).ok()?;
-        Some((p.name.clone().unwrap_or_default(), protocol(p.protocol.as_deref())?, number))
+        Some((p.name.as_deref().unwrap_or_default().into(), protocol(p.protocol.as_deref())?, number))
     });
     let endpoints = object.endpoints.iter().flatten().filter_map(|e| {
         let uid = e.target_ref.as_ref().and_then(|t| t.uid.as_deref()).unwrap_or("");

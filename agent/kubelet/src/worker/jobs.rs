@@ -55,8 +55,10 @@ impl Worker {
             }
             // A node without a resolv.conf has no names outside the cluster to offer.
             let host = tokio::fs::read_to_string(&shared.config.host_resolv_conf).await.unwrap_or_default();
-            let spec = spec::sandbox(&pod, &shared.config, attempt, &host);
-            Done::Sandbox(shared.runtime.run_sandbox(spec).await)
+            match spec::sandbox(&pod, &shared.config, attempt, &host) {
+                Ok(spec) => Done::Sandbox(shared.runtime.run_sandbox(spec).await),
+                Err(error) => Done::Sandbox(Err(error)),
+            }
         });
     }
 

@@ -12,7 +12,7 @@ use weft_agent_runtime_init::wire::{self, Reply, Request};
 use super::init::{self, Connection};
 use super::records::{self, Phase, SandboxRecord};
 use super::{Inner, SandboxEntry, blocking, network_error, new_id, not_found, now_ns, spec};
-use crate::cni::Attachment;
+use crate::cni::{self, Attachment};
 use crate::{Error, RuntimeEvent, Sandbox, SandboxSpec};
 
 /// An init that is told to end kills its containers and ends; the kernel does it at once unless it is stuck.
@@ -108,7 +108,9 @@ impl Inner {
         ];
         let args = args.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         let netns = self.paths.netns(&record.id);
-        let mut attachment = self.network.prepare(&record.id, &netns, args).map_err(network_error)?;
+        let capabilities = cni::capabilities(spec);
+        let mut attachment =
+            self.network.prepare(&record.id, &netns, args, capabilities).map_err(network_error)?;
         let path = self.paths.network(&record.id);
         // Before ADD: whatever it leaves when we die, DEL finds with the same configuration.
         records::save(&path, &attachment)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
-use weft_agent_runtime::{Error, Runtime};
+use weft_agent_runtime::{Bandwidth, Error, PortMapping, Runtime, SandboxSpec};
 use weft_tests_harness::require;
 
 use crate::node::{NOOP_PLUGIN, Node, script};
@@ -64,6 +64,39 @@ async fn plugins_are_called_as_the_spec_says() {
     );
     assert!(calls[0].starts_with(&head), "{} is not {head}", calls[0]);
     assert_eq!(input(&calls[7])["name"], "t");
+    node.finish().await;
+}
+
+#[tokio::test]
+async fn capabilities_are_given_to_who_names_them() {
+    if !require("capabilities_are_given_to_who_names_them", &["root"]) {
+        return;
+    }
+    let node = Node::new().await;
+    let plugins = json!([
+        {"type": "noop", "capabilities": {"portMappings": true, "bandwidth": false}},
+        {"type": "noop", "capabilities": {"bandwidth": true, "other": true}},
+        {"type": "noop"},
+    ]);
+    node.network(&json!({"cniVersion": "1.1.0", "name": "t", "plugins": plugins}));
+    fs::remove_file(node.plugin_log()).ok();
+    let mapping = PortMapping {
+        host_port: 8080,
+        container_port: 80,
+        protocol: "tcp".to_owned(),
+        host_ip: "192.0.2.1".to_owned(),
+    };
+    let bandwidth = Bandwidth { ingress_bits_per_second: Some(1_000_000), ..Bandwidth::default() };
+    let pod = SandboxSpec { port_mappings: vec![mapping], bandwidth, ..node.pod() };
+    let id = node.runtime().run_sandbox(pod).await.unwrap().id;
+    node.runtime().stop_sandbox(&id).await.unwrap();
+    let given: Vec<Value> = calls(&node).iter().map(|call| input(call)["runtimeConfig"].take()).collect();
+    let ports = json!({"portMappings": [
+        {"hostPort": 8080, "containerPort": 80, "protocol": "tcp", "hostIP": "192.0.2.1"},
+    ]});
+    let bounds = json!({"bandwidth": {"ingressRate": 1_000_000}});
+    // DEL gets what ADD got, in reverse order.
+    assert_eq!(given, [ports.clone(), bounds.clone(), Value::Null, Value::Null, bounds, ports]);
     node.finish().await;
 }
 

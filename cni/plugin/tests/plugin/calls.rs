@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use weft_cni_netlink::namespace;
@@ -18,6 +18,10 @@ pub(crate) struct Node {
     pub(crate) args: &'static str,
     folder: tempfile::TempDir,
 }
+
+/// System calls that change something outside of the plugin, or ask the kernel about it.
+pub(crate) const STEPS: [&str; 8] =
+    ["mkdir", "flock", "symlink", "unlink", "sendto", "setns", "write", "clone"];
 
 /// The configuration as the agent writes it, for one plugin.
 pub(crate) fn conf(node: &Node) -> Value {
@@ -68,7 +72,11 @@ impl Node {
     }
 
     fn start(&self, verb: &str, id: &str, netns: &str, input: &str) -> Child {
-        let mut command: Command = self.netns.command(&self.program).unwrap();
+        let command: Command = self.netns.command(&self.program).unwrap();
+        self.spawn(command, verb, id, netns, input)
+    }
+
+    fn spawn(&self, mut command: Command, verb: &str, id: &str, netns: &str, input: &str) -> Child {
         command
             .env_clear()
             .env("CNI_COMMAND", verb)
@@ -114,28 +122,21 @@ impl Node {
         failure(verb, &self.call(verb, id, netns, &config.to_string()))
     }
 
-    /// How long a call takes.
-    pub(crate) fn time(&self, verb: &str, id: &str, pod: &Netns, config: &Value) -> Duration {
-        let before = Instant::now();
-        self.ok(verb, id, Some(pod), config);
-        before.elapsed()
-    }
-
-    /// Calls, and kills the call after a while; whether it was still running.
-    pub(crate) fn killed_after(
+    /// Calls, and kills the call before it makes a system call for the n-th time; whether it got that far.
+    pub(crate) fn killed_before(
         &self,
         verb: &str,
         id: &str,
         pod: &Netns,
         config: &Value,
-        delay: Duration,
+        (step, n): (&str, u32),
     ) -> bool {
-        let before = Instant::now();
-        let mut child = self.start(verb, id, &path(Some(pod)), &config.to_string());
-        while before.elapsed() < delay {
-            std::hint::spin_loop();
-        }
-        child.kill().unwrap();
+        let mut command = self.netns.command("strace").unwrap();
+        let inject = format!("inject={step}:signal=KILL:when={n}");
+        command.args(["-qq", "-o", "/dev/null", "-e", &format!("trace={step}"), "-e", &inject]);
+        command.arg(&self.program);
+        let mut child = self.spawn(command, verb, id, &path(Some(pod)), &config.to_string());
+        // strace ends as its program did.
         child.wait().unwrap().code().is_none()
     }
 

@@ -1,8 +1,8 @@
-//! Answers that refuse a packet: TCP resets, and ICMP "port unreachable" of both families.
+//! Answers that refuse a packet: TCP resets and ICMP errors of both families.
 
 use weft_ebpf_abi::TCP;
 
-use super::{ACK, FIN, Family, ICMP_BYTES, Packet, RST, SYN, TCP_BYTES, fold, sum, sum_pseudo, write};
+use super::{ACK, FIN, Family, ICMP_BYTES, Packet, Quote, RST, SYN, TCP_BYTES, fold, sum, sum_pseudo, write};
 
 /// The TCP segment that resets a packet's connection, as RFC 9293 §3.10.7.1 wants it: with ACK, its sequence number is
 /// that acknowledgement; without, it acknowledges all the segment occupies.
@@ -33,16 +33,43 @@ pub fn tcp_reset(packet: &Packet, tcp: &[u8; TCP_BYTES]) -> [u8; TCP_BYTES] {
     out
 }
 
-/// The ICMP header of "port unreachable" for a packet; `quote` follows it.
+/// What an ICMP error says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// The next hop's MTU, if it is about that.
+    pub mtu_bytes: u16,
+}
+
+impl Error {
+    /// Nobody listens there.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port_unreachable<F: Family>() -> Self {
+        Self { kind: F::PORT_UNREACHABLE, mtu_bytes: 0 }
+    }
+
+    /// The packet does not fit through the next link (RFC 1191 §4, RFC 8201).
+    #[inline(always)]
+    #[must_use]
+    pub const fn too_big<F: Family>(mtu_bytes: u16) -> Self {
+        Self { kind: F::TOO_BIG, mtu_bytes }
+    }
+}
+
+/// The ICMP header of an error about a packet; `quote` follows it, the packet's beginning.
 #[inline(always)]
 #[must_use]
-pub fn port_unreachable<F: Family>(packet: &Packet, quote: &F::Quote) -> [u8; ICMP_BYTES] {
+pub fn icmp_error<F: Family, Q: Quote>(packet: &Packet, quote: &Q, error: Error) -> [u8; ICMP_BYTES] {
     let mut out = [0_u8; ICMP_BYTES];
-    write(&mut out, 0, F::PORT_UNREACHABLE);
-    let mut total = sum(&out) + F::sum_quote(quote);
+    write(&mut out, 0, error.kind);
+    // IPv4 has it in these two bytes, IPv6 in four that end with them.
+    write(&mut out, 6, error.mtu_bytes.to_be_bytes());
+    let mut total = sum(&out) + quote.sum();
     if F::ICMP_COVERS_ADDRESSES {
         let (source, destination) = (&packet.key.destination, &packet.key.source);
-        total += sum_pseudo(source, destination, F::ICMP, icmp_bytes::<F>());
+        total += sum_pseudo(source, destination, F::ICMP, icmp_bytes::<Q>());
     }
     write(&mut out, 2, fold(total));
     out
@@ -51,7 +78,7 @@ pub fn port_unreachable<F: Family>(packet: &Packet, quote: &F::Quote) -> [u8; IC
 /// Bytes of such a message with its quote.
 #[inline(always)]
 #[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "a constant below 100")]
-pub const fn icmp_bytes<F: Family>() -> u16 {
-    (ICMP_BYTES + size_of::<F::Quote>()) as u16
+#[expect(clippy::cast_possible_truncation, reason = "a constant below 200")]
+pub const fn icmp_bytes<Q: Quote>() -> u16 {
+    (ICMP_BYTES + size_of::<Q>()) as u16
 }

@@ -17,6 +17,7 @@ impl Family for V4 {
     const HEADER_BYTES: usize = HEADER_BYTES;
     const ICMP: u8 = 1;
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
+    const TOO_BIG: [u8; 2] = [3, 4];
     const ICMP_COVERS_ADDRESSES: bool = false;
     type Header = [u8; HEADER_BYTES];
     type Quote = [u8; HEADER_BYTES + 8];
@@ -62,10 +63,5 @@ impl Family for V4 {
         let checksum = fold(sum(&header));
         write(&mut header, 10, checksum);
         header
-    }
-
-    #[inline(always)]
-    fn sum_quote(quote: &Self::Quote) -> u32 {
-        sum(quote)
     }
 }

@@ -33,6 +33,7 @@ impl Family for V6 {
     const HEADER_BYTES: usize = HEADER_BYTES;
     const ICMP: u8 = 58;
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
+    const TOO_BIG: [u8; 2] = [2, 0];
     const ICMP_COVERS_ADDRESSES: bool = true;
     type Header = [u8; HEADER_BYTES];
     /// RFC 4443 §2.4 wants as much of the packet as fits; header and ports are what receivers look at.
@@ -98,10 +99,5 @@ impl Family for V6 {
         write(&mut header, 8, packet.key.destination.0);
         write(&mut header, 24, packet.key.source.0);
         header
-    }
-
-    #[inline(always)]
-    fn sum_quote(quote: &Self::Quote) -> u32 {
-        super::sum(quote)
     }
 }

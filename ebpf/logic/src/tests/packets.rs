@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use weft_ebpf_abi::*;
 
-use crate::packet::answer::{icmp_bytes, port_unreachable, tcp_reset};
+use crate::packet::answer::{Error, icmp_bytes, icmp_error, tcp_reset};
 use crate::packet::{
     self, Bytes, ETHERNET_BYTES, Family, FragmentId, Packet, Part, RST, V4, V6, parse, parse_quote,
 };
@@ -219,16 +219,23 @@ fn check_answers<F: Family>(
     assert_eq!(reference_checksum(&pseudo(&back, &to, TCP, &segment)), 0);
     assert_eq!(segment[..4], [tcp[2], tcp[3], tcp[0], tcp[1]]);
     assert!(segment[13] & RST != 0);
-    let message = [port_unreachable::<F>(packet, quote).as_slice(), &bytes_of(quote)].concat();
-    assert_eq!(message.len(), usize::from(icmp_bytes::<F>()));
-    assert_eq!(message[..2], F::PORT_UNREACHABLE);
-    let covered = if F::ICMP_COVERS_ADDRESSES { pseudo(&back, &to, F::ICMP, &message) } else { message };
-    assert_eq!(reference_checksum(&covered), 0);
-    let header: Vec<u8> = F::answer(packet, F::ICMP, icmp_bytes::<F>()).into();
+    let long: packet::LongQuote = std::array::from_fn(|i| tcp[i % 20]);
+    for message in [
+        [icmp_error::<F, _>(packet, quote, Error::port_unreachable::<F>()).as_slice(), &bytes_of(quote)]
+            .concat(),
+        [icmp_error::<F, _>(packet, &long, Error::too_big::<F>(1_400)).as_slice(), &long].concat(),
+    ] {
+        let big = message[..2] == F::TOO_BIG;
+        assert!(big || message[..2] == F::PORT_UNREACHABLE);
+        assert_eq!(message[4..8], if big { 1_400_u32.to_be_bytes() } else { [0; 4] });
+        let covered = if F::ICMP_COVERS_ADDRESSES { pseudo(&back, &to, F::ICMP, &message) } else { message };
+        assert_eq!(reference_checksum(&covered), 0);
+    }
+    let header: Vec<u8> = F::answer(packet, F::ICMP, icmp_bytes::<F::Quote>()).into();
     assert_eq!(header.len(), F::HEADER_BYTES);
     let read = F::header(header.as_slice(), 0).unwrap();
     assert_eq!((read.key.source, read.key.destination, read.key.protocol), (back, to, F::ICMP));
-    assert_eq!(read.total_bytes as usize, F::HEADER_BYTES + usize::from(icmp_bytes::<F>()));
+    assert_eq!(read.total_bytes as usize, F::HEADER_BYTES + usize::from(icmp_bytes::<F::Quote>()));
     if !F::ICMP_COVERS_ADDRESSES {
         assert_eq!(reference_checksum(&header), 0);
     }

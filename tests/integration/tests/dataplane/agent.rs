@@ -19,7 +19,7 @@ use weft_agent_dataplane::{Config, ProxyConfig, cleanup, run};
 use weft_tests_harness::{artifact, require};
 
 use crate::NEEDS;
-use crate::place::{NODE, POD, Place, ask_tcp, serve, vip, within};
+use crate::place::{NODE, POD, Place, ask_datagram, ask_tcp, connected_udp, serve, vip, within};
 
 type Reply = http::Response<BoxBody<Bytes, Infallible>>;
 
@@ -75,7 +75,9 @@ impl Api {
 
 fn service() -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web", "resourceVersion": "5"},
-        "spec": {"type": "NodePort", "clusterIP": "10.43.0.10", "ports": [{"port": 80, "nodePort": 30080, "protocol": "TCP"}]}})
+        "spec": {"type": "NodePort", "clusterIP": "10.43.0.10", "ports": [
+            {"name": "stream", "port": 80, "nodePort": 30080, "protocol": "TCP"},
+            {"name": "datagram", "port": 80, "nodePort": 30080, "protocol": "UDP"}]}})
 }
 
 fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
@@ -85,7 +87,7 @@ fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
     json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4", "endpoints": endpoints,
         "metadata": {"namespace": "default", "name": "web-1", "resourceVersion": version,
             "labels": {"kubernetes.io/service-name": "web"}},
-        "ports": [{"name": "", "port": port, "protocol": "TCP"}]})
+        "ports": [{"name": "stream", "port": port, "protocol": "TCP"}, {"name": "datagram", "port": port, "protocol": "UDP"}]})
 }
 
 fn config(place: &Place) -> Config {
@@ -158,16 +160,20 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     let health = get(10_256, "/healthz").await;
     assert!(health.starts_with("HTTP/1.1 200") && health.contains("\"nodeEligible\":true"), "{health}");
 
+    let datagrams = connected_udp(vip(10));
+    assert!(ask_datagram(&datagrams).is_ok());
     api.event("endpointslices", "MODIFIED", &slice(&[], "8")).await;
     eventually("refusal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused))
         .await;
+    let ended = || matches!(datagrams.take_error(), Ok(Some(e)) if e.kind() == ErrorKind::ConnectionAborted);
+    eventually("the end of a connected UDP socket", ended).await;
     api.event("endpointslices", "MODIFIED", &slice(&[pod], "9")).await;
     eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
     let metrics = get(10_249, "/metrics").await;
     for line in [
         "weft_dataplane_drops_total{reason=\"socket_no_endpoints\"}",
         "weft_dataplane_services 1",
-        "weft_map_entries{map=\"backends\"} 1",
+        "weft_map_entries{map=\"backends\"} 2",
         "kubeproxy_sync_full_proxy_rules_duration_seconds_count 1",
         "kubeproxy_sync_proxy_rules_endpoint_changes_total 3",
     ] {

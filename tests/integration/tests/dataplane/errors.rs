@@ -48,7 +48,7 @@ fn echo(netns: &Netns, address: IpAddr) -> SocketAddr {
 
 fn ask_large(socket: &UdpSocket, bytes: usize) -> std::io::Result<()> {
     let sent: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    socket.set_read_timeout(Some(SOON))?;
+    socket.set_read_timeout(Some(SOON / 2))?;
     socket.send(&sent)?;
     let mut received = vec![0; 65_536];
     let count = socket.recv(&mut received)?;
@@ -137,4 +137,33 @@ fn a_client_learns_of_a_narrow_link_behind_the_edge() {
         wait_until("the datagram gets through in fragments", SOON * 3, || Ok(large().ok())).unwrap();
         assert_eq!(path_mtu(&socket, &family), 1_300, "the router's word reached the client");
     }
+}
+
+#[test]
+fn the_edge_tells_what_fits_where_the_stack_can_not() {
+    if !require("dataplane::errors-too-big", &NEEDS) {
+        return;
+    }
+    let place = Place::new("eb").unwrap();
+    let narrow = |netns: &Netns, device: &str| {
+        ip(&["-n", netns.name(), "link", "set", device, "mtu", "1350"]).unwrap();
+    };
+    // The pods' side is narrower than the link to the client, as behind an overlay.
+    for (netns, device) in [(&place.node, "weft0"), (&place.node, "pod0"), (&place.pod, "eth0")] {
+        narrow(netns, device);
+    }
+    let mut running = place.start().unwrap();
+    for family in FAMILIES {
+        running.plain(&family, 10, 30080, &[echo(&place.pod, family.pod)]).unwrap();
+        let socket = within(&place.client, || connected_udp(family.at_node(30080)));
+        ask_large(&socket, 1_440).unwrap_err();
+        assert_eq!(path_mtu(&socket, &family), 1_350);
+        ask_large(&socket, 1_440).unwrap();
+        ask_large(&socket, 4_000).unwrap();
+        // A datagram whose first fragment is too big; another address, so that nothing is known of the path yet.
+        let socket = within(&place.client, || connected_udp(family.vip(10)));
+        ask_large(&socket, 4_000).unwrap_err();
+        ask_large(&socket, 4_000).unwrap();
+    }
+    assert_eq!(running.drops("packet_too_big"), 4);
 }

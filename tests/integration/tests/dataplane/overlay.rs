@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use futures::FutureExt as _;
 use serde_json::json;
 use weft_agent_dataplane::node;
 use weft_agent_dataplane::overlay::Overlay;
@@ -116,4 +117,69 @@ fn reach_each_other(underlay: &str, mtu_bytes: u32) {
     first.delete_node("node-2");
     within(&netns[0], || first.sync()).unwrap();
     assert_eq!(state(), (mtu_bytes, 0, (0, 0)), "what is gone already is no error");
+}
+
+/// What the dataplane does with the kernel's events, without the rest of it.
+fn repair(overlay: &mut Overlay, netns: &Netns, what: &str, damage: impl FnOnce() + Send) {
+    within(netns, || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut events = weft_cni_netlink::Events::subscribe().unwrap();
+            damage();
+            let heard = tokio::time::timeout(std::time::Duration::from_secs(10), async {
+                while !overlay.is_dirty() {
+                    for event in events.next().await.unwrap() {
+                        overlay.observe(&event);
+                    }
+                    overlay.set_devices(&node::devices().unwrap());
+                }
+            });
+            heard.await.unwrap_or_else(|_| panic!("nothing is heard of {what:?}"));
+            // The kernel may tell of a damage in two steps. Its own repair is nothing to repair.
+            for _ in 0..3 {
+                overlay.sync().unwrap();
+                while let Some(own) = events.next().now_or_never() {
+                    own.unwrap().iter().for_each(|event| overlay.observe(event));
+                }
+            }
+            assert!(!overlay.is_dirty(), "{what}");
+        });
+    });
+}
+
+#[test]
+fn what_others_take_away_is_put_back() {
+    if !require("dataplane::overlay_repair", &["root", "ip"]) {
+        return;
+    }
+    let (netns, pods) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
+    let _second = overlay(2, (&netns[1], "192.168.79."), &both);
+    within(&netns[0], || first.set_devices(&node::devices().unwrap()));
+    let servers =
+        ["10.42.2.2", "fd42:0:0:2::2"].map(|ip| serve(&pods[1], ip.parse::<IpAddr>().unwrap(), "far"));
+    for damage in [
+        "route del 10.42.2.0/24",
+        "route replace 10.42.2.0/24 dev lo",
+        "-6 route del fd42:0:0:2::/64",
+        "neigh del 10.42.2.0 dev weft.vx",
+        "neigh replace fd42:0:0:2:: lladdr 02:00:00:00:00:99 dev weft.vx nud permanent",
+        "link set weft.vx down",
+        "link del weft.vx",
+    ] {
+        let command: Vec<&str> = ["-n", netns[0].name()].into_iter().chain(damage.split(' ')).collect();
+        repair(&mut first, &netns[0], damage, || ip(&command).unwrap());
+        for server in servers {
+            assert!(within(&pods[0], || ask_tcp(server)).is_ok(), "{server} after {damage}");
+        }
+    }
+    repair(&mut first, &netns[0], "the loss of a forwarding entry", || {
+        let mut netlink = Netlink::open().unwrap();
+        let device = netlink.link("weft.vx").unwrap();
+        for entry in netlink.fdb(device.index).unwrap() {
+            netlink.delete_fdb(&entry).unwrap();
+        }
+    });
+    assert!(within(&pods[0], || ask_tcp(servers[0])).is_ok());
 }

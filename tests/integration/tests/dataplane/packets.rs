@@ -303,3 +303,26 @@ fn answers_of_the_node_itself_leave_as_the_service() {
         assert_eq!(egress(&other), (PASS, other), "what the node says for itself");
     }
 }
+
+#[test]
+fn programs_stay_far_from_the_verifiers_limit() {
+    if !require("dataplane::packets-size", &NEEDS) {
+        return;
+    }
+    let place = Place::new("ps").unwrap();
+    let running = place.start().unwrap();
+    // The verifier gives up at a million instructions; a tenth of it leaves room for kernels that look closer.
+    const BOUND: u32 = 100_000;
+    let info = |name: &str| match running.programs.program(name) {
+        Some(Program::SchedClassifier(program)) => program.info().unwrap(),
+        Some(Program::CgroupSockAddr(program)) => program.info().unwrap(),
+        _ => panic!("{name} is not there"),
+    };
+    for name in
+        ["weft_ingress", "weft_egress", "weft_connect4", "weft_connect6", "weft_sendmsg6", "weft_recvmsg6"]
+    {
+        let Some(verified) = info(name).verified_instruction_count() else { continue };
+        println!("{name}: {verified} instructions verified");
+        assert!(verified <= BOUND, "{name}: {verified}");
+    }
+}

@@ -1,14 +1,18 @@
 //! Ways to a Service beside the plain ones: affinity over restarts, namespaces within a pod, clients on the node.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::process::Stdio;
 
+use weft_agent_dataplane::abandon::{Search, end_sockets};
 use weft_ebpf_abi::{SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY};
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
 use crate::entries::{FAMILIES, Service};
-use crate::place::{POD, POD6, Place, ask_tcp, ask_udp, serve, within};
+use crate::place::{POD, POD6, Place, ask_datagram, ask_tcp, ask_udp, connected_udp, serve, vip, within};
 
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
@@ -140,4 +144,62 @@ fn flags_hold_for_the_nodes_own_sockets() {
         assert_eq!(ask().unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
         assert_eq!(running.drops("no_local_endpoints"), before + 1);
     }
+}
+
+/// A process of the pod, in its cgroup and its namespace, with a UDP socket connected to a Service. Prints how it went on when it is
+/// told to.
+fn pod_process(place: &Place, cgroup: &std::path::Path) -> std::process::Child {
+    let program = "import socket,sys\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\ns.settimeout(5)\n\
+        s.connect(('10.43.0.10',80))\ns.send(b'?')\nprint(s.recv(64).decode().split()[0],flush=True)\n\
+        sys.stdin.readline()\ntry:\n s.send(b'?')\n s.recv(64)\n print('stays',flush=True)\nexcept OSError as e:\n print(e.errno,flush=True)\n\
+        s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\ns.settimeout(5)\ns.connect(('10.43.0.10',80))\ns.send(b'?')\n\
+        print(s.recv(64).decode().split()[0],flush=True)";
+    let script = format!("echo 0 > {}/cgroup.procs && exec python3 -c \"$0\"", cgroup.display());
+    let mut command = place.pod.command("sh").unwrap();
+    command.args(["-c", &script, program]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn connected_udp_sockets_leave_a_backend_that_is_gone() {
+    if !require("dataplane::udp-left", &[NEEDS.as_slice(), &["python3"]].concat()) {
+        return;
+    }
+    let place = Place::new("ul").unwrap();
+    let (first, second) = (serve(&place.pod, POD, "first"), serve(&place.pod, POD, "second"));
+    let mut running = place.start().unwrap();
+    running.service(10, 30080, &[first]).unwrap();
+    assert!(running.reconciler.take_left().is_empty());
+    let inner = place.cgroup.join("pod");
+    std::fs::create_dir_all(&inner).unwrap();
+    let mut process = pod_process(&place, &inner);
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(lines.next().unwrap(), "first");
+    let mapped = SocketAddr::from((std::net::Ipv4Addr::new(10, 43, 0, 10).to_ipv6_mapped(), 80));
+    let [plain, dual, direct] = within(&place.node, || [vip(10), mapped, first].map(connected_udp));
+    for socket in [&plain, &dual, &direct] {
+        assert!(ask_datagram(socket).unwrap().starts_with("first"));
+    }
+
+    running.service(10, 30080, &[second]).unwrap();
+    let left = running.reconciler.take_left();
+    assert_eq!(left.len(), 1, "{left:?}");
+    let search = Search { node_cgroup: place.cgroup.clone(), pin_dir: place.pins.clone() };
+    let report = within(&place.node, || end_sockets(&left, &search)).unwrap();
+    assert_eq!((report.namespaces, report.ended), (2, 3));
+    for socket in [&plain, &dual] {
+        // What a process gets that waits for an answer, and one that sends.
+        let waiting = socket.take_error().unwrap().unwrap();
+        assert_eq!(waiting.kind(), std::io::ErrorKind::ConnectionAborted);
+        let sending = ask_datagram(socket).unwrap_err().raw_os_error();
+        assert_eq!(sending, Some(nix::libc::EDESTADDRREQ));
+    }
+    assert!(ask_datagram(&direct).unwrap().starts_with("first"), "it asked for the pod, not for the Service");
+    within(&place.node, || assert!(ask_udp(vip(10)).unwrap().starts_with("second")));
+    drop(process.stdin.take());
+    let ended = nix::libc::EDESTADDRREQ.to_string();
+    assert_eq!(lines.by_ref().take(2).collect::<Vec<_>>(), [ended, "second".to_owned()]);
+    process.wait().unwrap();
+    std::fs::remove_dir(&inner).unwrap();
+    let again = within(&place.node, || end_sockets(&left, &search)).unwrap();
+    assert_eq!((again.namespaces, again.ended), (1, 0));
 }

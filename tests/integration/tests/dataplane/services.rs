@@ -168,3 +168,29 @@ fn local_policies_keep_to_the_node_and_tell_apart_elsewhere_and_nowhere() {
         ErrorKind::ConnectionRefused
     );
 }
+
+#[test]
+fn a_range_of_ports_leads_to_the_same_ports() {
+    if !require("dataplane::port_ranges", &NEEDS) {
+        return;
+    }
+    let (place, mut running, [pod, _]) = start("pr");
+    let number = pod.0.port();
+    let (first, last) = (number - 3, number.saturating_add(3));
+    let ranges = format!("{first}-{last}, {first}-{last}/UDP");
+    let object = service(&["IPv4"], |object| {
+        object["metadata"]["annotations"] = json!({"weft.dev/port-ranges": ranges})
+    });
+    running.apply(slice("IPv4", &[pod])).unwrap();
+    running.apply(object).unwrap();
+    for address in ["10.43.0.33", "203.0.113.33", "203.0.113.44"].map(|ip| at(ip, number)) {
+        within(&place.node, || answers("node", ask_tcp(address)));
+        within(&place.node, || answers("node over UDP", ask_udp(address)));
+    }
+    within(&place.client, || answers("client", ask_tcp(at("203.0.113.33", number))));
+    within(&place.client, || answers("client over UDP", ask_udp(at("203.0.113.44", number))));
+    // Nobody listens there in the pod.
+    let closed = within(&place.node, || ask_tcp(at("10.43.0.33", first))).unwrap_err();
+    assert_eq!(closed.kind(), ErrorKind::ConnectionRefused);
+    within(&place.node, || answers("written out", ask_tcp(cluster_address("IPv4"))));
+}
