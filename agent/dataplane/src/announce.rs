@@ -4,6 +4,7 @@
 //! The others ask for the address by ARP several times a second; one that hears nothing for a second takes it and says so by
 //! gratuitous ARP. No node needs to know which others there are. IPv4 only.
 
+pub(crate) mod answers;
 mod arp;
 mod election;
 mod socket;
@@ -11,7 +12,7 @@ mod socket;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnetwork::Ipv4Network;
 use tokio::sync::watch;
@@ -24,8 +25,13 @@ use self::socket::ArpSocket;
 
 /// The device that carries the addresses: a bridge without ports.
 pub const DEVICE: &str = "weft.lb";
+/// Class of Services whose load balancer weft is, beside those of no class.
+pub(crate) const CLASS: &str = "weft.dev/pool";
 /// It never carries a packet; this is Ethernet's usual size.
 const MTU_BYTES: u32 = 1500;
+
+/// A device that comes and goes is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Why addresses can't be announced.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +95,23 @@ pub async fn run(
             () = tokio::time::sleep_until(next.into()) => {}
         }
     }
+}
+
+/// Runs [`run`] again when it fails, until `shutdown`: Services go on without their load balancer. Addresses of IPv6 nodes
+/// are not announced.
+pub(crate) async fn keep_running(
+    node_ip: IpAddr,
+    wanted: watch::Receiver<BTreeSet<Ipv4Addr>>,
+    shutdown: CancellationToken,
+) {
+    let IpAddr::V4(node_ip) = node_ip else { return shutdown.cancelled().await };
+    while let Err(error) = run(node_ip, wanted.clone(), shutdown.clone()).await {
+        tracing::warn!(%error, source = ?std::error::Error::source(&error), "load-balancer addresses are not announced");
+        if shutdown.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
+            return;
+        }
+    }
+    shutdown.cancelled().await;
 }
 
 /// Removes the device, and with it every address that this node holds. What is gone already is no error.

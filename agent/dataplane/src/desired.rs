@@ -1,6 +1,7 @@
 //! What the maps should say about one Service. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 
 use weft_ebpf_abi::{
     Address, BackendKey, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
@@ -81,6 +82,8 @@ pub struct Desired {
     pub created: i64,
     /// What to tell load balancers.
     pub health: Option<Health>,
+    /// Load-balancer addresses that this node is fit to answer for on its link.
+    pub answers: BTreeSet<Ipv4Addr>,
     /// Policy internal: it has endpoints, and none on this node.
     pub no_local_internal: bool,
     /// Policy external: likewise.
@@ -90,7 +93,12 @@ pub struct Desired {
 /// Derives it from the Service and its slices, for a node in this zone.
 #[must_use]
 pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desired {
-    let mut out = Desired { created: service.created, health: health(service, slices), ..Desired::default() };
+    let mut out = Desired {
+        created: service.created,
+        health: health(service, slices),
+        answers: answers(service, slices),
+        ..Desired::default()
+    };
     for address in &service.cluster {
         let refuse = Frontend { list: None, affinity_seconds: 0, flags: 0, claim: Claim::Allotted };
         out.frontends.insert(key(*address, 0, 0, SCOPE_INTERNAL), refuse);
@@ -159,6 +167,15 @@ fn add_port(out: &mut Desired, service: &Service, slices: &[&Slice], target: Tar
 
 fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
     ServiceKey { address, port: Port::new(port), protocol, scope }
+}
+
+/// Under policy Local only a node with a ready endpoint takes traffic; otherwise any does, also to refuse it when there are no
+/// endpoints at all.
+fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<Ipv4Addr> {
+    let mut endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+    let fit = !service.external_local || endpoints.any(|e| e.local && e.state == EndpointState::Ready);
+    let ours = service.balancer.iter().filter(|_| fit && service.balancer_is_ours);
+    ours.filter_map(|address| address.as_v4().map(Ipv4Addr::from)).collect()
 }
 
 /// A pod of both families counts once: the family that has more is taken.

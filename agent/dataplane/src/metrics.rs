@@ -54,6 +54,7 @@ pub struct Metrics {
     livez: Family<[Label; 1], Counter>,
     failures: Counter,
     services: Gauge,
+    policies: Family<[Label; 1], Gauge>,
     unprogrammed: Gauge,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
@@ -87,6 +88,7 @@ impl Default for Metrics {
             livez: Family::default(),
             failures: Counter::default(),
             services: Gauge::default(),
+            policies: Family::default(),
             unprogrammed: Gauge::default(),
             entries: Family::default(),
             capacity: Family::default(),
@@ -106,6 +108,7 @@ impl Metrics {
         r.register("weft_dataplane_services", "Services in the maps", self.services.clone());
         let unprogrammed = "Services that are not in the maps as they should be, and are retried";
         r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
+        r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
         r.register("weft_map_entries", "Entries of a map", self.entries.clone());
         r.register("weft_map_capacity", "Entries that fit in a map", self.capacity.clone());
         r.register_collector(Box::new(Arc::clone(&self.drops)));
@@ -184,6 +187,19 @@ impl Metrics {
 
     pub(crate) fn programmed(&self, seconds: f64) {
         self.programming.observe(seconds.max(0.0));
+    }
+
+    /// How big NetworkPolicy is on this node.
+    pub(crate) fn policies(&self, counts: &crate::policy::planner::Counts) {
+        let all = [
+            ("policies", counts.policies),
+            ("isolated_pods", counts.isolated),
+            ("identities", counts.identities),
+            ("rules", counts.rules),
+        ];
+        for (of, count) in all {
+            self.policies.get_or_create(&[("of", of)]).set(number(count));
+        }
     }
 
     pub(crate) fn holds(&self, table: Table, entries: usize) {

@@ -11,10 +11,11 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use weft_cni_netlink::Netlink;
 
+use crate::announce::DEVICE;
 use crate::{BRIDGE, OVERLAY};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
-const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+pub(crate) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 /// Why the node could not be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +105,9 @@ pub struct Devices {
 /// Looks at the devices of the current network namespace. Bridge and overlay are edges even without an address.
 pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
     let mut netlink = Netlink::open()?;
-    let links = netlink.links()?;
+    let mut links = netlink.links()?;
+    // Load-balancer addresses are Services', not the node's.
+    links.retain(|link| link.name != DEVICE);
     let named = |name| links.iter().find(|link| link.name == name).map_or(0, |link| link.index);
     let mut found = Devices { bridge: named(BRIDGE), overlay: named(OVERLAY), ..Devices::default() };
     found.overlay_up = links.iter().any(|link| link.index == found.overlay && link.up);

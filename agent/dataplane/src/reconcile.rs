@@ -6,11 +6,13 @@ mod text;
 pub use text::{dangling, render};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
 
 use self::codec::{read_ledger, run};
+use crate::announce::answers::Answers;
 use crate::desired::{Desired, Health, desired};
 use crate::maps::{MapError, MapSet, Table};
 use crate::plan::{Ledger, Op, Planner, Totals};
@@ -59,6 +61,7 @@ pub struct Reconciler<M> {
     dirty: BTreeSet<ServiceName>,
     unprogrammed: BTreeMap<ServiceName, Unprogrammed>,
     health: HashMap<ServiceName, Health>,
+    answers: Answers,
     health_changes: BTreeSet<ServiceName>,
     left: BTreeSet<BackendKey>,
     node_addresses: BTreeSet<Address>,
@@ -87,6 +90,7 @@ impl<M: MapSet> Reconciler<M> {
             dirty: BTreeSet::new(),
             unprogrammed: BTreeMap::new(),
             health: HashMap::new(),
+            answers: Answers::default(),
             health_changes: BTreeSet::new(),
             left: BTreeSet::new(),
             node_addresses,
@@ -163,6 +167,11 @@ impl<M: MapSet> Reconciler<M> {
         }
     }
 
+    /// The load-balancer addresses to answer for, if they have changed since the last call.
+    pub fn take_answers(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+        self.answers.take()
+    }
+
     /// Brings the maps to what the tables say. What fails stays dirty.
     pub fn sync(&mut self) -> Report {
         let mut report = Report { full: self.prune == Prune::All, ..Report::default() };
@@ -216,6 +225,7 @@ impl<M: MapSet> Reconciler<M> {
             let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.zone()));
             let wanted = wanted.unwrap_or_default();
             self.note_health(&name, wanted.health);
+            self.answers.note(&name, &wanted.answers);
             changes.push((name, wanted));
         }
         let names: Vec<_> = changes.iter().map(|(name, _)| name.clone()).collect();

@@ -2,8 +2,8 @@
 
 mod absorb;
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,12 +18,14 @@ use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
 
 use crate::abandon::{Search, Searches};
+use crate::announce;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
+use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
@@ -58,8 +60,12 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
+    /// Where pods wait for their policies.
+    pub gate: policy::Gate,
     /// Addresses of NodePorts, health and metrics.
     pub proxy: ProxyConfig,
+    /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.
+    pub balancer_pools: Vec<IpNetwork>,
 }
 
 /// Why the dataplane does not run.
@@ -80,12 +86,16 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Load-balancer addresses could not be taken away.
+    #[error(transparent)]
+    Announce(#[from] announce::Error),
 }
 
 /// Runs the dataplane of a node until `shutdown`. Programs and maps stay pinned afterwards: Services go on.
 ///
 /// `programmed` becomes true once programs are attached and all Services known at the start are in the maps: nothing in a
-/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes.
+/// pod may run before. Needs list and watch on services, endpointslices.discovery.k8s.io and nodes, and
+/// for policies on pods, namespaces and networkpolicies.networking.k8s.io.
 ///
 /// # Errors
 /// If the programs can't be put in place, or the node's devices can't be watched. What the API or single map operations
@@ -113,10 +123,15 @@ pub async fn run_with_metrics(
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let parts = policy::Parts::new(&programs)?;
+    let policies =
+        policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let (answers, wanted) = watch::channel(BTreeSet::new());
+    let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
     let mut dataplane = Dataplane {
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
@@ -129,13 +144,17 @@ pub async fn run_with_metrics(
         proxy: Arc::clone(&proxy),
         families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
         programmed,
+        balancer_pools: config.balancer_pools.clone(),
+        answers,
         relists: Relists::default(),
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
+        outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
+        () = announce => Ok(()),
     }
 }
 
@@ -149,6 +168,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+        announce::cleanup()?;
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
@@ -192,6 +212,9 @@ struct Dataplane {
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
     programmed: watch::Sender<bool>,
+    balancer_pools: Vec<IpNetwork>,
+    /// Load-balancer addresses that this node is fit to answer for.
+    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
@@ -299,6 +322,10 @@ impl Dataplane {
         self.triggers.drain(..excess);
         self.checks.apply(self.reconciler.take_health_changes());
         self.searches.add(self.reconciler.take_left());
+        if let Some(mut answers) = self.reconciler.take_answers() {
+            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(IpAddr::V4(*ip))));
+            self.answers.send_replace(answers);
+        }
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.

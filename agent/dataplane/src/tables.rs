@@ -102,6 +102,8 @@ pub struct Service {
     pub cluster: Box<[Address]>,
     /// The load balancer's addresses, unless it proxies itself.
     pub balancer: Box<[Address]>,
+    /// weft gives those out itself, so its nodes answer for them on their link.
+    pub balancer_is_ours: bool,
     /// The only clients that may use those; `None` for all.
     pub sources: Option<Box<[Range]>>,
     /// External addresses.

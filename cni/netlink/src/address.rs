@@ -38,6 +38,23 @@ impl Netlink {
         })
     }
 
+    /// All addresses of another namespace, by the number that this one has for it (Linux 4.20 on). Afterwards the socket checks
+    /// requests strictly.
+    ///
+    /// # Errors
+    /// If there is no such namespace (any more), or the kernel is older.
+    pub fn addresses_of(&mut self, namespace: i32) -> Result<Vec<Address>, Error> {
+        let op = "list the addresses of a namespace";
+        // Without it the kernel overlooks the attribute, and answers for this namespace.
+        self.check_strictly().map_err(|source| Error::Socket { op, source })?;
+        let mut message = AddressMessage::default();
+        message.attributes = vec![AddressAttribute::TargetNetNsId(namespace)];
+        self.dump(op, &RouteNetlinkMessage::GetAddress(message), |message| match message {
+            RouteNetlinkMessage::NewAddress(message) => read(&message),
+            _ => None,
+        })
+    }
+
     /// Gives a device an address, and waits until packets to it are taken. One that it has already is no error.
     ///
     /// # Errors

@@ -38,6 +38,8 @@ pub struct Link {
     pub master: Option<u32>,
     /// Number of the other end of a pair, in the other end's namespace.
     pub peer_index: Option<u32>,
+    /// The namespace of the other end of a pair, as this one numbers it (`ip netns list-id`).
+    pub peer_namespace: Option<i32>,
     /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
     pub kind: String,
 }
@@ -306,6 +308,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         loopback: message.header.flags.contains(LinkFlags::Loopback),
         master: None,
         peer_index: None,
+        peer_namespace: None,
         kind: String::new(),
     };
     for attribute in &message.attributes {
@@ -317,6 +320,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::OperState(state) => link.running = matches!(state, State::Up | State::Unknown),
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
+            LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

@@ -2,6 +2,7 @@
 
 use crate::authn::Tokens;
 use crate::authz::Authorizer;
+use crate::backend::BackendProxy;
 use crate::cache::{Cache, Item};
 use crate::config::Config;
 use crate::kubelet::KubeletProxy;
@@ -30,6 +31,8 @@ pub(crate) struct Api {
     pub(crate) metrics: Metrics,
     /// The way to kubelets.
     pub(crate) kubelet: Option<KubeletProxy>,
+    /// The way to pods and Services.
+    pub(crate) backends: BackendProxy,
     /// Whether bootstrapping is done; told by `/readyz`.
     pub(crate) bootstrapped: std::sync::atomic::AtomicBool,
     /// Ends watches, so that connections can drain.

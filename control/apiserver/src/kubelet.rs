@@ -12,14 +12,15 @@ use hyper_util::rt::TokioIo;
 use rustls_pki_types::ServerName;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use weft_control_api::status::Status;
 
-/// How long a kubelet may take to accept a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a kubelet or a backend may take to accept a connection.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// As much of a kubelet's error as is passed on.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 
@@ -64,8 +65,8 @@ pub(crate) enum ProxyError {
         /// Port.
         port: u16,
     },
-    /// The kubelet broke the protocol or went away.
-    #[error("the request to the kubelet failed")]
+    /// The other side broke the protocol or went away.
+    #[error("the request failed")]
     Http(#[source] hyper::Error),
 }
 
@@ -80,7 +81,8 @@ impl KubeletProxy {
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), tasks, shutdown })
     }
 
-    async fn send(
+    /// Asks a kubelet; answers whatever it answers, errors too.
+    pub(crate) async fn send(
         &self,
         to: &Endpoint,
         request: Request,
@@ -97,18 +99,7 @@ impl KubeletProxy {
             Ok(Err(source)) => return Err(ProxyError::Connect { host, port, source }),
             Err(_elapsed) => return Err(ProxyError::Timeout { host, port }),
         };
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(ProxyError::Http)?;
-        let shutdown = self.shutdown.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = shutdown.cancelled() => {}
-                outcome = connection.with_upgrades() => if let Err(error) = outcome {
-                    tracing::debug!(error = %crate::cache::Chain(&error), "the connection to a kubelet ended");
-                },
-            }
-        });
-        sender.send_request(request).await.map_err(ProxyError::Http)
+        exchange(stream, request, &self.tasks, self.shutdown.clone()).await
     }
 
     /// Asks a kubelet and passes its answer on; its errors become the API's.
@@ -132,18 +123,50 @@ impl KubeletProxy {
             return Err(refused(response).await);
         }
         let kubelet = hyper::upgrade::on(&mut response);
-        let shutdown = self.shutdown.clone();
-        self.tasks.spawn(async move {
-            tokio::select! {
-                () = shutdown.cancelled() => {}
-                outcome = join(client, kubelet) => if let Err(error) = outcome {
-                    tracing::debug!(error = %error, "an upgraded connection ended");
-                },
-            }
-        });
+        spawn_join(&self.tasks, self.shutdown.clone(), client, kubelet);
         let (head, _) = response.into_parts();
         Ok(Response::from_parts(head, crate::body::empty()))
     }
+}
+
+/// Sends a request on a new connection. The connection lives until its response is read, or its upgrade ends.
+pub(crate) async fn exchange<S>(
+    stream: S,
+    request: Request,
+    tasks: &TaskTracker,
+    shutdown: CancellationToken,
+) -> Result<http::Response<hyper::body::Incoming>, ProxyError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(ProxyError::Http)?;
+    tasks.spawn(async move {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            outcome = connection.with_upgrades() => if let Err(error) = outcome {
+                tracing::debug!(error = %crate::cache::Chain(&error), "a connection to a kubelet or backend ended");
+            },
+        }
+    });
+    sender.send_request(request).await.map_err(ProxyError::Http)
+}
+
+/// Copies bytes between two upgraded connections until one of them ends.
+pub(crate) fn spawn_join(
+    tasks: &TaskTracker,
+    shutdown: CancellationToken,
+    client: hyper::upgrade::OnUpgrade,
+    backend: hyper::upgrade::OnUpgrade,
+) {
+    tasks.spawn(async move {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            outcome = join(client, backend) => if let Err(error) = outcome {
+                tracing::debug!(error = %error, "an upgraded connection ended");
+            },
+        }
+    });
 }
 
 async fn join(client: hyper::upgrade::OnUpgrade, kubelet: hyper::upgrade::OnUpgrade) -> Result<(), BoxError> {

@@ -8,6 +8,7 @@ mod alloc;
 mod api;
 mod authn;
 mod authz;
+mod backend;
 mod background;
 mod body;
 mod bootstrap;

@@ -3,6 +3,7 @@
 use crate::api::Api;
 use crate::authn::{KeyError, TokenKeys, Tokens};
 use crate::authz::Authorizer;
+use crate::backend::BackendProxy;
 use crate::background;
 use crate::bootstrap::{self, BootstrapError};
 use crate::cache::{Cache, FeedError};
@@ -74,6 +75,7 @@ impl Server {
             cache: cache.clone(),
             resources,
             kubelet,
+            backends: BackendProxy::new(tasks.clone(), shutdown.clone())?,
             closing: shutdown.child_token(),
             shutdown: shutdown.clone(),
         });

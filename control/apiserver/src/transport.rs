@@ -23,6 +23,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+/// Marks a response whose request is still being read: it was passed on to a backend that answered before its end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StillReading;
+
 /// How long a client may take over the TLS handshake and over a request's headers.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -99,7 +103,9 @@ async fn connection(api: Arc<Api>, acceptor: TlsAcceptor, stream: TcpStream, shu
         let request = hyper::Request::from_parts(head, loan.boxed_unsync());
         async move {
             let response = api.handle(request).await;
-            unread.drain().await;
+            if response.extensions().get::<StillReading>().is_none() {
+                unread.drain().await;
+            }
             Ok::<Response, Infallible>(response)
         }
     });

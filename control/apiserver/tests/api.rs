@@ -12,6 +12,8 @@ mod kubelet;
 mod lifetime;
 #[path = "api/objects.rs"]
 mod objects;
+#[path = "api/proxy.rs"]
+mod proxy;
 #[path = "api/refusals.rs"]
 mod refusals;
 #[path = "api/services.rs"]

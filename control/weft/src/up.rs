@@ -90,6 +90,8 @@ impl Up<'_> {
             running.tasks.spawn(agent::run(node, clients, stop));
             return Ok(running);
         }
+        let client = running.server.client("system:weft-up", &["system:masters", "system:authenticated"]);
+        running.tasks.spawn(crate::pod_routes::keep(client, self.shutdown.clone()));
         for (index, name) in self.cluster.nodes.iter().enumerate() {
             let addresses = self.cluster.underlay_addresses(index);
             nodes::make(self.paths, self.cluster, index)?;

@@ -7,6 +7,7 @@ use weft_ebpf_abi::{DropReason, TCP};
 use weft_ebpf_logic::packet::answer::{Error, icmp_bytes, icmp_error, tcp_reset};
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST, TCP_BYTES};
 
+use crate::events;
 use crate::family::Family;
 use crate::maps::count;
 use crate::tc::raw;
@@ -17,6 +18,7 @@ const DROP: i32 = TC_ACT_SHOT as i32;
 #[inline(never)]
 pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
     count(reason);
+    events::dropped(&packet.key, reason);
     let answered = match packet.key.protocol {
         _ if packet.part == Part::Later => None,
         TCP => reset::<F>(ctx, packet),

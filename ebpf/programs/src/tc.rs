@@ -14,8 +14,10 @@ use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
+use crate::events;
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
+use crate::policy;
 use crate::reject::{reject, too_big};
 use crate::rewrite::{rewrite, rewrite_error};
 
@@ -26,9 +28,10 @@ const LEAST_MTU_BYTES: u32 = 1_280;
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
+    let mark = policy::take_mark(&ctx);
     match ethertype(&ctx) {
-        V4::ETHERTYPE => ingress::<V4>(&ctx),
-        V6::ETHERTYPE => ingress::<V6>(&ctx),
+        V4::ETHERTYPE => ingress::<V4>(&ctx, mark),
+        V6::ETHERTYPE => ingress::<V6>(&ctx, mark),
         _ => PASS,
     }
 }
@@ -63,7 +66,7 @@ enum Outcome {
 }
 
 #[inline(always)]
-fn ingress<F: Family>(ctx: &TcContext) -> i32 {
+fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
     let Some(Work { packet, entry }) = work() else { return PASS };
     if read::<F>(ctx, packet).is_none() {
         return PASS;
@@ -71,7 +74,7 @@ fn ingress<F: Family>(ctx: &TcContext) -> i32 {
     if packet.key.protocol == F::ICMP {
         return error::<F>(ctx, packet, entry, true);
     }
-    match judge::<F>(ctx, packet, entry) {
+    match judge::<F>(ctx, packet, entry, mark) {
         Outcome::Pass => PASS,
         Outcome::Goes => {
             if let Some(mtu_bytes) = too_big_for(ctx, packet, entry.ifindex) {
@@ -83,7 +86,10 @@ fn ingress<F: Family>(ctx: &TcContext) -> i32 {
             }
         }
         Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
-        Outcome::Dropped(reason) => dropped(reason),
+        Outcome::Dropped(reason) => {
+            events::dropped(&packet.key, reason);
+            dropped(reason)
+        }
     }
 }
 
@@ -123,7 +129,7 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> Outcome {
+fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mark: u32) -> Outcome {
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
@@ -134,7 +140,7 @@ fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> 
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, mark) }
 }
 
 /// Copies the entry of a flow.
@@ -215,7 +221,7 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> Outcome {
+fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mark: u32) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
     let internal = ifindex == config.bridge_ifindex || ifindex == config.overlay_ifindex;
@@ -246,12 +252,18 @@ fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue) -> 
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
+    if !policy::may_reach(mark, &backend) {
+        return Outcome::Dropped(DropReason::PolicyEgress);
+    }
     let Some(route) = route::<F>(ctx, packet, &backend, service.flags) else {
         return Outcome::Dropped(DropReason::NoRoute);
     };
     *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
     match record(key, route.source, ifindex, entry) {
-        Ok(()) => Outcome::Goes,
+        Ok(()) => {
+            events::packet(key, &backend);
+            Outcome::Goes
+        }
         Err(reason) => Outcome::Dropped(reason),
     }
 }

@@ -8,6 +8,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
 use super::{Endpoint, EndpointState, Family, Hints, PortRange, Range, Service, ServicePort, Slice};
+use crate::announce::CLASS;
 
 /// Label on a Service that another proxy serves.
 const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
@@ -73,6 +74,7 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
         created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        balancer_is_ours: spec.load_balancer_class.as_deref().is_none_or(|class| class == CLASS),
         cluster: cluster.into(),
         balancer: balancer.into(),
         external: external.into(),

@@ -2,6 +2,7 @@
 
 mod kubelet;
 mod pods;
+mod proxy;
 mod token;
 
 pub(crate) use pods::bind;
@@ -42,6 +43,7 @@ pub(super) async fn answer(call: Call, body: Body) -> Result<Response, Status> {
             let decoded = call.decode_as(&binding, &body, options.field_validation)?;
             pods::bind(&call, &decoded.object, &options).await
         }
+        ("pods" | "services" | "nodes", "proxy", _) => proxy::answer(&call, body).await,
         ("pods", "eviction", Method::POST) => pods::evict(&call, body).await,
         ("serviceaccounts", "token", Method::POST) => token::request(&call, body).await,
         (_, "scale", Method::GET) => scale_get(&call).await,

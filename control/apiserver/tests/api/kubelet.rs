@@ -55,6 +55,12 @@ async fn kubelet(cluster: &Cluster) -> u16 {
                     let body = format!("{}\n", request.lines().next().unwrap());
                     let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
                     stream.write_all(answer.as_bytes()).await.unwrap();
+                } else if request.starts_with("POST /head?") {
+                    let answer = format!(
+                        "HTTP/1.1 201 Created\r\nLocation: /made/1\r\nKeep-Alive: timeout=5\r\nContent-Length: {}\r\n\r\n{request}",
+                        request.len()
+                    );
+                    stream.write_all(answer.as_bytes()).await.unwrap();
                 } else if request.starts_with("GET /containerLogs/") {
                     let body = "container \"b\" in pod \"p\" is waiting to start: ContainerCreating\n";
                     let answer =
@@ -75,7 +81,7 @@ async fn kubelet(cluster: &Cluster) -> u16 {
     port
 }
 
-async fn set_up(cluster: &Cluster) {
+pub(crate) async fn set_up(cluster: &Cluster) {
     let http = cluster.admin();
     let port = kubelet(cluster).await;
     http.create("/api/v1/nodes", &json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}}))
@@ -127,11 +133,25 @@ async fn logs_come_from_the_kubelet() {
 async fn upgrades_are_passed_through() {
     let cluster = Cluster::start().await;
     set_up(&cluster).await;
+    let mut stream = connect(&cluster).await;
+    let request = "GET /api/v1/namespaces/default/pods/p/exec?container=a&command=ls&command=-l&stdout=true HTTP/1.1\r\n\
+        Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n";
+    let answer = upgrade(&mut stream, request).await;
+    assert!(answer.contains("/exec/default/p/a?output=1&command=ls&command=-l"), "{answer}");
+    drop(stream);
+    cluster.stop().await;
+}
+
+pub(crate) type Connection = tokio_rustls::client::TlsStream<TcpStream>;
+
+/// A connection of the administrator's.
+pub(crate) async fn connect(cluster: &Cluster) -> Connection {
     let admin = cluster.authority.sign("admin", &["system:masters"], false);
     let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap()
-        .with_root_certificates(roots(&cluster))
+        .with_root_certificates(roots(cluster))
         .with_client_auth_cert(
             vec![CertificateDer::from_pem_slice(admin.certificates.as_bytes()).unwrap()],
             PrivateKeyDer::from_pem_slice(admin.key.as_bytes()).unwrap(),
@@ -140,18 +160,17 @@ async fn upgrades_are_passed_through() {
     let tcp = TcpStream::connect(cluster.url.strip_prefix("https://").unwrap()).await.unwrap();
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let name = ServerName::try_from("127.0.0.1").unwrap();
-    let mut stream = connector.connect(name, tcp).await.unwrap();
-    let request = "GET /api/v1/namespaces/default/pods/p/exec?container=a&command=ls&command=-l&stdout=true HTTP/1.1\r\n\
-        Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
-        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n";
+    connector.connect(name, tcp).await.unwrap()
+}
+
+/// Switches protocols and sees its bytes come back; the answer's head.
+pub(crate) async fn upgrade(stream: &mut Connection, request: &str) -> String {
     stream.write_all(request.as_bytes()).await.unwrap();
-    let answer = head(&mut stream).await;
+    let answer = head(stream).await;
     assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
-    assert!(answer.contains("/exec/default/p/a?output=1&command=ls&command=-l"), "{answer}");
     stream.write_all(b"hello").await.unwrap();
     let mut echo = [0; 5];
     stream.read_exact(&mut echo).await.unwrap();
     assert_eq!(&echo, b"hello");
-    drop(stream);
-    cluster.stop().await;
+    answer
 }

@@ -5,17 +5,21 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
-use weft_tests_conformance::{Bed, Place, Site, address_of, server};
+use weft_tests_conformance::{Bed, Place, Site, server};
 use weft_tests_harness::netns::{command_in, ip};
 
-use crate::rules::{Backends, Cell, Client, Entry, Node};
+use crate::rules::{Backends, Cell, Client, Entry, Family, Node};
 
-/// Where external addresses are taken from (RFC 5737).
-const EXTERNAL: [u8; 3] = [203, 0, 113];
+/// Where external addresses are taken from (RFC 5737, RFC 3849).
+const EXTERNAL: [(Family, &str, &str); 2] =
+    [(Family::V4, "203.0.113.", "203.0.113.0/24"), (Family::V6, "2001:db8:113::", "2001:db8:113::/64")];
+/// Services with a class of their own have no load balancer but the test.
+const CLASS: &str = "example.com/by-the-test";
 /// Longer than the test takes.
 const ENDING_SECONDS: u32 = 600;
 
@@ -25,16 +29,14 @@ pub(crate) struct Stage {
     pub(crate) places: BTreeMap<Client, Place>,
     /// The addresses that are a client's own.
     pub(crate) addresses: BTreeMap<Client, BTreeSet<IpAddr>>,
-    nodes: BTreeMap<Node, IpAddr>,
+    nodes: BTreeMap<(Node, Family), IpAddr>,
     services: BTreeMap<(Backends, bool), Service>,
 }
 
 impl Stage {
     pub(crate) async fn build(bed: &Bed, site: &Site) -> anyhow::Result<Self> {
-        let nodes = site.nodes().await?;
-        let [(one, one_address), (two, two_address)] = nodes.as_slice() else {
-            anyhow::bail!("two nodes, not {nodes:?}")
-        };
+        let (one, two) = ("node-1", "node-2");
+        let nodes = node_addresses(site, &[(Node::One, one), (Node::Two, two)]).await?;
         let pods = pods(site, one, two).await?;
         let mut places = BTreeMap::from([
             (Client::Pod, Place::Pod("client".to_owned())),
@@ -50,7 +52,7 @@ impl Stage {
         for (client, pod) in
             [(Client::Pod, "client"), (Client::FarPod, "far-client"), (Client::Endpoint, "own")]
         {
-            addresses.insert(client, BTreeSet::from([address_of(&pods[pod])?]));
+            addresses.insert(client, pod_addresses(&pods[pod])?);
         }
         addresses.insert(Client::Unhooked, addresses[&Client::Pod].clone());
         for client in [Client::Node, Client::FarNode, Client::Outside] {
@@ -58,28 +60,37 @@ impl Stage {
             addresses.insert(client, device_addresses(path)?);
         }
         addresses.insert(Client::HostPod, addresses[&Client::Node].clone());
-        let range = format!("{}.{}.{}.0/24", EXTERNAL[0], EXTERNAL[1], EXTERNAL[2]);
-        let (netns, gateway) = (bed.cluster.netns.name(), one_address.to_string());
-        ip(&["-n", netns, "route", "replace", &range, "via", &gateway])?;
+        for (family, _, range) in EXTERNAL {
+            let gateway = nodes[&(Node::One, family)].to_string();
+            ip(&["-n", bed.cluster.netns.name(), "route", "replace", range, "via", &gateway])?;
+        }
         let services = services(site).await?;
         site.delete::<Pod>("ending").await?;
-        let nodes = BTreeMap::from([(Node::One, *one_address), (Node::Two, *two_address)]);
         published(site).await?;
         Ok(Self { places, addresses, nodes, services })
     }
 
     /// Which address a cell asks.
     pub(crate) fn address(&self, cell: &Cell) -> SocketAddr {
-        let spec = self.services[&(cell.backends, cell.local)].spec.clone().unwrap_or_default();
+        let service = &self.services[&(cell.backends, cell.local)];
+        let spec = service.spec.clone().unwrap_or_default();
+        let status = service.status.clone().and_then(|status| status.load_balancer).unwrap_or_default();
         let ports = spec.ports.unwrap_or_default();
         let node_port = ports.first().and_then(|port| port.node_port).unwrap_or_default();
-        let parse =
-            |text: Option<&String>| text.and_then(|text| text.parse().ok()).unwrap_or(IpAddr::from([0; 4]));
-        match cell.entry {
-            Entry::Cluster => (parse(spec.cluster_ip.as_ref()), 80).into(),
-            Entry::External => (parse(spec.external_ips.unwrap_or_default().first()), 80).into(),
-            Entry::NodePort(node) => (self.nodes[&node], u16::try_from(node_port).unwrap_or_default()).into(),
-        }
+        let (texts, port) = match cell.entry {
+            Entry::Cluster => (spec.cluster_ips.unwrap_or_default(), 80),
+            Entry::External => (spec.external_ips.unwrap_or_default(), 80),
+            Entry::Balancer => {
+                (status.ingress.into_iter().flatten().filter_map(|ingress| ingress.ip).collect(), 80)
+            }
+            Entry::NodePort(node) => (
+                vec![self.nodes[&(node, cell.family)].to_string()],
+                u16::try_from(node_port).unwrap_or_default(),
+            ),
+        };
+        let addresses = texts.iter().filter_map(|text| text.parse().ok());
+        let address = addresses.into_iter().find(|address| cell.family.has(address));
+        (address.expect("the Service was made with an address of each family"), port).into()
     }
 
     /// Ends the pod that would otherwise take its time.
@@ -163,23 +174,57 @@ async fn services(site: &Site) -> anyhow::Result<BTreeMap<(Backends, bool), Serv
     for backends in Backends::ALL {
         for local in [false, true] {
             let policy = if local { "Local" } else { "Cluster" };
-            let number = u8::try_from(services.len() + 1)?;
-            let [a, b, c] = EXTERNAL;
+            let number = services.len() + 1;
+            let addresses =
+                |from: usize| EXTERNAL.map(|(_, prefix, _)| format!("{prefix}{}", from + number)).to_vec();
             let spec = json!({
-                "type": "NodePort",
+                "type": "LoadBalancer",
+                "loadBalancerClass": CLASS,
+                "ipFamilyPolicy": "RequireDualStack",
                 "selector": {label(backends): "yes"},
                 "externalTrafficPolicy": policy,
                 "internalTrafficPolicy": policy,
-                "externalIPs": [IpAddr::from([a, b, c, number])],
+                "externalIPs": addresses(0),
                 "ports": [
-                    {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": 31_000 + u16::from(number)},
-                    {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 31_000 + u16::from(number)},
+                    {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": 31_000 + number},
+                    {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 31_000 + number},
                 ],
             });
-            services.insert((backends, local), site.service(&service_name(backends, local), spec).await?);
+            let name = service_name(backends, local);
+            site.service(&name, spec).await?;
+            let ingress: Vec<Value> = addresses(100).into_iter().map(|ip| json!({"ip": ip})).collect();
+            let patch = Patch::Merge(json!({"status": {"loadBalancer": {"ingress": ingress}}}));
+            let api = site.api::<Service>();
+            services
+                .insert((backends, local), api.patch_status(&name, &PatchParams::default(), &patch).await?);
         }
     }
     Ok(services)
+}
+
+/// The internal addresses of the nodes.
+async fn node_addresses(
+    site: &Site,
+    names: &[(Node, &str)],
+) -> anyhow::Result<BTreeMap<(Node, Family), IpAddr>> {
+    let mut found = BTreeMap::new();
+    for (node, name) in names {
+        let object = Api::<core::Node>::all(site.client.clone()).get(name).await?;
+        let addresses = object.status.and_then(|status| status.addresses).unwrap_or_default();
+        for address in addresses.iter().filter(|address| address.type_ == "InternalIP") {
+            let address: IpAddr = address.address.parse()?;
+            found.extend(
+                Family::ALL.iter().filter(|family| family.has(&address)).map(|f| ((*node, *f), address)),
+            );
+        }
+    }
+    ensure!(found.len() == names.len() * Family::ALL.len(), "the nodes' addresses are {found:?}");
+    Ok(found)
+}
+
+fn pod_addresses(pod: &Pod) -> anyhow::Result<BTreeSet<IpAddr>> {
+    let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
+    ips.into_iter().flatten().map(|ip| Ok(ip.ip.parse()?)).collect()
 }
 
 /// The network namespace of a pod, as the machine sees it.

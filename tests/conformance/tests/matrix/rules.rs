@@ -10,6 +10,7 @@
 //!   replace it by one of the node's; a proxy that keeps it does better.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use weft_tests_conformance::Way;
 
@@ -72,6 +73,21 @@ impl Client {
     }
 }
 
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub(crate) const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub(crate) fn has(self, address: &IpAddr) -> bool {
+        address.is_ipv4() == (self == Self::V4)
+    }
+}
+
 /// Which address of a Service is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Entry {
@@ -79,11 +95,13 @@ pub(crate) enum Entry {
     NodePort(Node),
     /// Routed from outside to node one.
     External,
+    /// Of a load balancer; routed as the external one.
+    Balancer,
 }
 
 impl Entry {
-    pub(crate) const ALL: [Self; 4] =
-        [Self::Cluster, Self::NodePort(Node::One), Self::NodePort(Node::Two), Self::External];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Cluster, Self::NodePort(Node::One), Self::NodePort(Node::Two), Self::External, Self::Balancer];
 }
 
 /// Which endpoints a Service has.
@@ -136,6 +154,7 @@ impl Backends {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Cell {
     pub(crate) client: Client,
+    pub(crate) family: Family,
     pub(crate) entry: Entry,
     /// Both traffic policies are Local.
     pub(crate) local: bool,
@@ -167,12 +186,10 @@ impl Cell {
     /// Every question that makes sense.
     pub(crate) fn all() -> Vec<Self> {
         let mut cells = Vec::new();
-        for client in Client::ALL {
-            for entry in Entry::ALL {
-                for local in [false, true] {
-                    for backends in Backends::ALL {
-                        cells.extend(Way::ALL.map(|way| Self { client, entry, local, backends, way }));
-                    }
+        for (client, family) in pairs(&Client::ALL, &Family::ALL) {
+            for (entry, backends) in pairs(&Entry::ALL, &Backends::ALL) {
+                for (local, way) in pairs(&[false, true], &Way::ALL) {
+                    cells.push(Self { client, family, entry, local, backends, way });
                 }
             }
         }
@@ -197,7 +214,7 @@ impl Cell {
     fn decided_on(&self) -> Option<Node> {
         match self.entry {
             Entry::NodePort(node) => Some(node),
-            Entry::Cluster | Entry::External => self.client.node().or(Some(Node::One)),
+            Entry::Cluster | Entry::External | Entry::Balancer => self.client.node().or(Some(Node::One)),
         }
     }
 
@@ -227,7 +244,11 @@ impl Cell {
             Entry::Cluster if self.client.is_pod() => Source::Kept,
             // A pod's packet to another node may leave its own node under the node's address.
             _ if self.local && self.is_from_outside() && !self.client.is_pod() => Source::Kept,
-            Entry::Cluster | Entry::NodePort(_) | Entry::External => Source::KeptOrNode,
+            Entry::Cluster | Entry::NodePort(_) | Entry::External | Entry::Balancer => Source::KeptOrNode,
         }
     }
+}
+
+fn pairs<A: Copy, B: Copy>(first: &[A], second: &[B]) -> impl Iterator<Item = (A, B)> {
+    first.iter().flat_map(|a| second.iter().map(move |b| (*a, *b)))
 }

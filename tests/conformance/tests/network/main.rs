@@ -93,18 +93,6 @@ const NOT_YET: &[(&str, &str)] = &[
         "HostPort validates that there is no conflict between pods with same hostPort but different hostIP and protocol",
         "nothing listens on a pod's hostPort",
     ),
-    (
-        "Proxy version v1 A set of valid responses are returned for both pod and service Proxy",
-        "the API server doesn't serve the subresource proxy",
-    ),
-    (
-        "Proxy version v1 A set of valid responses are returned for both pod and service ProxyWithPath",
-        "the API server doesn't serve the subresource proxy",
-    ),
-    (
-        "Proxy version v1 should proxy through a service and a pod",
-        "the API server doesn't serve the subresource proxy",
-    ),
 ];
 
 /// A title without the area before it and the tags after it.

@@ -1,6 +1,7 @@
 //! Pods reached directly: from pods and nodes, by ports of the host, through the API server.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use http::{Method, StatusCode};
@@ -10,6 +11,9 @@ use serde_json::{Value, json};
 use weft_tests_conformance::{Site, Way, address_of, server};
 
 use crate::reach::{answered_by, client, from};
+
+/// How long the API server may take over a request that it passes on.
+const CALL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One server on every node, and a client; in the network of its node if `host`.
 async fn everywhere(site: &Site, host: bool) -> anyhow::Result<Vec<Pod>> {
@@ -100,10 +104,13 @@ async fn proxied(site: &Site) -> anyhow::Result<()> {
 async fn call(site: &Site, method: &Method, path: &str) -> anyhow::Result<(StatusCode, String)> {
     let base = format!("/api/v1/namespaces/{}", site.namespace);
     let request = http::Request::builder().method(method).uri(format!("{base}/{path}"));
-    let response = site.client.send(request.body(kube::client::Body::from(Vec::new()))?).await?;
-    let (head, body) = response.into_parts();
-    let bytes = body.collect().await?.to_bytes();
-    Ok((head.status, String::from_utf8_lossy(&bytes).into_owned()))
+    let request = request.body(kube::client::Body::from(Vec::new()))?;
+    let exchange = async {
+        let (head, body) = site.client.send(request).await?.into_parts();
+        let bytes = body.collect().await?.to_bytes();
+        Ok((head.status, String::from_utf8_lossy(&bytes).into_owned()))
+    };
+    tokio::time::timeout(CALL_PATIENCE, exchange).await.with_context(|| format!("{method} {path}"))?
 }
 
 pub(crate) async fn proxy_ports(site: Site) -> anyhow::Result<()> {

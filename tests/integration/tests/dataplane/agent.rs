@@ -25,18 +25,18 @@ type Reply = http::Response<BoxBody<Bytes, Infallible>>;
 
 /// Three lists, and the watches that are open on them.
 #[derive(Clone, Default)]
-struct Api {
+pub(crate) struct Api {
     lists: Arc<Mutex<BTreeMap<String, Vec<Value>>>>,
     watches: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<Bytes>>>>,
 }
 
 impl Api {
-    fn list(&self, plural: &str, objects: Vec<Value>) {
+    pub(crate) fn list(&self, plural: &str, objects: Vec<Value>) {
         self.lists.lock().unwrap().insert(plural.to_owned(), objects);
     }
 
     /// Sends an event to the watch, once it is open.
-    async fn event(&self, plural: &str, kind: &str, object: &Value) {
+    pub(crate) async fn event(&self, plural: &str, kind: &str, object: &Value) {
         let line = Bytes::from(format!("{}\n", json!({"type": kind, "object": object})));
         for _ in 0..500 {
             let sent = self.watches.lock().unwrap().get(plural).is_some_and(|w| w.send(line.clone()).is_ok());
@@ -63,7 +63,7 @@ impl Api {
         http::Response::new(Full::new(Bytes::from(list.to_string())).boxed())
     }
 
-    fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let api = self.clone();
         let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
             let reply = api.answer(&request);
@@ -73,14 +73,14 @@ impl Api {
     }
 }
 
-fn service() -> Value {
+pub(crate) fn service() -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web", "resourceVersion": "5"},
         "spec": {"type": "NodePort", "clusterIP": "10.43.0.10", "ports": [
             {"name": "stream", "port": 80, "nodePort": 30080, "protocol": "TCP"},
             {"name": "datagram", "port": 80, "nodePort": 30080, "protocol": "UDP"}]}})
 }
 
-fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
+pub(crate) fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
     let port = endpoints.first().map_or(1, SocketAddr::port);
     let endpoints: Vec<_> =
         endpoints.iter().map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}})).collect();
@@ -90,7 +90,7 @@ fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
         "ports": [{"name": "stream", "port": port, "protocol": "TCP"}, {"name": "datagram", "port": port, "protocol": "UDP"}]})
 }
 
-fn config(place: &Place) -> Config {
+pub(crate) fn config(place: &Place) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
@@ -101,7 +101,9 @@ fn config(place: &Place) -> Config {
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
+        gate: weft_agent_dataplane::policy::Gate::default(),
         proxy: ProxyConfig::default(),
+        balancer_pools: Vec::new(),
     }
 }
 
@@ -116,7 +118,7 @@ async fn get(port: u16, path: &str) -> String {
 }
 
 /// Asks until the answer is as wanted: an event takes its time to the maps.
-async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
     for _ in 0..500 {
         if wanted() {
             return;

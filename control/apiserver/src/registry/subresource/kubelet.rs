@@ -32,7 +32,7 @@ const UPGRADE_HEADERS: [&str; 6] = [
     "origin",
 ];
 
-fn proxy(call: &Call) -> Result<&KubeletProxy, Status> {
+pub(super) fn proxy(call: &Call) -> Result<&KubeletProxy, Status> {
     call.api
         .kubelet
         .as_ref()
@@ -191,6 +191,11 @@ fn endpoint(call: &Call, pod: &Value) -> Result<Option<Endpoint>, Status> {
     let Some(node) = pod["spec"]["nodeName"].as_str().filter(|node| !node.is_empty()) else {
         return Ok(None);
     };
+    node_endpoint(call, node).map(Some)
+}
+
+/// Where the kubelet of a node listens.
+pub(super) fn node_endpoint(call: &Call, node: &str) -> Result<Endpoint, Status> {
     let nodes = weft_control_api::status::GroupResource { group: "", resource: "nodes" };
     let object =
         call.api.cached("", "nodes", "", node).ok_or_else(|| Status::not_found(nodes, node))?.parse();
@@ -203,5 +208,5 @@ fn endpoint(call: &Call, pod: &Value) -> Result<Option<Endpoint>, Status> {
     let port = object["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64();
     let port =
         port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).unwrap_or(KUBELET_PORT);
-    Ok(Some(Endpoint { host, port }))
+    Ok(Endpoint { host, port })
 }
