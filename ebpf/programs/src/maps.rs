@@ -47,8 +47,6 @@ pub struct Work {
     pub entry: FlowValue,
     /// The way of a flow that begins.
     pub route: Route,
-    /// What policy noted of the sender.
-    pub mark: u32,
 }
 
 /// This CPU's. A packet program is not interrupted by another one: both run with softirqs off.

@@ -70,15 +70,14 @@ enum Outcome {
 #[inline(always)]
 fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
     let Some(work) = work() else { return PASS };
-    work.mark = mark;
     if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
     if work.packet.key.protocol == F::ICMP {
         return error::<F>(ctx, &work.packet, &mut work.entry, true);
     }
-    let outcome = judge::<F>(ctx, work);
-    let Work { packet, entry, route, .. } = work;
+    let outcome = judge::<F>(ctx, work, mark);
+    let Work { packet, entry, route } = work;
     match outcome {
         Outcome::Pass => PASS,
         Outcome::Goes => go::<F>(ctx, packet, entry),
@@ -149,8 +148,8 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
-    let Work { packet, entry, .. } = work;
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work, mark: u32) -> Outcome {
+    let Work { packet, entry, route } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
@@ -161,7 +160,7 @@ fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, work) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route, mark) }
 }
 
 /// Copies the entry of a flow.
@@ -242,8 +241,13 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
-    let Work { packet, entry, route, mark } = work;
+fn begin<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet,
+    entry: &mut FlowValue,
+    route: &mut Route,
+    mark: u32,
+) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
     let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
@@ -274,7 +278,7 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
-    if !policy::may_reach(*mark, &backend) {
+    if !policy::may_reach(mark, &backend) {
         return Outcome::Dropped(DropReason::PolicyEgress);
     }
     if find_route::<F>(ctx, packet, &backend, route).is_none() {
