@@ -27,6 +27,7 @@
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_netfilter::conntrack::{ProtoTuple, Protocol, Tuple};
 use netlink_packet_netfilter::nftables::{
     DataAttribute, InetHookNumber, ListAttribute, NfTablesMessage, SetAttribute, SetElementAttribute,
     SetElementList, SetElementMessage, SetFlags, SetMessage,
@@ -66,6 +67,8 @@ const IN_HOST_ORDER: [u8; 6] = {
 /// `NFT_SET_MAP`.
 const IS_MAP: u32 = 8;
 
+const UDP: u8 = 17;
+
 /// Others may change a map between our look at it and our change; more often than this in a row is no accident.
 const TRIES: u32 = 16;
 
@@ -103,6 +106,7 @@ pub fn add(ports: &[HostPort], device: &str) -> Result<(), Error> {
         if !elements.is_empty() {
             elements.push(near(device));
             put(family, &elements)?;
+            end_flows(family, &elements)?;
         }
     }
     Ok(())
@@ -213,20 +217,37 @@ fn delete(
 ) -> Result<(), Error> {
     const OP: &str = "remove the host ports";
     for _ in 0..TRIES {
-        let going: Vec<Change> = present()?
-            .iter()
-            .filter(|element| goes(element))
-            .map(|element| (NfTablesMessage::DeleteSetElement(element.message()), 0))
-            .collect();
+        let going: Vec<Element> = present()?.into_iter().filter(|element| goes(element)).collect();
         if going.is_empty() {
             return Ok(());
         }
-        match nft::batch(OP, family, going) {
+        let changes: Vec<Change> =
+            going.iter().map(|one| (NfTablesMessage::DeleteSetElement(one.message()), 0)).collect();
+        match nft::batch(OP, family, changes) {
             Err(error) if error.class() == Class::NotFound => {}
-            other => return other,
+            Ok(()) => return end_flows(family, &going),
+            Err(error) => return Err(error),
         }
     }
     Err(Error::Interrupted { op: OP })
+}
+
+/// Ends the flows of UDP to ports that have begun or ceased to lead to a pod. A flow goes on as it began for as long as it has
+/// packets: to nobody, or to a pod that is gone. TCP and SCTP begin anew by themselves.
+fn end_flows(family: Family, changed: &[Element]) -> Result<(), Error> {
+    let ports: Vec<u16> = changed.iter().filter_map(Element::udp_port).collect();
+    if ports.is_empty() {
+        return Ok(());
+    }
+    nft::end_flows("end the flows to host ports", family, |tuple| {
+        let parts = tuple.iter().filter_map(|part| match part {
+            Tuple::Proto(parts) => Some(parts),
+            _ => None,
+        });
+        let parts: Vec<&ProtoTuple> = parts.flatten().collect();
+        parts.contains(&&ProtoTuple::Protocol(Protocol::Udp))
+            && ports.iter().any(|port| parts.contains(&&ProtoTuple::DestinationPort(*port)))
+    })
 }
 
 fn elements(family: Family) -> Result<Vec<Element>, Error> {
@@ -237,7 +258,7 @@ fn elements(family: Family) -> Result<Vec<Element>, Error> {
 fn dump(family: Family, set: &'static str) -> Result<Vec<Element>, Error> {
     let attributes = vec![SetElementList::Table(TABLE.to_owned()), SetElementList::Set(set.to_owned())];
     let request = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
-    let found = nft::dump("list the host ports", family, &request, |message| match message {
+    let found = nft::dump("list the host ports", family, request, |message| match message {
         NfTablesMessage::NewSetElement(message) => read(set, &message),
         _ => Vec::new(),
     });
@@ -268,6 +289,15 @@ fn read(set: &'static str, message: &SetElementMessage) -> Vec<Element> {
 }
 
 impl Element {
+    /// The node's port, if it is one of UDP.
+    fn udp_port(&self) -> Option<u16> {
+        // Behind the address, if there is one: a word of the protocol, a word of the port.
+        let (protocol, port) = match *self.key.last_chunk::<8>()? {
+            [protocol, _, _, _, high, low, _, _] => (protocol, u16::from_be_bytes([high, low])),
+        };
+        (self.set != NEAR && protocol == UDP).then_some(port)
+    }
+
     fn message(&self) -> SetElementMessage {
         let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(self.key.clone()))];
         element.extend(self.data.clone().map(|data| SetElementAttribute::Data(DataAttribute::Value(data))));

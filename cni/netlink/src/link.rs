@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoKind, InfoPortData,
@@ -164,10 +164,11 @@ impl Netlink {
         peer: &VethEnd<'_>,
         peer_netns: Option<BorrowedFd<'_>>,
     ) -> Result<(), Error> {
-        self.create_veth_port(host, peer, peer_netns, None)
+        self.create_veth_port(host, peer, peer_netns, None).map(|_| ())
     }
 
-    /// The same, with the host's end a port of a bridge from the start.
+    /// The same, with the host's end a port of a bridge from the start. Answers the host's end, as it was before it became one;
+    /// Linux before 6.1 doesn't say what it made.
     ///
     /// # Errors
     /// [`Class::Exists`] if either name is taken.
@@ -177,7 +178,7 @@ impl Netlink {
         peer: &VethEnd<'_>,
         peer_netns: Option<BorrowedFd<'_>>,
         bridge: Option<u32>,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Link>, Error> {
         let mut other = LinkMessage::default();
         other.attributes = end(peer);
         if let Some(netns) = peer_netns {
@@ -189,7 +190,12 @@ impl Netlink {
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
         ]));
-        self.create("create the veth pair", host.name, attributes)
+        let echo = self.create("create the veth pair", host.name, attributes)?;
+        let mut made = echo.iter().filter_map(|message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(read(message)),
+            _ => None,
+        });
+        Ok(made.find(|link| link.name == host.name))
     }
 
     /// Makes a VXLAN device and sets it up.
@@ -215,7 +221,7 @@ impl Netlink {
                 LinkInfo::Data(InfoData::Vxlan(data)),
             ]),
         ];
-        self.create("create the VXLAN device", vxlan.name, attributes)
+        self.create("create the VXLAN device", vxlan.name, attributes).map(|_| ())
     }
 
     fn create(
@@ -223,12 +229,13 @@ impl Netlink {
         op: &'static str,
         subject: &str,
         attributes: Vec<LinkAttribute>,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         let mut message = LinkMessage::default();
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
         message.attributes = attributes;
-        self.request(About { op, subject }, RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
+        let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO;
+        self.request_echo(About { op, subject }, RouteNetlinkMessage::NewLink(message), flags)
     }
 
     /// Changes a device.

@@ -1,4 +1,5 @@
-//! nftables: batches of changes that take effect together, and the messages that ours consist of.
+//! nftables: batches of changes that take effect together, and the messages that ours consist of; and the flows that the rules
+//! were applied to.
 
 mod expression;
 
@@ -8,6 +9,7 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, Tuple};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, Expressions, Hook, HookNumber, InetHookNumber, NfTablesMessage,
     RuleAttribute, RuleMessage, TableAttribute, TableMessage,
@@ -141,16 +143,42 @@ pub(crate) fn remove_tables(op: &'static str, name: &str) -> Result<(), Error> {
 pub(crate) fn dump<T>(
     op: &'static str,
     family: Family,
-    request: &NfTablesMessage,
+    request: NfTablesMessage,
     mut pick: impl FnMut(NfTablesMessage) -> Vec<T>,
 ) -> Result<Vec<T>, Error> {
+    Nft::open(op)?.dump(family, NetfilterMessageInner::NfTables(request), |message| match message {
+        NetfilterMessageInner::NfTables(message) => pick(message),
+        _ => Vec::new(),
+    })
+}
+
+/// Ends the flows that conntrack knows and `ends` takes: what is left of them is a new flow, and seen by every rule again.
+pub(crate) fn end_flows(
+    op: &'static str,
+    family: Family,
+    mut ends: impl FnMut(&[Tuple]) -> bool,
+) -> Result<(), Error> {
     let mut socket = Nft::open(op)?;
-    for _ in 0..DUMP_TRIES {
-        if let Some(found) = socket.dump_once(family, request, &mut pick)? {
-            return Ok(found);
+    let request = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
+    let going = socket.dump(family, request, |message| match message {
+        NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) => {
+            let original = attributes.into_iter().filter_map(|attribute| match attribute {
+                ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
+                _ => None,
+            });
+            original.filter(|tuple| ends(tuple)).collect()
+        }
+        _ => Vec::new(),
+    })?;
+    for tuple in going {
+        let message = ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(tuple)]);
+        match socket.request(family, NetfilterMessageInner::Conntrack(message)) {
+            // It has ended by itself.
+            Err(error) if error.class() == Class::NotFound => {}
+            other => other?,
         }
     }
-    Err(Error::Interrupted { op })
+    Ok(())
 }
 
 /// A connection for one operation.
@@ -174,10 +202,22 @@ impl Nft {
         let mut bytes = Vec::new();
         append(&mut bytes, 0, NLM_F_REQUEST, NetfilterMessage::new(edge(), ControlMessage::BatchBegin));
         for (sequence, (family, (message, flags))) in (1..).zip(changes) {
-            append(&mut bytes, sequence, NLM_F_REQUEST | NLM_F_ACK | flags, nftables(family, message));
+            let message = within(family, NetfilterMessageInner::NfTables(message));
+            append(&mut bytes, sequence, NLM_F_REQUEST | NLM_F_ACK | flags, message);
         }
         append(&mut bytes, 0, NLM_F_REQUEST, NetfilterMessage::new(edge(), ControlMessage::BatchEnd));
         self.send(&bytes)?;
+        self.await_acknowledgements(count)
+    }
+
+    fn request(&mut self, family: Family, message: NetfilterMessageInner) -> Result<(), Error> {
+        let mut bytes = Vec::new();
+        append(&mut bytes, 1, NLM_F_REQUEST | NLM_F_ACK, within(family, message));
+        self.send(&bytes)?;
+        self.await_acknowledgements(1)
+    }
+
+    fn await_acknowledgements(&self, count: usize) -> Result<(), Error> {
         let mut acknowledged = 0;
         while acknowledged < count {
             for message in self.receive()? {
@@ -191,26 +231,36 @@ impl Nft {
         Ok(())
     }
 
+    fn dump<T>(
+        &mut self,
+        family: Family,
+        request: NetfilterMessageInner,
+        mut pick: impl FnMut(NetfilterMessageInner) -> Vec<T>,
+    ) -> Result<Vec<T>, Error> {
+        let request = within(family, request);
+        for _ in 0..DUMP_TRIES {
+            if let Some(found) = self.dump_once(request.clone(), &mut pick)? {
+                return Ok(found);
+            }
+        }
+        Err(Error::Interrupted { op: self.op })
+    }
+
     /// Nothing if the list changed meanwhile.
     fn dump_once<T>(
         &mut self,
-        family: Family,
-        request: &NfTablesMessage,
-        pick: &mut impl FnMut(NfTablesMessage) -> Vec<T>,
+        request: NetfilterMessage,
+        pick: &mut impl FnMut(NetfilterMessageInner) -> Vec<T>,
     ) -> Result<Option<Vec<T>>, Error> {
         let mut bytes = Vec::new();
-        append(&mut bytes, 1, NLM_F_REQUEST | NLM_F_DUMP, nftables(family, request.clone()));
+        append(&mut bytes, 1, NLM_F_REQUEST | NLM_F_DUMP, request);
         self.send(&bytes)?;
         let (mut found, mut interrupted) = (Vec::new(), false);
         loop {
             for message in self.receive()? {
                 interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(message) => {
-                        if let NetfilterMessageInner::NfTables(message) = message.inner {
-                            found.extend(pick(message));
-                        }
-                    }
+                    NetlinkPayload::InnerMessage(message) => found.extend(pick(message.inner)),
                     NetlinkPayload::Done(_) => return Ok((!interrupted).then_some(found)),
                     NetlinkPayload::Error(error) => {
                         return Err(self.refused(error.code.map_or(0, std::num::NonZeroI32::get)));
@@ -247,9 +297,8 @@ impl Nft {
     }
 }
 
-fn nftables(family: Family, message: NfTablesMessage) -> NetfilterMessage {
-    let header = NetfilterHeader::new(family.number(), 0, 0);
-    NetfilterMessage::new(header, NetfilterMessageInner::NfTables(message))
+fn within(family: Family, message: NetfilterMessageInner) -> NetfilterMessage {
+    NetfilterMessage::new(NetfilterHeader::new(family.number(), 0, 0), message)
 }
 
 fn append(bytes: &mut Vec<u8>, sequence: u32, flags: u16, message: NetfilterMessage) {

@@ -165,14 +165,30 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<(), Error> {
+        self.request_echo(about, message, flags).map(|_| ())
+    }
+
+    /// The same, with what the kernel says of what it made: with `NLM_F_ECHO`, and if it is new enough.
+    pub(crate) fn request_echo(
+        &mut self,
+        about: About<'_>,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
         self.send(about.op, message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        let mut echo = Vec::new();
         loop {
             for message in self.receive(about.op)? {
                 if message.header.sequence_number != self.sequence {
+                    self.events += 1;
                     continue;
                 }
-                if let NetlinkPayload::Error(error) = message.payload {
-                    return error.code.map_or(Ok(()), |code| Err(about.refused(code.get())));
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => echo.push(inner),
+                    NetlinkPayload::Error(error) => {
+                        return error.code.map_or(Ok(echo), |code| Err(about.refused(code.get())));
+                    }
+                    _ => {}
                 }
             }
         }

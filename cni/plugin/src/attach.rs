@@ -90,9 +90,12 @@ impl Attachment<'_> {
             VethEnd { name: &self.host_name, mac: None, mtu_bytes },
             VethEnd { name: &self.owner.ifname, mac: Some(self.mac), mtu_bytes },
         );
-        host.create_veth_port(&ends.0, &ends.1, Some(self.netns.as_fd()), Some(bridge.index))?;
+        let port = host.create_veth_port(&ends.0, &ends.1, Some(self.netns.as_fd()), Some(bridge.index))?;
         made.pair = true;
-        let port = host.link(&self.host_name)?;
+        let port = match port {
+            Some(port) => port,
+            None => host.link(&self.host_name)?,
+        };
         host.make_pod_port(port.index)?;
         // Both sides know each other from the start: no packet waits for an answer, and none is lost.
         for placed in &self.addresses {

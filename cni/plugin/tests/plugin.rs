@@ -7,6 +7,8 @@
 mod calls;
 #[path = "plugin/capabilities.rs"]
 mod capabilities;
+#[path = "plugin/chain.rs"]
+mod chain;
 
 use std::time::{Duration, Instant};
 

@@ -102,11 +102,21 @@ impl Node {
 
     /// Calls, and takes the answer of a success.
     pub(crate) fn ok(&self, verb: &str, id: &str, pod: Option<&Netns>, config: &Value) -> Value {
-        let output = self.call(verb, id, &path(pod), &config.to_string());
-        let said = String::from_utf8(output.stdout).unwrap();
-        let more = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{verb} {id}: {said} {more}");
-        if said.is_empty() { Value::Null } else { serde_json::from_str(&said).unwrap() }
+        answer(verb, id, self.call(verb, id, &path(pod), &config.to_string()))
+    }
+
+    /// The same with another program.
+    pub(crate) fn ok_of(
+        &self,
+        program: &str,
+        verb: &str,
+        id: &str,
+        pod: Option<&Netns>,
+        config: &Value,
+    ) -> Value {
+        let command = self.netns.command(program).unwrap();
+        let child = self.spawn(command, verb, id, &path(pod), &config.to_string());
+        answer(verb, id, child.wait_with_output().unwrap())
     }
 
     /// Calls, and takes the code of a failure.
@@ -189,6 +199,13 @@ pub(crate) fn bare_pod() -> Netns {
 
 fn path(pod: Option<&Netns>) -> String {
     pod.map(|pod| pod.path().display().to_string()).unwrap_or_default()
+}
+
+fn answer(verb: &str, id: &str, output: Output) -> Value {
+    let said = String::from_utf8(output.stdout).unwrap();
+    let more = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{verb} {id}: {said} {more}");
+    if said.is_empty() { Value::Null } else { serde_json::from_str(&said).unwrap() }
 }
 
 fn failure(verb: &str, output: &Output) -> u64 {

@@ -113,6 +113,37 @@ fn a_host_port_of_udp_leads_there_and_back() {
     }
 }
 
+/// A flow of UDP has no end that the kernel could see: it must not stay where it once went.
+#[test]
+fn a_flow_of_udp_follows_its_host_port() {
+    if !require("cni::hostport_flow", &["root", "ip", "nft", "ipv6"]) {
+        return;
+    }
+    let (node, a, b) = (Node::new(), pod(), pod());
+    let outside = outside(&node);
+    let with_udp = |port: u16| {
+        with_ports(dual(&node), json!([{"hostPort": port, "containerPort": 53, "protocol": "udp"}]))
+    };
+    // From now on the kernel tracks flows.
+    node.ok("ADD", "other", Some(&b), &with_udp(5999));
+    node.ok("DEL", "other", Some(&b), &with_udp(5999));
+    for (wildcard, to) in [("0.0.0.0:0", "192.0.2.1:5353"), ("[::]:0", "[2001:db8::1]:5353")] {
+        let client = namespace::within(&outside.path(), || UdpSocket::bind(wildcard).unwrap()).unwrap();
+        client.send_to(b"to nobody", to).unwrap();
+        for (id, pod) in [("a", &a), ("b", &b)] {
+            node.ok("ADD", id, Some(pod), &with_udp(5353));
+            let server = namespace::within(&pod.path(), || UdpSocket::bind(("::", 53)).unwrap()).unwrap();
+            server.set_read_timeout(Some(calls::AT_ONCE)).unwrap();
+            client.send_to(id.as_bytes(), to).unwrap();
+            let mut buffer = [0; 16];
+            let (read, _) =
+                server.recv_from(&mut buffer).unwrap_or_else(|error| panic!("{id} {to}: {error}"));
+            assert_eq!(&buffer[..read], id.as_bytes());
+            node.ok("DEL", id, Some(pod), &with_udp(5353));
+        }
+    }
+}
+
 #[test]
 fn a_host_port_opens_no_way_to_loopback() {
     if !require("cni::loopback", &["root", "ip", "nft"]) {
