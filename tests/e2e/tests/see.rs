@@ -103,6 +103,7 @@ fn what_the_administrator_sees() -> anyhow::Result<()> {
     ways_that_work(&cluster)?;
     ways_that_do_not(&cluster)?;
     flows(&cluster)?;
+    policies(&cluster)?;
     check(&cluster)?;
     doctor(&cluster)?;
     without_an_agent(&cluster)?;
@@ -308,6 +309,62 @@ fn flows(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(is(&seen[2], "drop", "default/one"), "{seen:#?}");
     assert_eq!(seen[2]["reason"], "socket_unknown_port");
     Ok(())
+}
+
+const GUARD: &str = "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: guard}
+spec:
+  podSelector: {matchLabels: {app: one}}
+  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}]}]
+";
+
+/// A policy keeps one client out and lets another in; both are explained, and the first is seen to be dropped.
+fn policies(cluster: &Cluster) -> anyhow::Result<()> {
+    cluster.apply(GUARD)?;
+    let denied = wait_until("the policy is in the kernel", PATIENCE, || {
+        let (report, code) = json(cluster, &["why", "client", "one:80"])?;
+        Ok((code == 1).then_some(report))
+    })?;
+    let decides = &denied["decidedBy"];
+    assert_eq!((&decides["name"], &decides["node"]), (&"policy".into(), &"node-2".into()), "{denied:#}");
+    assert_eq!(decides["object"], "NetworkPolicy default/guard", "{denied:#}");
+    let says = decides["says"].as_str().unwrap_or_default();
+    assert!(says.starts_with("no NetworkPolicy allows ingress of pod default/one from 10."), "{says}");
+
+    let web =
+        cluster.kubectl(&["get", "pods", "-l", "app=web", "-o", "jsonpath={.items[0].metadata.name}"])?;
+    let (allowed, code) = json(cluster, &["why", web.trim(), "one:80"])?;
+    assert_eq!(code, 0, "{allowed:#}");
+    let restricted = |step: &Value| step["name"] == "policy" && step["verdict"] == "ok";
+    assert!(allowed["steps"].as_array().is_some_and(|steps| steps.iter().any(restricted)), "{allowed:#}");
+
+    let mut watcher = cluster
+        .weft()?
+        .args(["flows", "--drops", "--pod", "one", "--count", "1", "-o", "json"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    BufReader::new(watcher.stderr.take().context("a pipe")?).lines().next().context("it watches")??;
+    cluster.kubectl_fails(&[
+        "exec",
+        "client",
+        "--",
+        "timeout",
+        "2",
+        "wget",
+        "-qO-",
+        "http://one/hostname",
+    ])?;
+    let seen: Value = serde_json::from_slice(&watcher.wait_with_output()?.stdout)?;
+    assert_eq!((&seen["kind"], &seen["reason"]), (&"drop".into(), &"policy_ingress".into()), "{seen:#}");
+    assert_eq!(seen["source"]["pod"], "default/client", "{seen:#}");
+
+    cluster.kubectl(&["delete", "networkpolicy", "guard"])?;
+    wait_until("the policy is gone", PATIENCE, || {
+        Ok((json(cluster, &["why", "client", "one:80"])?.1 == 0).then_some(()))
+    })
 }
 
 /// Every way between three nodes works, and nothing of the check stays.
