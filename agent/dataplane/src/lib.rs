@@ -24,6 +24,7 @@ mod run;
 mod serve;
 mod sys;
 pub mod tables;
+mod trouble;
 pub mod why;
 
 pub use metrics::Metrics;

@@ -2,6 +2,7 @@
 
 mod drops;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use prometheus_client::registry::Registry;
 use self::drops::Drops;
 use crate::maps::Table;
 use crate::plan::Totals;
+use crate::policy::rules::Trial;
 use crate::programs::DropCounters;
 
 type Label = (&'static str, &'static str);
@@ -55,6 +57,7 @@ pub struct Metrics {
     failures: Counter,
     services: Gauge,
     policies: Family<[Label; 1], Gauge>,
+    would_drop: Family<Vec<(&'static str, String)>, Counter>,
     unprogrammed: Gauge,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
@@ -89,6 +92,7 @@ impl Default for Metrics {
             failures: Counter::default(),
             services: Gauge::default(),
             policies: Family::default(),
+            would_drop: Family::default(),
             unprogrammed: Gauge::default(),
             entries: Family::default(),
             capacity: Family::default(),
@@ -109,6 +113,8 @@ impl Metrics {
         let unprogrammed = "Services that are not in the maps as they should be, and are retried";
         r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
         r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
+        let would_drop = "Packets that policies on trial would drop";
+        r.register("weft_policy_would_drop_packets", would_drop, self.would_drop.clone());
         r.register("weft_map_entries", "Entries of a map", self.entries.clone());
         r.register("weft_map_capacity", "Entries that fit in a map", self.capacity.clone());
         r.register_collector(Box::new(Arc::clone(&self.drops)));
@@ -199,6 +205,18 @@ impl Metrics {
         ];
         for (of, count) in all {
             self.policies.get_or_create(&[("of", of)]).set(number(count));
+        }
+    }
+
+    /// What the policies on trial would have dropped, by their sets.
+    pub(crate) fn would_drop(&self, trials: &BTreeMap<u64, Trial>, counts: &BTreeMap<u64, u64>) {
+        self.would_drop.clear();
+        for (set, trial) in trials {
+            let names: Vec<String> = trial.policies.iter().map(|name| format!("{name:?}")).collect();
+            let direction = if trial.ingress { "ingress" } else { "egress" };
+            let labels = vec![("policy", names.join(",")), ("direction", direction.to_owned())];
+            // Pods of different labels may have sets of the same policies.
+            self.would_drop.get_or_create(&labels).inc_by(counts.get(set).copied().unwrap_or(0));
         }
     }
 

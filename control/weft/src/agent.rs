@@ -154,6 +154,13 @@ pub(crate) fn command(paths: &Paths, args: &AgentArgs, log: &str) -> anyhow::Res
 fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
     let cluster =
         Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
+    let families = |v6| (cluster.cluster_cidr.family(v6).is_some(), args.node_ip.family(v6).is_some());
+    anyhow::ensure!(
+        [false, true].into_iter().all(|v6| matches!(families(v6), (true, true) | (false, false))),
+        "the node's address is {}, and pods are in {}: it must have one of each of their families, and no other",
+        args.node_ip,
+        cluster.cluster_cidr
+    );
     let folder = paths.node(&args.node).pki();
     let removal = args.purge || args.stop;
     let read = |name: &str| {

@@ -62,8 +62,10 @@ pub mod names {
     pub const RULES: &str = "weft_rule_2";
     /// [`TrackKey`](super::policy::TrackKey) to [`TrackValue`](super::policy::TrackValue), least recently used dropped.
     pub const TRACKED: &str = "weft_track_2";
+    /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
+    pub const WOULD_DROP: &str = "weft_dry_2";
     /// All of them.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 20] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -83,6 +85,7 @@ pub mod names {
         RANGES,
         RULES,
         TRACKED,
+        WOULD_DROP,
     ];
 }
 
@@ -117,6 +120,8 @@ pub mod sizes {
     pub const TRACKED: u32 = 32_768;
     /// The ring of events: some 3,000 of them.
     pub const EVENT_BYTES: u32 = 262_144;
+    /// Sets of rules on trial that have met a packet they do not cover.
+    pub const WOULD_DROP: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }

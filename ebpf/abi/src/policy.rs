@@ -13,6 +13,10 @@ use crate::{Address, Port};
 pub const POLICY_INGRESS: u32 = 1;
 /// The rules of a pod are checked for packets out of it.
 pub const POLICY_EGRESS: u32 = 2;
+/// Packets into the pod that the dry-run rules do not cover are counted.
+pub const POLICY_DRY_INGRESS: u32 = 4;
+/// Packets out of the pod that the dry-run rules do not cover are counted.
+pub const POLICY_DRY_EGRESS: u32 = 8;
 
 /// What holds for a pod, by the index of the device that leads to it. A pod without an entry, or with one without flags, is
 /// free.
@@ -37,12 +41,16 @@ pub struct PolicyPod {
     pub ingress: u64,
     /// Set of rules for packets out of the pod.
     pub egress: u64,
-    /// `POLICY_…`: which of the two are checked.
+    /// What would be the set for packets into the pod, were the policies on trial in force.
+    pub dry_ingress: u64,
+    /// Likewise for packets out of the pod.
+    pub dry_egress: u64,
+    /// `POLICY_…`: which of the sets are checked.
     pub flags: u32,
     /// Zero.
     pub pad: u32,
 }
-const _: () = assert!(size_of::<PolicyPod>() == 24 && offset_of!(PolicyPod, flags) == 16);
+const _: () = assert!(size_of::<PolicyPod>() == 40 && offset_of!(PolicyPod, flags) == 32);
 
 /// The identity of an address that no selector in use selects, and the wildcard in rules.
 pub const IDENTITY_NONE: u64 = 0;

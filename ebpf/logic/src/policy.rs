@@ -8,8 +8,8 @@ mod parse;
 pub use parse::{Bytes, Packet, Parsed, parse};
 
 use weft_ebpf_abi::policy::{
-    IDENTITY_NONE, POLICY_EGRESS, POLICY_INGRESS, PolicyPod, TRACK_CLOSING, TRACK_FRAGMENTS, TRACK_IN,
-    TRACK_OUT, TrackKey, TrackValue,
+    IDENTITY_NONE, POLICY_DRY_EGRESS, POLICY_DRY_INGRESS, POLICY_EGRESS, POLICY_INGRESS, PolicyPod,
+    TRACK_CLOSING, TRACK_FRAGMENTS, TRACK_IN, TRACK_OUT, TrackKey, TrackValue,
 };
 use weft_ebpf_abi::{Address, Port, TCP, UDP};
 
@@ -37,6 +37,8 @@ pub trait PolicyTables {
     fn tracked(&self, key: &TrackKey) -> Option<TrackValue>;
     /// Remembers one. Best effort: a full table forgets the oldest.
     fn track(&self, key: &TrackKey, value: &TrackValue);
+    /// Counts a packet that a set on trial does not cover.
+    fn would_drop(&self, set: u64);
     /// Seconds of the monotonic clock.
     fn now(&self) -> u32;
 }
@@ -64,10 +66,11 @@ pub enum Peer {
 /// Whether a packet may pass; what answers to it need is remembered.
 #[inline(always)]
 pub fn check<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, peer: &Peer) -> bool {
-    let (own, set) = if edge.way == TRACK_OUT {
-        (POLICY_EGRESS, edge.pod.egress)
+    let pod = &edge.pod;
+    let (own, set, dry, trial) = if edge.way == TRACK_OUT {
+        (POLICY_EGRESS, pod.egress, POLICY_DRY_EGRESS, pod.dry_egress)
     } else {
-        (POLICY_INGRESS, edge.pod.ingress)
+        (POLICY_INGRESS, pod.ingress, POLICY_DRY_INGRESS, pod.dry_ingress)
     };
     let now = tables.now();
     if !is_answer(tables, edge, packet, now) {
@@ -76,6 +79,12 @@ pub fn check<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, peer: &P
             && !covers(tables, set, address, packet)
         {
             return false;
+        }
+        if edge.pod.flags & dry != 0
+            && let Peer::At(address) = peer
+            && !covers(tables, trial, address, packet)
+        {
+            tables.would_drop(trial);
         }
         if !packet.error {
             remember(tables, &forward_key(edge, packet), packet, now);

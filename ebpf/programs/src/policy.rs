@@ -2,15 +2,18 @@
 //!
 //! Both programs let other programs on the device go on (`TCX_NEXT`) with what they do not drop.
 
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
-use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::policy::*;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
-use weft_ebpf_logic::policy::{Bytes, Edge, Packet, Parsed, Peer, PolicyTables, check, check_fragment, parse, rule};
+use weft_ebpf_logic::policy::{
+    Bytes, Edge, Packet, Parsed, Peer, PolicyTables, check, check_fragment, parse, rule,
+};
 use weft_ebpf_logic::service::{Destination, Found, find};
 
 use crate::events;
@@ -32,6 +35,9 @@ static RANGES: LpmTrie<Address, u64> = LpmTrie::pinned(sizes::RANGES, NO_PREALLO
 static RULES: LpmTrie<RuleData, u32> = LpmTrie::pinned(sizes::RULES, NO_PREALLOC);
 #[map(name = "weft_track_2")]
 static TRACKED: LruHashMap<TrackKey, TrackValue> = LruHashMap::pinned(sizes::TRACKED, 0);
+
+#[map(name = "weft_dry_2")]
+static WOULD_DROP: PerCpuHashMap<u64, u64> = PerCpuHashMap::pinned(sizes::WOULD_DROP, NO_PREALLOC);
 
 /// Room for the packet being looked at: the stack has too little. Nothing else runs on the CPU until the program ends.
 #[map(name = "weft_packet_2")]
@@ -63,6 +69,14 @@ impl PolicyTables for Kernel {
     #[inline(always)]
     fn track(&self, key: &TrackKey, value: &TrackValue) {
         let _ = TRACKED.insert(key, value, 0);
+    }
+    #[inline(always)]
+    fn would_drop(&self, set: u64) {
+        match WOULD_DROP.get_ptr_mut(set) {
+            // SAFETY: the element belongs to this CPU, and these programs are not preempted by themselves on it.
+            Some(counter) => unsafe { *counter += 1 },
+            None => drop(WOULD_DROP.insert(set, 1, BPF_NOEXIST as u64)),
+        }
     }
     #[inline(always)]
     fn now(&self) -> u32 {
@@ -153,7 +167,7 @@ fn is_own(ctx: &TcContext) -> bool {
 /// [`may_reach`] checks then.
 #[inline(always)]
 fn destination(ctx: &TcContext, edge: &Edge, packet: &Packet) -> Peer {
-    if edge.pod.flags & POLICY_EGRESS == 0 {
+    if edge.pod.flags & (POLICY_EGRESS | POLICY_DRY_EGRESS) == 0 {
         return Peer::Exempt;
     }
     let to = Destination {
@@ -220,10 +234,13 @@ pub fn may_reach(mark: u32, backend: &BackendKey) -> bool {
         return true;
     }
     // SAFETY: as for identities.
-    match unsafe { PODS.get(mark & !POLICY_MARK).copied() } {
-        Some(pod) if pod.flags & POLICY_EGRESS != 0 => {
-            rule(&Kernel, pod.egress, &backend.address, backend.protocol, backend.port)
-        }
-        Some(_) | None => true,
+    let Some(pod) = (unsafe { PODS.get(mark & !POLICY_MARK).copied() }) else { return true };
+    let covered = |set| rule(&Kernel, set, &backend.address, backend.protocol, backend.port);
+    if pod.flags & POLICY_EGRESS != 0 && !covered(pod.egress) {
+        return false;
     }
+    if pod.flags & POLICY_DRY_EGRESS != 0 && !covered(pod.dry_egress) {
+        Kernel.would_drop(pod.dry_egress);
+    }
+    true
 }

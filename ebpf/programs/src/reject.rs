@@ -4,8 +4,8 @@ use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::answer::{Error, icmp_bytes, icmp_error, tcp_reset};
-use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST, TCP_BYTES};
+use weft_ebpf_logic::packet::answer::{Error, TCP_BYTES, TCP_WORDS, icmp_bytes, icmp_error, tcp_reset};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
 
 use crate::events;
 use crate::family::Family;
@@ -71,11 +71,11 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     if packet.flags & RST != 0 {
         return None;
     }
-    let tcp: [u8; TCP_BYTES] = ctx.load(packet.transport()).ok()?;
+    let tcp: [u32; TCP_WORDS] = ctx.load(packet.transport()).ok()?;
     let answer = tcp_reset(packet, &tcp);
-    resize::<F>(ctx, TCP_BYTES)?;
+    resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
-    ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES as u16), 0).ok()?;
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
 }
 

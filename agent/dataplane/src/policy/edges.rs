@@ -1,17 +1,18 @@
 //! The edges of this node's pods: which device leads to which address, and the programs there.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs;
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::Map;
+use aya::maps::{Map, MapData, PerCpuHashMap};
 use weft_cni_netlink::{Class, Link, Netlink};
-use weft_ebpf_abi::Address;
 use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
+use weft_ebpf_abi::{Address, names};
 
 use super::maps::{KernelPolicyMaps, PolicyTable};
+use super::rules::Trial;
 use crate::node::failed;
 use crate::programs::{self, ProgramError, Programs};
 
@@ -106,7 +107,7 @@ impl Edges {
             Err(error) => return Err(error.into()),
         };
         let own = all.into_iter().filter(|one| one.index == peer && one.global);
-        let own: Vec<Address> = own.map(|one| Address::from(IpAddr::from(one.network.ip()))).collect();
+        let own: Vec<Address> = own.map(|one| Address::from(one.network.ip())).collect();
         if own.iter().any(|address| wanted.contains(address)) {
             self.attach(link)?;
             self.attached.extend(own.iter().map(|address| (*address, link.index)));
@@ -163,6 +164,46 @@ impl Programs {
             maps.insert(table, programs::duplicate(data, name)?, key_bytes, value_bytes);
         }
         Ok(maps)
+    }
+}
+
+/// Counters of what policies on trial would drop.
+pub(crate) struct Trials(PerCpuHashMap<MapData, u64, u64>);
+
+impl fmt::Debug for Trials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Trials")
+    }
+}
+
+impl Trials {
+    pub(crate) fn new(programs: &Programs) -> Result<Self, ProgramError> {
+        let name = names::WOULD_DROP;
+        let Some(Map::PerCpuHashMap(data)) = programs.ebpf.map(name) else {
+            return Err(programs::mismatch(name));
+        };
+        let wrap = |source| ProgramError::Map { name, source };
+        let data = MapData::from_fd(programs::duplicate(data, name)?).map_err(wrap)?;
+        Ok(Self(PerCpuHashMap::try_from(Map::PerCpuHashMap(data)).map_err(wrap)?))
+    }
+
+    /// Packets by set, of the sets that are on trial; the counters of others go.
+    pub(crate) fn read(
+        &mut self,
+        current: &BTreeMap<u64, Trial>,
+    ) -> Result<BTreeMap<u64, u64>, ProgramError> {
+        let wrap = |source| ProgramError::Map { name: names::WOULD_DROP, source };
+        let (mut counts, mut stale) = (BTreeMap::new(), Vec::new());
+        for entry in self.0.iter() {
+            let (set, values) = entry.map_err(wrap)?;
+            if current.contains_key(&set) {
+                counts.insert(set, values.iter().sum());
+            } else {
+                stale.push(set);
+            }
+        }
+        stale.iter().try_for_each(|set| self.0.remove(set)).map_err(wrap)?;
+        Ok(counts)
     }
 }
 

@@ -9,11 +9,15 @@ use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::ResourceExt as _;
 use sha2::{Digest as _, Sha256};
 use weft_ebpf_abi::policy::RangeKey;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
 pub use super::selector::{Labels, Selector};
+
+/// Annotation that puts a policy on trial.
+const DRY_RUN: &str = "weft.dev/dry-run";
 
 /// Namespace and name of a pod or a policy.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -108,6 +112,8 @@ pub struct Policy {
     pub ingress: Option<Vec<Rule>>,
     /// What it allows out; `None` if it is not about that.
     pub egress: Option<Vec<Rule>>,
+    /// It is on trial: what it would drop is counted, and let through.
+    pub dry_run: bool,
 }
 
 /// Peers and ports that are allowed together.
@@ -184,6 +190,7 @@ impl Policy {
             pods: spec.pod_selector.as_ref().map(Selector::new).unwrap_or_default(),
             ingress: about("Ingress", true).then(|| ingress.collect()),
             egress: about("Egress", has_egress).then(|| egress.collect()),
+            dry_run: object.annotations().get(DRY_RUN).is_some_and(|value| value == "true"),
         })
     }
 }

@@ -16,7 +16,7 @@ use super::maps::{PolicyMaps, PolicyTable};
 use super::mirror::Mirror;
 use super::objects::{Labels, Name, NamedPort, Peer, Pod, Policy};
 use super::ranges::Nested;
-use super::rules::{Element, SetSpec};
+use super::rules::{Element, SetSpec, Trial};
 use crate::maps::MapError;
 
 /// Who has an identity.
@@ -35,6 +35,7 @@ struct Identity {
 #[derive(Debug)]
 struct Set {
     spec: SetSpec,
+    trial: Option<Trial>,
     /// Pods that have it, and those that have it until the next flush.
     uses: usize,
 }
@@ -300,6 +301,12 @@ impl Planner {
     #[must_use]
     pub fn namespace_names(&self) -> Vec<String> {
         self.namespaces.keys().cloned().collect()
+    }
+
+    /// Sets on trial, by their numbers.
+    #[must_use]
+    pub fn trials(&self) -> BTreeMap<u64, Trial> {
+        self.sets.iter().filter_map(|(set, known)| Some((*set, known.trial.clone()?))).collect()
     }
 
     /// How big things are.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use weft_ebpf_abi::policy::{IDENTITY_NONE, RuleKey};
 
-use super::objects::{NamedPort, Peer, PortRule, Rule, number};
+use super::objects::{Name, NamedPort, Peer, PortRule, Rule, number};
 
 /// Peers (`None` for everybody) with ports.
 pub type SetSpec = BTreeSet<(Option<Peer>, PortRule)>;
@@ -50,10 +50,20 @@ fn ports(rule: &Rule, own: Option<&BTreeSet<NamedPort>>) -> Vec<PortRule> {
     all
 }
 
-/// A set's number; the empty one has one too.
+/// Policies on trial one way.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Trial {
+    /// For packets into pods; else out of them.
+    pub ingress: bool,
+    /// The policies.
+    pub policies: BTreeSet<Name>,
+}
+
+/// A set's number; the empty one has one too. One on trial is its policies' own: its number stands for them in counters.
 #[must_use]
-pub fn set_number(spec: &SetSpec) -> u64 {
-    number(&spec.iter().map(|(peer, port)| (peer.as_ref().map(|p| p.id), port)).collect::<Vec<_>>())
+pub fn set_number(spec: &SetSpec, trial: Option<&Trial>) -> u64 {
+    let rules: Vec<_> = spec.iter().map(|(peer, port)| (peer.as_ref().map(|p| p.id), port)).collect();
+    trial.map_or_else(|| number(&rules), |trial| number(&(trial, &rules)))
 }
 
 /// Entries for everybody.

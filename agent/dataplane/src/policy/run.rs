@@ -16,7 +16,7 @@ use kube::{Api, Client, Resource, ResourceExt as _};
 use tokio::sync::{mpsc, oneshot};
 use weft_ebpf_abi::Address;
 
-use super::edges::Edges;
+use super::edges::{Edges, Trials};
 use super::gate::{Gate, Request};
 use super::maps::KernelPolicyMaps;
 use super::objects::{self, Name, Policy};
@@ -30,16 +30,24 @@ const MAX_EVENTS_PER_SYNC: usize = 4_096;
 const RETRY_FIRST: Duration = Duration::from_millis(20);
 const RETRY_LONGEST: Duration = Duration::from_secs(10);
 
+/// How often the counters of policies on trial are read into the metrics.
+const TRIALS_EVERY: Duration = Duration::from_secs(5);
+
 /// What policy needs of the loaded programs.
 #[derive(Debug)]
 pub(crate) struct Parts {
     edges: Edges,
     maps: KernelPolicyMaps,
+    trials: Trials,
 }
 
 impl Parts {
     pub(crate) fn new(programs: &Programs) -> Result<Self, ProgramError> {
-        Ok(Self { edges: Edges::new(programs)?, maps: programs.policy_maps()? })
+        Ok(Self {
+            edges: Edges::new(programs)?,
+            maps: programs.policy_maps()?,
+            trials: Trials::new(programs)?,
+        })
     }
 }
 
@@ -85,6 +93,7 @@ struct Runner {
     planner: Planner,
     edges: Edges,
     maps: KernelPolicyMaps,
+    trials: Trials,
     metrics: Metrics,
     pods: Relist<Name>,
     namespaces: Relist<String>,
@@ -116,6 +125,7 @@ pub(crate) async fn run(
         planner: Planner::new(),
         edges: parts.edges,
         maps: parts.maps,
+        trials: parts.trials,
         metrics,
         pods: Relist::default(),
         namespaces: Relist::default(),
@@ -136,9 +146,14 @@ impl Runner {
         let mut events = sources(&self.client);
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
+        let mut trials = tokio::time::interval(TRIALS_EVERY);
         loop {
             let lagging = self.is_lagging();
             tokio::select! {
+                _ = trials.tick() => {
+                    self.count_trials();
+                    continue;
+                }
                 Some(event) = events.next() => {
                     self.absorb(event);
                     for _ in 0..MAX_EVENTS_PER_SYNC {
@@ -169,6 +184,16 @@ impl Runner {
                 }
             }
             self.sync();
+        }
+    }
+
+    fn count_trials(&mut self) {
+        let current = self.planner.trials();
+        match self.trials.read(&current) {
+            Ok(counts) => self.metrics.would_drop(&current, &counts),
+            Err(error) => {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "cannot count for policies on trial")
+            }
         }
     }
 

@@ -209,3 +209,21 @@ fn protocols_are_kept_apart() {
     assert!(world.allowed("y/a", "x/a", SCTP, 80) && !world.allowed("y/a", "x/a", SCTP, 81));
     assert!(!world.allowed("y/a", "x/a", 1, 0), "a rule about ports is none about ICMP");
 }
+
+#[test]
+fn a_policy_on_trial_counts_and_drops_nothing() {
+    let mut world = cluster();
+    world.try_policy("x", "trial", &json!({"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}));
+    world.check();
+    assert_eq!(world.would_drop("y/a", "x/a", TCP, 81), ["x/trial"]);
+    assert_eq!(world.would_drop("y/a", "x/a", TCP, 80), [""; 0]);
+    assert_eq!(world.would_drop("x/a", "y/a", TCP, 81), [""; 0], "it is not about that way");
+    // One in force allows what the one on trial does not; together they would.
+    world.policy("x", "real", &json!({"podSelector": {}, "ingress": [{"ports": [{"port": 81}]}]}));
+    world.check();
+    assert_eq!(world.would_drop("y/a", "x/a", TCP, 81), [""; 0]);
+    world.delete_policy("x", "real");
+    world.delete_policy("x", "trial");
+    world.check();
+    assert!(world.is_empty());
+}

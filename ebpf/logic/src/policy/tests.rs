@@ -18,6 +18,7 @@ struct Fake {
     flows: RefCell<HashMap<TrackKey, TrackValue>>,
     now: Cell<u32>,
     closed: Cell<bool>,
+    would: RefCell<Vec<u64>>,
 }
 
 impl PolicyTables for Fake {
@@ -32,6 +33,9 @@ impl PolicyTables for Fake {
     }
     fn track(&self, key: &TrackKey, value: &TrackValue) {
         self.flows.borrow_mut().insert(*key, *value);
+    }
+    fn would_drop(&self, set: u64) {
+        self.would.borrow_mut().push(set);
     }
     fn now(&self) -> u32 {
         self.now.get()
@@ -75,7 +79,11 @@ fn packet(frame: &[u8]) -> Packet {
 }
 
 fn edge(flags: u32, way: u8) -> Edge {
-    Edge { pod: PolicyPod { ingress: SET, egress: SET, flags, pad: 0 }, ifindex: 3, way }
+    Edge {
+        pod: PolicyPod { ingress: SET, egress: SET, dry_ingress: SET, dry_egress: SET + 1, flags, pad: 0 },
+        ifindex: 3,
+        way,
+    }
 }
 
 fn passes(fake: &Fake, flags: u32, way: u8, frame: &[u8]) -> bool {
@@ -222,4 +230,19 @@ fn an_ended_connection_is_forgotten_soon_and_may_begin_again() {
     assert!(passes(&fake, BOTH, TRACK_OUT, &out(SYN)));
     fake.now.set(3 * TCP_CLOSING_SECONDS);
     assert!(passes(&fake, BOTH, TRACK_IN, &back));
+}
+
+#[test]
+fn what_is_on_trial_only_counts() {
+    let fake = Fake::default();
+    let syn = ipv4(TCP, A, B, 0, &tcp(1_000, 80, SYN));
+    let answer = ipv4(TCP, B, A, 0, &tcp(80, 1_000, SYN | 0x10));
+    let dry = POLICY_DRY_EGRESS | POLICY_DRY_INGRESS;
+    assert!(passes(&fake, dry, TRACK_OUT, &syn) && passes(&fake, dry, TRACK_IN, &answer));
+    assert_eq!(*fake.would.borrow(), [SET + 1], "answers are no packets of their own");
+    assert!(passes(&fake, dry, TRACK_IN, &ipv4(TCP, B, A, 0, &tcp(9, 80, SYN))));
+    assert!(passes(&fake, dry, TRACK_IN, &ipv4(TCP, B, A, 0, &tcp(9, 81, SYN))));
+    assert_eq!(*fake.would.borrow(), [SET + 1, SET]);
+    assert!(!passes(&fake, POLICY_EGRESS | dry, TRACK_OUT, &ipv4(UDP, A, B, 0, &ports(5, 6))));
+    assert_eq!(fake.would.borrow().len(), 2, "what is dropped anyway is not counted");
 }

@@ -13,7 +13,7 @@ use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
-use crate::agent::{Api, config, eventually, service, slice};
+use crate::agent::{Api, config, eventually, get, service, slice};
 use crate::place::{CLIENT, NODE, POD, POD6, Place, within};
 
 /// The other pod.
@@ -207,6 +207,7 @@ fn policies_hold_in_both_families() {
         allow_some(&agent, &place, &other).await;
         deny_out(&agent, &place, &other).await;
         ranges(&agent, &place, &other).await;
+        on_trial(&agent, &other).await;
         agent.stop().await;
         cleanup(&config).await.unwrap();
         assert!(tcp(&other, POD, 80), "nothing is left of it");
@@ -296,6 +297,30 @@ async fn ranges(agent: &Agent, place: &Place, other: &Netns) {
     assert!(tcp(&place.client, POD, 80) && tcp(other, POD6, 80) && ping(other, POD6));
     agent.delete("ranges").await;
     eventually("freedom", || tcp(other, POD, 81)).await;
+}
+
+/// A policy on trial drops nothing, and says what it would have; what others dropped was counted too.
+async fn on_trial(agent: &Agent, other: &Netns) {
+    let mut trial =
+        policy("trial", 40, &json!({"podSelector": {"matchLabels": {"app": "server"}}, "ingress": []}));
+    trial["metadata"]["annotations"] = json!({"weft.dev/dry-run": "true"});
+    agent.api.event("networkpolicies", "ADDED", &trial).await;
+    let metric = "weft_policy_would_drop_packets_total{policy=\"default/trial\",direction=\"ingress\"}";
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    let metrics = loop {
+        assert!(tcp(other, POD, 80) && udp(other, POD6, 81, 5));
+        let metrics = get(10_249, "/metrics").await;
+        let value = metrics.lines().find_map(|line| line.strip_prefix(metric)).unwrap_or("").trim();
+        if value.parse::<u64>().is_ok_and(|count| count > 0) {
+            break metrics;
+        }
+        assert!(std::time::Instant::now() < deadline, "it counts nothing: {metrics}");
+    };
+    for reason in ["policy_ingress", "policy_egress"] {
+        let line = metrics.lines().find(|line| line.contains(&format!("reason=\"{reason}\""))).unwrap();
+        assert!(!line.ends_with(" 0"), "{line}");
+    }
+    agent.delete("trial").await;
 }
 
 /// Sockets here are in no cgroup of the node, so their packets to Services are translated on the way.

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use weft_ebpf_abi::policy::{POLICY_EGRESS, POLICY_INGRESS, PolicyPod};
+use weft_ebpf_abi::policy::{
+    POLICY_DRY_EGRESS, POLICY_DRY_INGRESS, POLICY_EGRESS, POLICY_INGRESS, PolicyPod,
+};
 
-use super::super::objects::{Labels, Name, Peer, PeerSpec, PortRule, Rule};
+use super::super::objects::{Labels, Name, Peer, PeerSpec, Policy, PortRule};
 use super::super::ranges;
-use super::super::rules::{self, SetSpec};
+use super::super::rules::{self, SetSpec, Trial};
 use super::{Assigned, PeerUse, Planner, Set, first_of, has_port, names_in};
 
 /// Whether a peer may select pods of a namespace with these labels.
@@ -21,22 +23,23 @@ pub(super) fn reaches(spec: &PeerSpec, namespace: &str, labels: &Labels) -> bool
 impl Planner {
     /// Works out which sets a pod of this node has.
     pub(super) fn assign(&mut self, name: &Name) {
-        let (ingress, egress) = self.wanted_sets(name);
         let mut new = Assigned::default();
         if let Some(pod) = self.pods.get(name).filter(|pod| pod.local) {
             let devices = pod.addresses.iter().filter_map(|address| self.devices.get(address));
             new.devices = devices.copied().collect();
         }
-        for (spec, flag) in [(ingress, POLICY_INGRESS), (egress, POLICY_EGRESS)] {
-            let Some(spec) = spec else { continue };
-            let set = rules::set_number(&spec);
-            new.value.flags |= flag;
-            if flag == POLICY_INGRESS {
-                new.value.ingress = set;
-            } else {
-                new.value.egress = set;
-            }
-            self.acquire_set(set, spec);
+        for (ingress, dry, spec, trial) in self.wanted_sets(name) {
+            let set = rules::set_number(&spec, trial.as_ref());
+            let value = &mut new.value;
+            let (place, flag) = match (ingress, dry) {
+                (true, false) => (&mut value.ingress, POLICY_INGRESS),
+                (false, false) => (&mut value.egress, POLICY_EGRESS),
+                (true, true) => (&mut value.dry_ingress, POLICY_DRY_INGRESS),
+                (false, true) => (&mut value.dry_egress, POLICY_DRY_EGRESS),
+            };
+            *place = set;
+            value.flags |= flag;
+            self.acquire_set(set, spec, trial);
         }
         let old = self.assigned.remove(name).unwrap_or_default();
         for device in old.devices.difference(&new.devices) {
@@ -77,26 +80,37 @@ impl Planner {
         }
     }
 
-    /// What its policies allow it each way; `None` if it is free.
-    fn wanted_sets(&self, name: &Name) -> (Option<SetSpec>, Option<SetSpec>) {
-        let Some(pod) = self.pods.get(name).filter(|pod| pod.local) else { return (None, None) };
+    /// What its policies allow it: for each way that they are about, in force and on trial. What is on trial adds to what is in
+    /// force.
+    fn wanted_sets(&self, name: &Name) -> Vec<(bool, bool, SetSpec, Option<Trial>)> {
+        let Some(pod) = self.pods.get(name).filter(|pod| pod.local) else { return Vec::new() };
         let all = self.policies.range(first_of(&name.namespace)..);
         let all = all.take_while(|(policy, _)| policy.namespace == name.namespace);
-        let (mut ingress, mut egress): (Option<Vec<&Rule>>, Option<Vec<&Rule>>) = (None, None);
-        for (_, policy) in all.filter(|(_, policy)| policy.pods.matches(&pod.labels)) {
-            for (rules, to) in [(&policy.ingress, &mut ingress), (&policy.egress, &mut egress)] {
-                if let Some(rules) = rules {
-                    to.get_or_insert_default().extend(rules);
-                }
+        let mine: Vec<_> = all.filter(|(_, policy)| policy.pods.matches(&pod.labels)).collect();
+        let mut sets = Vec::new();
+        for ingress in [true, false] {
+            let about =
+                |policy: &'_ Policy| if ingress { policy.ingress.is_some() } else { policy.egress.is_some() };
+            let own = ingress.then_some(&pod.ports);
+            let join = |dry: bool| {
+                let meant = mine.iter().filter(|(_, policy)| dry || !policy.dry_run);
+                let rules =
+                    meant.flat_map(|(_, policy)| if ingress { &policy.ingress } else { &policy.egress });
+                rules::set(rules.flatten(), own)
+            };
+            if mine.iter().any(|(_, policy)| about(policy) && !policy.dry_run) {
+                sets.push((ingress, false, join(false), None));
+            }
+            let tried = mine.iter().filter(|(_, policy)| about(policy) && policy.dry_run);
+            let policies: BTreeSet<Name> = tried.map(|(name, _)| (*name).clone()).collect();
+            if !policies.is_empty() {
+                sets.push((ingress, true, join(true), Some(Trial { ingress, policies })));
             }
         }
-        (
-            ingress.map(|rules| rules::set(rules, Some(&pod.ports))),
-            egress.map(|rules| rules::set(rules, None)),
-        )
+        sets
     }
 
-    fn acquire_set(&mut self, set: u64, spec: SetSpec) {
+    fn acquire_set(&mut self, set: u64, spec: SetSpec, trial: Option<Trial>) {
         if let Some(known) = self.sets.get_mut(&set) {
             known.uses += 1;
             return;
@@ -113,7 +127,7 @@ impl Planner {
         for rule in rules::for_all(set, &spec) {
             self.tables.rules.put(rule, 1);
         }
-        self.sets.insert(set, Set { spec, uses: 1 });
+        self.sets.insert(set, Set { spec, trial, uses: 1 });
         let mut identities = BTreeSet::new();
         for peer in peers {
             if let Some(used) = self.peers.get_mut(&peer.id) {
@@ -259,7 +273,12 @@ fn named_ports(spec: &SetSpec) -> BTreeSet<(u8, String)> {
 }
 
 fn sets_of(value: &PolicyPod) -> impl Iterator<Item = u64> {
-    let ingress = (value.flags & POLICY_INGRESS != 0).then_some(value.ingress);
-    let egress = (value.flags & POLICY_EGRESS != 0).then_some(value.egress);
-    ingress.into_iter().chain(egress)
+    let all = [
+        (POLICY_INGRESS, value.ingress),
+        (POLICY_EGRESS, value.egress),
+        (POLICY_DRY_INGRESS, value.dry_ingress),
+        (POLICY_DRY_EGRESS, value.dry_egress),
+    ];
+    let flags = value.flags;
+    all.into_iter().filter(move |(flag, _)| flags & flag != 0).map(|(_, set)| set)
 }

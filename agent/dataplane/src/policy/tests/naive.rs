@@ -91,7 +91,7 @@ fn is_port(rule: &Value, to: &End<'_>, (protocol, port): Port) -> bool {
         Value::String(name) => {
             to.ports.iter().any(|(p, n, number)| *p == protocol && n == name && *number == port)
         }
-        number => {
+        number @ (Value::Number(_) | Value::Bool(_) | Value::Array(_) | Value::Object(_)) => {
             let first = number.as_u64().unwrap_or(0);
             (first..=rule["endPort"].as_u64().unwrap_or(first)).contains(&u64::from(port))
         }

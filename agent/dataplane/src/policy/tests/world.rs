@@ -33,6 +33,8 @@ pub(super) struct World {
     pub(super) maps: MemoryPolicyMaps,
     devices: HashMap<Address, u32>,
     count: u8,
+    /// Sets on trial that a packet met, and that do not cover it.
+    would: RefCell<Vec<u64>>,
 }
 
 fn name(namespace: &str, name: &str) -> Name {
@@ -53,6 +55,7 @@ impl World {
             maps,
             devices: HashMap::new(),
             count: 0,
+            would: RefCell::default(),
         }
     }
 
@@ -147,6 +150,24 @@ impl World {
         self.planner.apply_policy(&name(namespace, policy), object);
     }
 
+    /// Enters a policy on trial, which the naive evaluator is not told of.
+    pub(super) fn try_policy(&mut self, namespace: &str, policy: &str, spec: &Value) {
+        let object = json!({"spec": spec, "metadata": {"namespace": namespace, "name": policy,
+            "annotations": {"weft.dev/dry-run": "true"}}});
+        let object = Policy::new(&serde_json::from_value(object).unwrap()).unwrap();
+        self.planner.apply_policy(&name(namespace, policy), object);
+    }
+
+    /// The policies on trial that would drop a packet.
+    pub(super) fn would_drop(&self, from: &str, to: &str, protocol: u8, port: u16) -> Vec<String> {
+        self.would.borrow_mut().clear();
+        self.allowed_in(from, to, protocol, port, 0);
+        let trials = self.planner.trials();
+        let sets = self.would.borrow();
+        let named = sets.iter().flat_map(|set| trials[set].policies.iter());
+        named.map(|name| format!("{name:?}")).collect()
+    }
+
     pub(super) fn delete_policy(&mut self, namespace: &str, policy: &str) {
         self.policies.remove(&(namespace.to_owned(), policy.to_owned()));
         self.planner.delete_policy(&name(namespace, policy));
@@ -209,7 +230,7 @@ impl World {
 
     fn allowed_in(&self, from: &str, to: &str, protocol: u8, port: u16, family: usize) -> bool {
         let (from, to) = (&self.pods[from], &self.pods[to]);
-        let kernel = Kernel { maps: &self.maps, tracked: RefCell::default() };
+        let kernel = Kernel { maps: &self.maps, tracked: RefCell::default(), would: &self.would };
         let packet = Packet {
             source: from.addresses[family].into(),
             destination: to.addresses[family].into(),
@@ -271,6 +292,7 @@ impl World {
 struct Kernel<'a> {
     maps: &'a MemoryPolicyMaps,
     tracked: RefCell<HashMap<TrackKey, TrackValue>>,
+    would: &'a RefCell<Vec<u64>>,
 }
 
 /// Whether the first bits are the same.
@@ -309,6 +331,10 @@ impl PolicyTables for Kernel<'_> {
 
     fn track(&self, key: &TrackKey, value: &TrackValue) {
         self.tracked.borrow_mut().insert(*key, *value);
+    }
+
+    fn would_drop(&self, set: u64) {
+        self.would.borrow_mut().push(set);
     }
 
     fn now(&self) -> u32 {
