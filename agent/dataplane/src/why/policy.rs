@@ -100,6 +100,8 @@ impl PolicyTables for PinnedPolicy {
     /// A question changes nothing.
     fn track(&self, _: &TrackKey, _: &TrackValue) {}
 
+    fn would_drop(&self, _: u64) {}
+
     fn now(&self) -> u32 {
         sys::monotonic_seconds()
     }
@@ -156,6 +158,7 @@ mod tests {
             None
         }
         fn track(&self, _: &TrackKey, _: &TrackValue) {}
+        fn would_drop(&self, _: u64) {}
         fn now(&self) -> u32 {
             0
         }
@@ -163,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_pod_is_free_the_way_that_no_policy_restricts() {
-        let pod = PolicyPod { ingress: 1, egress: 2, flags: POLICY_INGRESS, pad: 0 };
+        let pod = PolicyPod { ingress: 1, egress: 2, flags: POLICY_INGRESS, ..PolicyPod::default() };
         let ask = |way, port| {
             let peer = IpAddr::from([10, 42, 0, 9]);
             let query = PolicyQuery { pod_uid: String::new(), way, peer, port, protocol: Protocol::Tcp };

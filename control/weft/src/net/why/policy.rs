@@ -108,9 +108,15 @@ impl Why<'_> {
     }
 }
 
+/// Annotation of a policy that only counts what it would drop.
+const DRY_RUN: &str = "weft.dev/dry-run";
+
 /// Without policyTypes, ingress always, and egress if there are rules for it (networking/v1 NetworkPolicySpec).
 fn restricts(policy: &NetworkPolicy, way: PolicyWay) -> bool {
     let Some(spec) = &policy.spec else { return false };
+    if policy.annotations().get(DRY_RUN).is_some_and(|value| value == "true") {
+        return false;
+    }
     let name = match way {
         PolicyWay::Egress => "Egress",
         PolicyWay::Ingress => "Ingress",
