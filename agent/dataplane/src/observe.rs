@@ -22,6 +22,7 @@ pub mod wire;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, Port, ServiceKey, ServiceValue};
 
 pub use error::ObserveError;
@@ -53,6 +54,7 @@ impl Observer {
                 Ok(Answer::Entries(entries(&Pinned::open(&self.pins)?, frontends, backends)?))
             }
             Request::Why(query) => Ok(Answer::Why(self.why(query)?)),
+            Request::Policy(query) => Ok(Answer::Policy(self.policy(query)?)),
             Request::Path { to } => Ok(Answer::Path(self.within(|| path::find(*to))??)),
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
             Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
@@ -68,6 +70,14 @@ impl Observer {
         };
         let netns = process.map(cookie_of).transpose()?;
         why::ask(&Pinned::open(&self.pins)?, query, netns)
+    }
+
+    fn policy(&self, query: &why::policy::PolicyQuery) -> Result<why::policy::PolicyVerdict, ObserveError> {
+        let devices = match listeners::process_of(&self.cgroup, &query.pod_uid)? {
+            Some(process) => host_devices(process)?,
+            None => Vec::new(),
+        };
+        why::policy::ask(&self.pins, &devices, query)
     }
 
     /// Runs `work` in the node's network namespace.
@@ -91,6 +101,13 @@ fn cookie_of(process: u32) -> Result<u64, ObserveError> {
     let path = PathBuf::from(format!("/proc/{process}/ns/net"));
     let cookie = weft_cni_netlink::namespace::within(&path, node::netns_cookie)?;
     Ok(cookie.map_err(node::failed("get the cookie of", &path))?)
+}
+
+/// Indexes of the devices on the node that lead to a process' network namespace.
+fn host_devices(process: u32) -> Result<Vec<u32>, ObserveError> {
+    let path = PathBuf::from(format!("/proc/{process}/ns/net"));
+    let links = weft_cni_netlink::namespace::within(&path, || Netlink::open()?.links())??;
+    Ok(links.into_iter().filter(|link| !link.loopback).filter_map(|link| link.peer_index).collect())
 }
 
 /// All addresses and ports that are Services, without their backends: what this costs follows the number of Services.

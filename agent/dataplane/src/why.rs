@@ -1,5 +1,7 @@
 //! What becomes of a connection on this node: the programs' own logic, run on the live maps.
 
+pub mod policy;
+
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};

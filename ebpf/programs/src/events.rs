@@ -4,7 +4,7 @@ use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_ktime_get_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
 use weft_ebpf_abi::*;
-use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::{Tables, policy};
 
 use crate::maps::Kernel;
 
@@ -60,6 +60,14 @@ pub fn dropped(key: &FlowKey, reason: DropReason) {
     }
 }
 
+/// A pod's policies kept a packet out, or in.
+#[inline(always)]
+pub fn kept_out(packet: &policy::Packet, reason: DropReason) {
+    if wanted(true) {
+        tell_kept_out(packet, reason as u32);
+    }
+}
+
 // Functions of their own, which write into the ring itself: an event on the stack of the packet path is more than the
 // 512 bytes that all frames share ("Looks like the BPF stack limit is exceeded").
 
@@ -102,6 +110,19 @@ fn tell_packet(key: &FlowKey, backend: &BackendKey) {
 fn tell_dropped(key: &FlowKey, reason: u32) {
     tell(|event| {
         client(event, key);
+        event.kind = EVENT_DROP;
+        event.reason = reason;
+    });
+}
+
+#[inline(never)]
+fn tell_kept_out(packet: &policy::Packet, reason: u32) {
+    tell(|event| {
+        event.source = packet.source;
+        event.source_port = packet.source_port;
+        event.destination = packet.destination;
+        event.destination_port = packet.destination_port;
+        event.protocol = packet.protocol;
         event.kind = EVENT_DROP;
         event.reason = reason;
     });

@@ -16,6 +16,7 @@ use weft_ebpf_logic::policy::{
 };
 use weft_ebpf_logic::service::{Destination, Found, find};
 
+use crate::events;
 use crate::maps::{FLOWS, Kernel, count};
 use crate::tc::raw;
 
@@ -116,14 +117,14 @@ pub fn weft_from_pod(ctx: TcContext) -> i32 {
     let Some(packet) = room() else { return DROP };
     let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
-        Parsed::Broken => edge.pod.flags & POLICY_EGRESS == 0,
+        Parsed::Broken => return verdict(edge.pod.flags & POLICY_EGRESS == 0, DropReason::PolicyEgress, None),
         Parsed::Fragment => check_fragment(&Kernel, &edge, packet),
         Parsed::Packet => {
             let peer = destination(&ctx, &edge, packet);
             check(&Kernel, &edge, packet, &peer)
         }
     };
-    verdict(allowed, DropReason::PolicyEgress)
+    verdict(allowed, DropReason::PolicyEgress, Some(packet))
 }
 
 /// Packets that go to a pod.
@@ -133,22 +134,25 @@ pub fn weft_to_pod(ctx: TcContext) -> i32 {
     let Some(packet) = room() else { return DROP };
     let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
-        Parsed::Broken => edge.pod.flags & POLICY_INGRESS == 0,
+        Parsed::Broken => return verdict(edge.pod.flags & POLICY_INGRESS == 0, DropReason::PolicyIngress, None),
         Parsed::Fragment => is_own(&ctx) || check_fragment(&Kernel, &edge, packet),
         Parsed::Packet => {
             let peer = source(&ctx, packet);
             check(&Kernel, &edge, packet, &peer)
         }
     };
-    verdict(allowed, DropReason::PolicyIngress)
+    verdict(allowed, DropReason::PolicyIngress, Some(packet))
 }
 
 #[inline(always)]
-fn verdict(allowed: bool, reason: DropReason) -> i32 {
+fn verdict(allowed: bool, reason: DropReason, packet: Option<&Packet>) -> i32 {
     if allowed {
         return NEXT;
     }
     count(reason);
+    if let Some(packet) = packet {
+        events::kept_out(packet, reason);
+    }
     DROP
 }
 

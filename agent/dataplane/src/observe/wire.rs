@@ -14,6 +14,7 @@ use super::health::Health;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
 use super::probe::Probed;
+use crate::why::policy::{PolicyQuery, PolicyVerdict};
 use crate::why::{Query, Trace};
 
 /// Who listens where, asked.
@@ -36,6 +37,8 @@ pub enum Request {
     },
     /// What becomes of a connection.
     Why(Query),
+    /// What a pod's policies say of a connection.
+    Policy(PolicyQuery),
     /// Which way packets to an address leave the node.
     Path {
         /// The address.
@@ -67,6 +70,8 @@ pub enum Answer {
     Entries(Entries),
     /// To [`Request::Why`].
     Why(Trace),
+    /// To [`Request::Policy`].
+    Policy(PolicyVerdict),
     /// To [`Request::Path`].
     Path(Path),
     /// To [`Request::Listening`].
@@ -94,7 +99,8 @@ macro_rules! from_answer {
         }
     )*};
 }
-from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health);
+from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
+    Policy: PolicyVerdict);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
 use kube::api::ListParams;
 use weft_agent_dataplane::observe::wire::{FromAnswer, Request};
@@ -97,6 +98,12 @@ impl Reach {
     pub(crate) async fn pods(&self, namespace: Option<&str>, labels: &str) -> anyhow::Result<Vec<Pod>> {
         let api: Api<Pod> = self.api(namespace);
         Ok(api.list(&ListParams::default().labels(labels)).await.context("cannot list the Pods")?.items)
+    }
+
+    /// The policies of a namespace.
+    pub(crate) async fn policies(&self, namespace: &str) -> anyhow::Result<Vec<NetworkPolicy>> {
+        let api: Api<NetworkPolicy> = self.api(Some(namespace));
+        Ok(api.list(&ListParams::default()).await.context("cannot list the NetworkPolicies")?.items)
     }
 
     /// A pod, if there is one of that name.

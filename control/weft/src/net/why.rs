@@ -8,6 +8,7 @@ mod cause;
 mod decide;
 mod ends;
 mod legs;
+mod policy;
 mod report;
 
 use std::collections::BTreeMap;

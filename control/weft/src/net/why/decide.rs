@@ -225,7 +225,7 @@ impl Why<'_> {
         if answered_here {
             destination.node = Some(node.name.clone());
         }
-        self.way(self.sender(node, false), &destination)
+        self.way(self.sender(node, false), &destination).await
     }
 
     fn service_step(&mut self, attempt: &Attempt<'_>, known: Option<&Known>, frontend: &Frontend) {
@@ -290,7 +290,7 @@ impl Why<'_> {
         let keeps = frontend.flags.iter().any(|flag| flag == "keep-source");
         for backend in chosen.into_iter().take(MAX_BACKENDS) {
             let destination = self.destination(backend.key, endpoint(backend)).await?;
-            let works = self.way(self.sender(attempt.node, keeps), &destination)?;
+            let works = self.way(self.sender(attempt.node, keeps), &destination).await?;
             self.ways.push(works);
         }
         Ok(())

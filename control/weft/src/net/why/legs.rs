@@ -44,8 +44,11 @@ pub(super) struct Sender<'a> {
 
 impl Why<'_> {
     /// Looks at the whole way; answers whether it works.
-    pub(super) fn way(&mut self, sender: Sender<'_>, to: &Destination) -> anyhow::Result<bool> {
+    pub(super) async fn way(&mut self, sender: Sender<'_>, to: &Destination) -> anyhow::Result<bool> {
         let there = path(sender.node, to.key.address)?;
+        if !self.may_leave(sender, &there, to).await? {
+            return Ok(false);
+        }
         if !self.route(sender.node, &there, to) {
             return Ok(false);
         }
@@ -62,6 +65,9 @@ impl Why<'_> {
             self.report.push(Step::note("listen", says));
             return Ok(true);
         };
+        if !self.may_enter(sender, receiver, &there, to).await? {
+            return Ok(false);
+        }
         let arrives = path(receiver, to.key.address)?;
         if !self.delivered(receiver, &arrives, to)? {
             return Ok(false);
