@@ -2,6 +2,7 @@
 
 mod drops;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use prometheus_client::registry::Registry;
 use self::drops::Drops;
 use crate::maps::Table;
 use crate::plan::Totals;
+use crate::policy::rules::Trial;
 use crate::programs::DropCounters;
 
 type Label = (&'static str, &'static str);
@@ -54,6 +56,8 @@ pub struct Metrics {
     livez: Family<[Label; 1], Counter>,
     failures: Counter,
     services: Gauge,
+    policies: Family<[Label; 1], Gauge>,
+    would_drop: Family<Vec<(&'static str, String)>, Counter>,
     unprogrammed: Gauge,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
@@ -87,6 +91,8 @@ impl Default for Metrics {
             livez: Family::default(),
             failures: Counter::default(),
             services: Gauge::default(),
+            policies: Family::default(),
+            would_drop: Family::default(),
             unprogrammed: Gauge::default(),
             entries: Family::default(),
             capacity: Family::default(),
@@ -106,6 +112,9 @@ impl Metrics {
         r.register("weft_dataplane_services", "Services in the maps", self.services.clone());
         let unprogrammed = "Services that are not in the maps as they should be, and are retried";
         r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
+        r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
+        let would_drop = "Packets that policies on trial would drop";
+        r.register("weft_policy_would_drop_packets", would_drop, self.would_drop.clone());
         r.register("weft_map_entries", "Entries of a map", self.entries.clone());
         r.register("weft_map_capacity", "Entries that fit in a map", self.capacity.clone());
         r.register_collector(Box::new(Arc::clone(&self.drops)));
@@ -184,6 +193,31 @@ impl Metrics {
 
     pub(crate) fn programmed(&self, seconds: f64) {
         self.programming.observe(seconds.max(0.0));
+    }
+
+    /// How big NetworkPolicy is on this node.
+    pub(crate) fn policies(&self, counts: &crate::policy::planner::Counts) {
+        let all = [
+            ("policies", counts.policies),
+            ("isolated_pods", counts.isolated),
+            ("identities", counts.identities),
+            ("rules", counts.rules),
+        ];
+        for (of, count) in all {
+            self.policies.get_or_create(&[("of", of)]).set(number(count));
+        }
+    }
+
+    /// What the policies on trial would have dropped, by their sets.
+    pub(crate) fn would_drop(&self, trials: &BTreeMap<u64, Trial>, counts: &BTreeMap<u64, u64>) {
+        self.would_drop.clear();
+        for (set, trial) in trials {
+            let names: Vec<String> = trial.policies.iter().map(|name| format!("{name:?}")).collect();
+            let direction = if trial.ingress { "ingress" } else { "egress" };
+            let labels = vec![("policy", names.join(",")), ("direction", direction.to_owned())];
+            // Pods of different labels may have sets of the same policies.
+            self.would_drop.get_or_create(&labels).inc_by(counts.get(set).copied().unwrap_or(0));
+        }
     }
 
     pub(crate) fn holds(&self, table: Table, entries: usize) {

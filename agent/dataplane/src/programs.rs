@@ -19,7 +19,7 @@ use crate::node::{NodeError, failed};
 use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
-const SOCKET_HOOKS: [(&str, u32); 8] = [
+pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_connect4", 10),
     ("weft_connect6", 11),
     ("weft_sendmsg4", 14),
@@ -30,7 +30,8 @@ const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_peername6", 30),
 ];
 /// Packet hooks: program, attach type, suffix of the pin.
-const EDGE_HOOKS: [(&str, u32, &str); 2] = [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
+pub(crate) const EDGE_HOOKS: [(&str, u32, &str); 2] =
+    [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
 
 /// Why the programs could not be put in place.
 #[derive(Debug, thiserror::Error)]
@@ -81,8 +82,8 @@ pub enum ProgramError {
 /// The loaded programs and their maps.
 #[derive(Debug)]
 pub struct Programs {
-    ebpf: Ebpf,
-    links: PathBuf,
+    pub(crate) ebpf: Ebpf,
+    pub(crate) links: PathBuf,
 }
 
 /// The programs' counters of drops.
@@ -106,7 +107,7 @@ impl DropCounters {
     }
 }
 
-fn mismatch(what: &'static str) -> ProgramError {
+pub(crate) fn mismatch(what: &'static str) -> ProgramError {
     ProgramError::Mismatch { what }
 }
 
@@ -130,7 +131,8 @@ impl Programs {
         }
         // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
         let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
-        for name in SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name)) {
+        let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
+        for name in names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)) {
             let result = match ebpf.program_mut(name) {
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SchedClassifier(program)) => program.load(),
@@ -224,7 +226,7 @@ impl Programs {
         Ok(())
     }
 
-    fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ProgramError> {
+    pub(crate) fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ProgramError> {
         let fd = match self.ebpf.program(name) {
             Some(Program::CgroupSockAddr(program)) => program.fd(),
             Some(Program::SchedClassifier(program)) => program.fd(),
@@ -234,19 +236,24 @@ impl Programs {
     }
 }
 
-fn check_layout(data: &MapData, name: &'static str, key: usize, value: usize) -> Result<(), ProgramError> {
+pub(crate) fn check_layout(
+    data: &MapData,
+    name: &'static str,
+    key: usize,
+    value: usize,
+) -> Result<(), ProgramError> {
     let info = data.info().map_err(|source| ProgramError::Map { name, source })?;
     let fits = info.key_size() as usize == key && info.value_size() as usize == value;
     if fits { Ok(()) } else { Err(mismatch(name)) }
 }
 
-fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, ProgramError> {
+pub(crate) fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, ProgramError> {
     let source = |source| ProgramError::Node(failed("duplicate map", Path::new(name))(source));
     data.fd().as_fd().try_clone_to_owned().map_err(source)
 }
 
 /// Replaces the program of a pinned link, or makes the link and pins it.
-fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
+pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
     match sys::open_pin(pin) {
         Ok(link) => match sys::link_update(link.as_fd(), program) {
             Ok(()) => return Ok(()),
@@ -264,7 +271,7 @@ fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) ->
 }
 
 /// Detaches a pinned link and removes the pin. One whose cgroup or device is gone has nothing to detach from.
-fn remove_link(path: &Path) -> Result<(), NodeError> {
+pub(crate) fn remove_link(path: &Path) -> Result<(), NodeError> {
     if let Ok(link) = sys::open_pin(path)
         && let Err(error) = sys::link_detach(link.as_fd())
     {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::sync::watch;
 
-use crate::Error;
+use crate::{Error, PodGate};
 
 /// Settings of one node's kubelet. [`Config::new`] fills in the defaults.
 #[derive(Clone, Debug)]
@@ -40,6 +40,8 @@ pub struct Config {
     pub capacity: CapacityOverrides,
     /// True once the node's network (data plane) carries pods.
     pub network_ready: watch::Receiver<bool>,
+    /// What a pod waits for before its first container; nothing if `None`.
+    pub pod_gate: Option<PodGate>,
 }
 
 /// TLS material of the kubelet's server, PEM.
@@ -100,6 +102,7 @@ impl Config {
             labels: BTreeMap::new(),
             capacity: CapacityOverrides::default(),
             network_ready,
+            pod_gate: None,
         }
     }
 

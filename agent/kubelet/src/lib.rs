@@ -11,6 +11,7 @@ mod config;
 mod dns;
 mod env;
 mod events;
+mod gate;
 mod hooks;
 mod http_get;
 mod images;
@@ -44,6 +45,7 @@ mod worker;
 mod fake;
 
 pub use config::{CapacityOverrides, Config, ServerTls};
+pub use gate::PodGate;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -23,6 +23,8 @@ pub struct Address {
     pub network: IpNetwork,
     /// Whether it may be used beyond this host and its links.
     pub global: bool,
+    /// Whether it can be told to others: not a temporary address of IPv6 (RFC 8981), nor one that is about to go or not sure yet.
+    pub lasting: bool,
 }
 
 impl Netlink {
@@ -33,6 +35,23 @@ impl Netlink {
     pub fn addresses(&mut self) -> Result<Vec<Address>, Error> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         self.dump("list the addresses", &request, |message| match message {
+            RouteNetlinkMessage::NewAddress(message) => read(&message),
+            _ => None,
+        })
+    }
+
+    /// All addresses of another namespace, by the number that this one has for it (Linux 4.20 on). Afterwards the socket checks
+    /// requests strictly.
+    ///
+    /// # Errors
+    /// If there is no such namespace (any more), or the kernel is older.
+    pub fn addresses_of(&mut self, namespace: i32) -> Result<Vec<Address>, Error> {
+        let op = "list the addresses of a namespace";
+        // Without it the kernel overlooks the attribute, and answers for this namespace.
+        self.check_strictly().map_err(|source| Error::Socket { op, source })?;
+        let mut message = AddressMessage::default();
+        message.attributes = vec![AddressAttribute::TargetNetNsId(namespace)];
+        self.dump(op, &RouteNetlinkMessage::GetAddress(message), |message| match message {
             RouteNetlinkMessage::NewAddress(message) => read(&message),
             _ => None,
         })
@@ -92,7 +111,14 @@ fn read(message: &AddressMessage) -> Option<Address> {
             _ => {}
         }
     }
+    // The flag of a temporary address of IPv6 is that of a secondary one of IPv4, which lasts.
+    let unsure =
+        AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+    let flags = message.header.flags;
+    let temporary =
+        message.header.family == AddressFamily::Inet6 && flags.contains(AddressHeaderFlags::Secondary);
     Some(Address {
+        lasting: !temporary && !flags.intersects(unsure),
         index: message.header.index,
         network: IpNetwork::new(address?, message.header.prefix_len).ok()?,
         global: message.header.scope == AddressScope::Universe,

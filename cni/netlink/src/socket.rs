@@ -67,6 +67,10 @@ impl Netlink {
         namespace::during(namespace, Self::open)?
     }
 
+    pub(crate) fn check_strictly(&self) -> std::io::Result<()> {
+        self.socket.set_netlink_get_strict_chk(true)
+    }
+
     /// Asks for one thing and waits for it, or for the reason why not.
     pub(crate) fn get(
         &mut self,

@@ -154,6 +154,13 @@ pub(crate) fn command(paths: &Paths, args: &AgentArgs, log: &str) -> anyhow::Res
 fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
     let cluster =
         Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
+    let families = |v6| (cluster.cluster_cidr.family(v6).is_some(), args.node_ip.family(v6).is_some());
+    anyhow::ensure!(
+        [false, true].into_iter().all(|v6| matches!(families(v6), (true, true) | (false, false))),
+        "the node's address is {}, and pods are in {}: it must have one of each of their families, and no other",
+        args.node_ip,
+        cluster.cluster_cidr
+    );
     let folder = paths.node(&args.node).pki();
     let removal = args.purge || args.stop;
     let read = |name: &str| {
@@ -187,14 +194,31 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let (config, stop) = (dataplane_config(&node, &paths), shutdown.clone());
+    let gate = config.gate.clone();
     tasks.spawn(async move {
         dataplane::run(config, clients.proxy, programmed, stop).await.context("the data plane failed")
+    });
+    let (path, observer) = (paths.control_socket(), Arc::new(observer(&node, &paths)));
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        if let Err(error) = dataplane::observe::socket::serve(path, observer, stop.clone()).await {
+            tracing::warn!(
+                error = logging::chain(&error),
+                "the node answers no questions; it runs all the same"
+            );
+            stop.cancelled().await;
+        }
+        Ok(())
     });
     let (task, stop) = (network::Task::new(&node, &paths, clients.kubelet.clone()), shutdown.clone());
     tasks.spawn(async move {
         stop.run_until_cancelled(task.run(is_programmed, network_ready)).await.unwrap_or(Ok(()))
     });
-    let (config, stop) = (kubelet_config(&node, &paths, is_ready), shutdown.clone());
+    let (mut config, stop) = (kubelet_config(&node, &paths, is_ready), shutdown.clone());
+    config.pod_gate = Some(kubelet::PodGate::new(move |pod, addresses| {
+        let gate = gate.clone();
+        async move { gate.wait(pod, addresses).await.map_err(|error| error.to_string()) }
+    }));
     tasks.spawn(async move {
         kubelet::run(config, clients.kubelet, runtime, stop).await.context("the kubelet failed")
     });
@@ -222,8 +246,18 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         pin_dir: paths.bpffs(),
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
+        gate: dataplane::policy::Gate::default(),
         proxy: dataplane::ProxyConfig::default(),
         balancer_pools: node.cluster.load_balancer_pools.clone(),
+    }
+}
+
+/// What the agent tells of itself: it is in the node's namespaces already.
+fn observer(node: &Node, paths: &NodePaths) -> dataplane::observe::Observer {
+    dataplane::observe::Observer {
+        pins: paths.bpffs(),
+        netns: None,
+        cgroup: node.paths.node_cgroup(&node.name),
     }
 }
 

@@ -7,9 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod event;
+pub mod policy;
 mod reason;
 
 pub use address::{Address, Port};
+pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
 
 use core::mem::{offset_of, size_of};
@@ -41,10 +44,28 @@ pub mod names {
     pub const DROPS: &str = "weft_drop_2";
     /// Prefix trie of [`SourceKey`](super::SourceKey) to `u32`: clients that may use a list of backends.
     pub const SOURCES: &str = "weft_src_2";
+    /// Ring of [`FlowEvent`](super::FlowEvent).
+    pub const EVENTS: &str = "weft_evt_2";
+    /// Index 0 to [`Watched`](super::Watched).
+    pub const WATCHED: &str = "weft_seen_2";
+    /// Index 0 to the number of events that found no room, per CPU.
+    pub const LOST: &str = "weft_lost_2";
     /// [`FragmentKey`](super::FragmentKey) to [`FragmentValue`](super::FragmentValue), least recently used dropped.
     pub const FRAGMENTS: &str = "weft_frag_2";
+    /// Index of a pod's device to [`PolicyPod`](super::policy::PolicyPod).
+    pub const POLICY_PODS: &str = "weft_ppod_2";
+    /// [`Address`](super::Address) of a pod to its identity, `u64`.
+    pub const IDENTITIES: &str = "weft_ident_2";
+    /// Prefix trie of [`RangeKey`](super::policy::RangeKey) to the identity of its addresses, `u64`.
+    pub const RANGES: &str = "weft_range_2";
+    /// Prefix trie of [`RuleKey`](super::policy::RuleKey) to `u32`: what is allowed.
+    pub const RULES: &str = "weft_rule_2";
+    /// [`TrackKey`](super::policy::TrackKey) to [`TrackValue`](super::policy::TrackValue), least recently used dropped.
+    pub const TRACKED: &str = "weft_track_2";
+    /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
+    pub const WOULD_DROP: &str = "weft_dry_2";
     /// All of them.
-    pub const ALL: [&str; 11] = [
+    pub const ALL: [&str; 20] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -55,7 +76,16 @@ pub mod names {
         AFFINITY,
         DROPS,
         SOURCES,
+        EVENTS,
+        WATCHED,
+        LOST,
         FRAGMENTS,
+        POLICY_PODS,
+        IDENTITIES,
+        RANGES,
+        RULES,
+        TRACKED,
+        WOULD_DROP,
     ];
 }
 
@@ -78,6 +108,20 @@ pub mod sizes {
     pub const AFFINITY: u32 = 16_384;
     /// Ranges of clients over all Services.
     pub const SOURCES: u32 = 65_536;
+    /// Pods of one node.
+    pub const POLICY_PODS: u32 = 4_096;
+    /// Addresses of pods that a selector in use selects.
+    pub const IDENTITIES: u32 = 262_144;
+    /// Ranges of addresses in policies that select pods of this node.
+    pub const RANGES: u32 = 65_536;
+    /// Rules of pods of this node: for each set of rules, peers times ports.
+    pub const RULES: u32 = 524_288;
+    /// Flows of isolated pods; about 110 bytes each.
+    pub const TRACKED: u32 = 32_768;
+    /// The ring of events: some 3,000 of them.
+    pub const EVENT_BYTES: u32 = 262_144;
+    /// Sets of rules on trial that have met a packet they do not cover.
+    pub const WOULD_DROP: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }

@@ -2,8 +2,10 @@
 #![no_std]
 #![no_main]
 
+mod events;
 mod family;
 mod maps;
+mod policy;
 mod reject;
 mod rewrite;
 mod sock;

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use super::{CONFIG_RETRY, Done, Message, OLDER_KEPT, RETRY_FIRST, RETRY_MAX, Worker};
 use crate::clock;
 use crate::events::Kind;
+use crate::gate;
 use crate::observed::{ContainerView, Ending, SandboxView, Waiting};
 use crate::plan::Action;
 use crate::pod;
@@ -55,10 +56,14 @@ impl Worker {
             }
             // A node without a resolv.conf has no names outside the cluster to offer.
             let host = tokio::fs::read_to_string(&shared.config.host_resolv_conf).await.unwrap_or_default();
-            match spec::sandbox(&pod, &shared.config, attempt, &host) {
-                Ok(spec) => Done::Sandbox(shared.runtime.run_sandbox(spec).await),
-                Err(error) => Done::Sandbox(Err(error)),
-            }
+            let spec = match spec::sandbox(&pod, &shared.config, attempt, &host) {
+                Ok(spec) => spec,
+                Err(error) => return Done::Sandbox(Err(error)),
+            };
+            Done::Sandbox(match shared.runtime.run_sandbox(spec).await {
+                Ok(sandbox) => gate::pass(&shared, &pod, sandbox).await,
+                Err(error) => Err(error),
+            })
         });
     }
 

@@ -25,18 +25,19 @@ type Reply = http::Response<BoxBody<Bytes, Infallible>>;
 
 /// Three lists, and the watches that are open on them.
 #[derive(Clone, Default)]
-struct Api {
+pub(crate) struct Api {
     lists: Arc<Mutex<BTreeMap<String, Vec<Value>>>>,
     watches: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<Bytes>>>>,
+    created: Arc<Mutex<Vec<Value>>>,
 }
 
 impl Api {
-    fn list(&self, plural: &str, objects: Vec<Value>) {
+    pub(crate) fn list(&self, plural: &str, objects: Vec<Value>) {
         self.lists.lock().unwrap().insert(plural.to_owned(), objects);
     }
 
     /// Sends an event to the watch, once it is open.
-    async fn event(&self, plural: &str, kind: &str, object: &Value) {
+    pub(crate) async fn event(&self, plural: &str, kind: &str, object: &Value) {
         let line = Bytes::from(format!("{}\n", json!({"type": kind, "object": object})));
         for _ in 0..500 {
             let sent = self.watches.lock().unwrap().get(plural).is_some_and(|w| w.send(line.clone()).is_ok());
@@ -46,6 +47,13 @@ impl Api {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         panic!("nobody watches {plural}");
+    }
+
+    /// Takes in what is created.
+    async fn create(&self, request: http::Request<kube::client::Body>) -> Reply {
+        let body = request.into_body().collect_bytes().await.unwrap();
+        self.created.lock().unwrap().push(serde_json::from_slice(&body).unwrap());
+        http::Response::builder().status(201).body(Full::new(body).boxed()).unwrap()
     }
 
     fn answer(&self, request: &http::Request<kube::client::Body>) -> Reply {
@@ -63,24 +71,27 @@ impl Api {
         http::Response::new(Full::new(Bytes::from(list.to_string())).boxed())
     }
 
-    fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let api = self.clone();
         let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
-            let reply = api.answer(&request);
-            async move { Ok::<_, Infallible>(reply) }
+            let api = api.clone();
+            async move {
+                let create = request.method() == http::Method::POST;
+                Ok::<_, Infallible>(if create { api.create(request).await } else { api.answer(&request) })
+            }
         });
         kube::Client::new(service, "default")
     }
 }
 
-fn service() -> Value {
+pub(crate) fn service() -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web", "resourceVersion": "5"},
         "spec": {"type": "NodePort", "clusterIP": "10.43.0.10", "ports": [
             {"name": "stream", "port": 80, "nodePort": 30080, "protocol": "TCP"},
             {"name": "datagram", "port": 80, "nodePort": 30080, "protocol": "UDP"}]}})
 }
 
-fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
+pub(crate) fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
     let port = endpoints.first().map_or(1, SocketAddr::port);
     let endpoints: Vec<_> =
         endpoints.iter().map(|e| json!({"addresses": [e.ip()], "conditions": {"ready": true}})).collect();
@@ -90,7 +101,7 @@ fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
         "ports": [{"name": "stream", "port": port, "protocol": "TCP"}, {"name": "datagram", "port": port, "protocol": "UDP"}]})
 }
 
-fn config(place: &Place) -> Config {
+pub(crate) fn config(place: &Place) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
@@ -101,13 +112,14 @@ fn config(place: &Place) -> Config {
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
+        gate: weft_agent_dataplane::policy::Gate::default(),
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
     }
 }
 
 /// Asks the proxy's own HTTP servers.
-async fn get(port: u16, path: &str) -> String {
+pub(crate) async fn get(port: u16, path: &str) -> String {
     let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -117,7 +129,7 @@ async fn get(port: u16, path: &str) -> String {
 }
 
 /// Asks until the answer is as wanted: an event takes its time to the maps.
-async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
     for _ in 0..500 {
         if wanted() {
             return;
@@ -149,6 +161,53 @@ fn objects_become_services_and_survive_the_agent() {
         assert!(!place.cgroup.exists());
         assert!(!config.pin_dir.join("maps").exists() && !config.pin_dir.join("links").exists());
     });
+}
+
+/// A Service that does not fit is told of, costs no other anything, and is in its place as soon as it fits.
+async fn too_many_ranges(api: &Api, pod: SocketAddr) {
+    let ranges = |count: u32| -> Vec<String> {
+        (0..count).map(|i| format!("10.{}.{}.{}/32", i / 65_536, i / 256 % 256, i % 256)).collect()
+    };
+    let guarded = |ranges: Vec<String>, version: &str| {
+        let mut object = service();
+        object["metadata"] =
+            json!({"namespace": "default", "name": "guarded", "uid": "u-1", "resourceVersion": version});
+        object["spec"] = json!({"type": "LoadBalancer", "clusterIP": "10.43.0.11", "loadBalancerSourceRanges": ranges,
+            "ports": [{"name": "stream", "port": 80, "protocol": "TCP"}]});
+        object["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.11"}]}});
+        object
+    };
+    let mut of_guarded = slice(&[pod], "20");
+    of_guarded["metadata"]["name"] = "guarded-1".into();
+    of_guarded["metadata"]["labels"]["kubernetes.io/service-name"] = "guarded".into();
+    // Each range stands in two lists.
+    let large = guarded(ranges(weft_ebpf_abi::sizes::SOURCES / 2 + 10), "21");
+    api.list("services", vec![service(), large.clone()]);
+    api.event("endpointslices", "ADDED", &of_guarded).await;
+    api.event("services", "ADDED", &large).await;
+    eventually("an Event", || !api.created.lock().unwrap().is_empty()).await;
+    let event = api.created.lock().unwrap()[0].clone();
+    assert_eq!((&event["type"], &event["reason"]), (&json!("Warning"), &json!("FailedToProgram")), "{event}");
+    assert_eq!(
+        (&event["regarding"]["name"], &event["regarding"]["uid"]),
+        (&json!("guarded"), &json!("u-1")),
+        "{event}"
+    );
+    assert!(event["note"].as_str().unwrap().contains("weft_src_2 is full"), "{event}");
+    assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 1"));
+    assert!(ask_tcp(vip(11)).is_err(), "no address before its ranges");
+    assert!(ask_tcp(vip(10)).is_ok());
+    api.event("endpointslices", "MODIFIED", &slice(&[], "22")).await;
+    eventually(
+        "refusal meanwhile",
+        || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused),
+    )
+    .await;
+    api.event("services", "MODIFIED", &guarded(ranges(3), "23")).await;
+    eventually("the Service that fits", || ask_tcp(vip(11)).is_ok()).await;
+    assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 0"));
+    api.event("endpointslices", "MODIFIED", &slice(&[pod], "24")).await;
+    eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
 }
 
 async fn life(api: &Api, config: &Config, pod: SocketAddr) {
@@ -185,6 +244,8 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
         .await;
     api.event("services", "ADDED", &service()).await;
     eventually("the Service's return", || ask_tcp(vip(10)).is_ok()).await;
+
+    too_many_ranges(api, pod).await;
 
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap().unwrap();

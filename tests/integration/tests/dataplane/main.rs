@@ -11,6 +11,7 @@ mod overlay;
 mod packets;
 mod paths;
 mod place;
+mod policy;
 mod services;
 mod sockets;
 

@@ -1,0 +1,217 @@
+//! The edges of this node's pods: which device leads to which address, and the programs there.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapData, PerCpuHashMap};
+use weft_cni_netlink::{Class, Link, Netlink};
+use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
+use weft_ebpf_abi::{Address, names};
+
+use super::maps::{KernelPolicyMaps, PolicyTable};
+use super::rules::Trial;
+use crate::node::failed;
+use crate::programs::{self, ProgramError, Programs};
+
+/// Program, attach type on the host's device (linux/bpf.h, `enum bpf_attach_type`), suffix of the pin. What comes in there is
+/// what the pod sends.
+pub(crate) const HOOKS: [(&str, u32, &str); 2] = [("weft_from_pod", 46, "out"), ("weft_to_pod", 47, "in")];
+/// Pins of links are named after it and the device's index.
+const PIN: &str = "pod_";
+
+/// Why a pod's edge is not in place.
+#[derive(Debug, thiserror::Error)]
+pub enum EdgeError {
+    /// The node's devices could not be looked at.
+    #[error("cannot look for the devices of pods")]
+    Devices(#[from] weft_cni_netlink::Error),
+    /// Programs could not be attached or let go of.
+    #[error(transparent)]
+    Programs(#[from] ProgramError),
+}
+
+/// Devices of pods, with programs attached.
+#[derive(Debug)]
+pub struct Edges {
+    programs: [OwnedFd; 2],
+    links: PathBuf,
+    /// Addresses behind each device that was looked at.
+    behind: BTreeMap<u32, Vec<Address>>,
+    attached: HashMap<Address, u32>,
+}
+
+impl Edges {
+    /// With the programs as loaded.
+    ///
+    /// # Errors
+    /// If the object has no such programs.
+    pub fn new(programs: &Programs) -> Result<Self, ProgramError> {
+        let own = |name: &'static str| {
+            let fd = programs.program_fd(name)?;
+            let own = fd.try_clone_to_owned().map_err(failed("duplicate program", Path::new(name)));
+            own.map_err(ProgramError::from)
+        };
+        let [(out, ..), (into, ..)] = HOOKS;
+        Ok(Self {
+            programs: [own(out)?, own(into)?],
+            links: programs.links.clone(),
+            behind: BTreeMap::new(),
+            attached: HashMap::new(),
+        })
+    }
+
+    /// Devices with programs, by the address that they lead to.
+    #[must_use]
+    pub fn attached(&self) -> &HashMap<Address, u32> {
+        &self.attached
+    }
+
+    /// Looks for devices that are gone, and for those that lead to these addresses; attaches there.
+    ///
+    /// # Errors
+    /// If the kernel refuses something; what is done stays done.
+    pub fn refresh(&mut self, wanted: &[Address]) -> Result<(), EdgeError> {
+        let mut netlink = Netlink::open()?;
+        let links: Vec<Link> = netlink.links()?.into_iter().filter(|l| l.peer_namespace.is_some()).collect();
+        let there: HashSet<u32> = links.iter().map(|link| link.index).collect();
+        self.behind.retain(|index, _| there.contains(index));
+        self.attached.retain(|_, index| there.contains(index));
+        self.prune(&there)?;
+        let missing: HashSet<Address> =
+            wanted.iter().filter(|address| !self.attached.contains_key(*address)).copied().collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        // Those that nobody looked at yet come first; a pod may have got another address later.
+        let (known, new): (Vec<&Link>, Vec<&Link>) =
+            links.iter().partition(|link| self.behind.contains_key(&link.index));
+        for link in new.into_iter().chain(known) {
+            if missing.iter().all(|address| self.attached.contains_key(address)) {
+                break;
+            }
+            self.look_behind(link, &missing)?;
+        }
+        Ok(())
+    }
+
+    fn look_behind(&mut self, link: &Link, wanted: &HashSet<Address>) -> Result<(), EdgeError> {
+        let (Some(namespace), Some(peer)) = (link.peer_namespace, link.peer_index) else { return Ok(()) };
+        // A socket that checks strictly is good for nothing else.
+        let all = match Netlink::open()?.addresses_of(namespace) {
+            Ok(all) => all,
+            // The pod ended meanwhile, and its namespace with it.
+            Err(error) if error.class() != Class::Retry => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let own = all.into_iter().filter(|one| one.index == peer && one.global);
+        let own: Vec<Address> = own.map(|one| Address::from(one.network.ip())).collect();
+        if own.iter().any(|address| wanted.contains(address)) {
+            self.attach(link)?;
+            self.attached.extend(own.iter().map(|address| (*address, link.index)));
+        }
+        self.behind.insert(link.index, own);
+        Ok(())
+    }
+
+    fn attach(&self, link: &Link) -> Result<(), ProgramError> {
+        for ((name, attach_type, suffix), program) in HOOKS.into_iter().zip(&self.programs) {
+            let pin = self.links.join(format!("{PIN}{}_{suffix}", link.index));
+            match programs::attach(program.as_fd(), &pin, link.index, attach_type) {
+                // The device went away meanwhile; the kernel reports that as well.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(source) => {
+                    return Err(ProgramError::Attach { name, target: link.name.clone(), source });
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the pins of devices that are gone, also those that an earlier agent left.
+    fn prune(&self, there: &HashSet<u32>) -> Result<(), ProgramError> {
+        let entries = fs::read_dir(&self.links).map_err(failed("list", &self.links))?;
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let index = name.strip_prefix(PIN).and_then(|rest| rest.split('_').next());
+            let Some(index) = index.and_then(|index| index.parse::<u32>().ok()) else { continue };
+            if !there.contains(&index) {
+                programs::remove_link(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Programs {
+    /// The maps of policy.
+    ///
+    /// # Errors
+    /// If the object has none, or others.
+    pub fn policy_maps(&self) -> Result<KernelPolicyMaps, ProgramError> {
+        let mut maps = KernelPolicyMaps::default();
+        for table in PolicyTable::ALL {
+            let name = table.name();
+            let (Some(Map::HashMap(data) | Map::LpmTrie(data)), (key_bytes, value_bytes)) =
+                (self.ebpf.map(name), layout(table))
+            else {
+                return Err(programs::mismatch(name));
+            };
+            programs::check_layout(data, name, key_bytes, value_bytes)?;
+            maps.insert(table, programs::duplicate(data, name)?, key_bytes, value_bytes);
+        }
+        Ok(maps)
+    }
+}
+
+/// Counters of what policies on trial would drop.
+pub(crate) struct Trials(PerCpuHashMap<MapData, u64, u64>);
+
+impl fmt::Debug for Trials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Trials")
+    }
+}
+
+impl Trials {
+    pub(crate) fn new(programs: &Programs) -> Result<Self, ProgramError> {
+        let name = names::WOULD_DROP;
+        let Some(Map::PerCpuHashMap(data)) = programs.ebpf.map(name) else {
+            return Err(programs::mismatch(name));
+        };
+        let wrap = |source| ProgramError::Map { name, source };
+        let data = MapData::from_fd(programs::duplicate(data, name)?).map_err(wrap)?;
+        Ok(Self(PerCpuHashMap::try_from(Map::PerCpuHashMap(data)).map_err(wrap)?))
+    }
+
+    /// Packets by set, of the sets that are on trial; the counters of others go.
+    pub(crate) fn read(
+        &mut self,
+        current: &BTreeMap<u64, Trial>,
+    ) -> Result<BTreeMap<u64, u64>, ProgramError> {
+        let wrap = |source| ProgramError::Map { name: names::WOULD_DROP, source };
+        let (mut counts, mut stale) = (BTreeMap::new(), Vec::new());
+        for entry in self.0.iter() {
+            let (set, values) = entry.map_err(wrap)?;
+            if current.contains_key(&set) {
+                counts.insert(set, values.iter().sum());
+            } else {
+                stale.push(set);
+            }
+        }
+        stale.iter().try_for_each(|set| self.0.remove(set)).map_err(wrap)?;
+        Ok(counts)
+    }
+}
+
+fn layout(table: PolicyTable) -> (usize, usize) {
+    match table {
+        PolicyTable::Pods => (size_of::<u32>(), size_of::<PolicyPod>()),
+        PolicyTable::Identities => (size_of::<Address>(), size_of::<u64>()),
+        PolicyTable::Ranges => (size_of::<RangeKey>(), size_of::<u64>()),
+        PolicyTable::Rules => (size_of::<RuleKey>(), size_of::<u32>()),
+    }
+}

@@ -1,0 +1,240 @@
+//! Pod edge: NetworkPolicy on the host's side of each pod's device.
+//!
+//! Both programs let other programs on the device go on (`TCX_NEXT`) with what they do not drop.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
+use aya_ebpf::maps::{HashMap, LruHashMap, PerCpuArray, PerCpuHashMap};
+use aya_ebpf::programs::TcContext;
+use weft_ebpf_abi::policy::*;
+use weft_ebpf_abi::*;
+use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::policy::{Bytes, Edge, Packet, Parsed, Peer, PolicyTables, check, check_fragment, parse, rule};
+use weft_ebpf_logic::service::{Destination, Found, find};
+
+use crate::maps::{FLOWS, Kernel, count};
+use crate::tc::raw;
+
+const NEXT: i32 = -1;
+const DROP: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
+/// BPF_F_NO_PREALLOC: memory follows what is in use.
+const NO_PREALLOC: u32 = 1;
+
+#[map(name = "weft_ppod_2")]
+static PODS: HashMap<u32, PolicyPod> = HashMap::pinned(sizes::POLICY_PODS, NO_PREALLOC);
+#[map(name = "weft_ident_2")]
+static IDENTITIES: HashMap<Address, u64> = HashMap::pinned(sizes::IDENTITIES, NO_PREALLOC);
+#[map(name = "weft_range_2")]
+static RANGES: LpmTrie<Address, u64> = LpmTrie::pinned(sizes::RANGES, NO_PREALLOC);
+#[map(name = "weft_rule_2")]
+static RULES: LpmTrie<RuleData, u32> = LpmTrie::pinned(sizes::RULES, NO_PREALLOC);
+#[map(name = "weft_track_2")]
+static TRACKED: LruHashMap<TrackKey, TrackValue> = LruHashMap::pinned(sizes::TRACKED, 0);
+
+#[map(name = "weft_dry_2")]
+static WOULD_DROP: PerCpuHashMap<u64, u64> = PerCpuHashMap::pinned(sizes::WOULD_DROP, NO_PREALLOC);
+
+/// Room for the packet being looked at: the stack has too little. Nothing else runs on the CPU until the program ends.
+#[map(name = "weft_packet_2")]
+static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
+
+impl PolicyTables for Kernel {
+    #[inline(always)]
+    fn identity(&self, address: &Address) -> u64 {
+        // SAFETY: without preallocation an element is freed by RCU only; it is copied before the program ends.
+        match unsafe { IDENTITIES.get(address).copied() } {
+            Some(identity) => identity,
+            None => match RANGES.get(Key::new(128, *address)) {
+                Some(identity) => *identity,
+                None => IDENTITY_NONE,
+            },
+        }
+    }
+    #[inline(always)]
+    fn allows(&self, set: u64, identity: u64, protocol: u8, port: Port) -> bool {
+        let data =
+            RuleData { set: set.to_be_bytes(), identity: identity.to_be_bytes(), protocol, pad: 0, port };
+        RULES.get(Key::new(RULE_BITS_PORT, data)).is_some()
+    }
+    #[inline(always)]
+    fn tracked(&self, key: &TrackKey) -> Option<TrackValue> {
+        // SAFETY: copied at once; an element reused meanwhile tells another flow's time, which is a second's matter.
+        unsafe { TRACKED.get(key).copied() }
+    }
+    #[inline(always)]
+    fn track(&self, key: &TrackKey, value: &TrackValue) {
+        let _ = TRACKED.insert(key, value, 0);
+    }
+    #[inline(always)]
+    fn would_drop(&self, set: u64) {
+        match WOULD_DROP.get_ptr_mut(set) {
+            // SAFETY: the element belongs to this CPU, and these programs are not preempted by themselves on it.
+            Some(counter) => unsafe { *counter += 1 },
+            None => drop(WOULD_DROP.insert(set, 1, BPF_NOEXIST as u64)),
+        }
+    }
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
+    }
+}
+
+struct Frame<'a>(&'a TcContext);
+
+impl Bytes for Frame<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.0.load(at).ok()
+    }
+}
+
+#[inline(always)]
+fn edge(ctx: &TcContext, way: u8) -> Option<Edge> {
+    // SAFETY: the kernel hands in a valid context.
+    let ifindex = unsafe { (*raw(ctx)).ifindex };
+    // SAFETY: as for identities.
+    let pod = unsafe { PODS.get(ifindex).copied() }?;
+    (pod.flags != 0).then_some(Edge { pod, ifindex, way })
+}
+
+#[inline(always)]
+fn room() -> Option<&'static mut Packet> {
+    let packet = PACKET.get_ptr_mut(0)?;
+    // SAFETY: the element belongs to this CPU and to one program at a time; zeros are a valid packet.
+    Some(unsafe { &mut *packet })
+}
+
+/// Packets that a pod sends.
+#[classifier]
+pub fn weft_from_pod(ctx: TcContext) -> i32 {
+    let Some(edge) = edge(&ctx, TRACK_OUT) else { return NEXT };
+    let Some(packet) = room() else { return DROP };
+    let allowed = match parse(&Frame(&ctx), packet) {
+        Parsed::Free => return NEXT,
+        Parsed::Broken => edge.pod.flags & POLICY_EGRESS == 0,
+        Parsed::Fragment => check_fragment(&Kernel, &edge, packet),
+        Parsed::Packet => {
+            let peer = destination(&ctx, &edge, packet);
+            check(&Kernel, &edge, packet, &peer)
+        }
+    };
+    verdict(allowed, DropReason::PolicyEgress)
+}
+
+/// Packets that go to a pod.
+#[classifier]
+pub fn weft_to_pod(ctx: TcContext) -> i32 {
+    let Some(edge) = edge(&ctx, TRACK_IN) else { return NEXT };
+    let Some(packet) = room() else { return DROP };
+    let allowed = match parse(&Frame(&ctx), packet) {
+        Parsed::Free => return NEXT,
+        Parsed::Broken => edge.pod.flags & POLICY_INGRESS == 0,
+        Parsed::Fragment => is_own(&ctx) || check_fragment(&Kernel, &edge, packet),
+        Parsed::Packet => {
+            let peer = source(&ctx, packet);
+            check(&Kernel, &edge, packet, &peer)
+        }
+    };
+    verdict(allowed, DropReason::PolicyIngress)
+}
+
+#[inline(always)]
+fn verdict(allowed: bool, reason: DropReason) -> i32 {
+    if allowed {
+        return NEXT;
+    }
+    count(reason);
+    DROP
+}
+
+/// Whether the node made the packet itself: it came in by no device.
+#[inline(always)]
+fn is_own(ctx: &TcContext) -> bool {
+    // SAFETY: the kernel hands in a valid context.
+    unsafe { (*raw(ctx)).ingress_ifindex == 0 }
+}
+
+/// Whom a packet out of a pod is for. The node is always reachable from its pods; a Service is what it is translated to, which
+/// [`may_reach`] checks then.
+#[inline(always)]
+fn destination(ctx: &TcContext, edge: &Edge, packet: &Packet) -> Peer {
+    if edge.pod.flags & (POLICY_EGRESS | POLICY_DRY_EGRESS) == 0 {
+        return Peer::Exempt;
+    }
+    let to = Destination {
+        address: packet.destination,
+        port: packet.destination_port,
+        protocol: packet.protocol,
+        scope: SCOPE_INTERNAL,
+        loopback_is_node: false,
+    };
+    match find(&Kernel, &to) {
+        Found::Nothing if Kernel.is_node_address(&packet.destination) => Peer::Exempt,
+        Found::Nothing => Peer::At(packet.destination),
+        Found::UnknownPort | Found::Service(_) => {
+            // SAFETY: the context is valid, and a program of this type may write the mark.
+            unsafe { (*raw(ctx)).mark = POLICY_MARK | edge.ifindex };
+            Peer::Exempt
+        }
+    }
+}
+
+/// Who sent a packet to a pod. One that the node translated has the node's address: the flow knows the client.
+#[inline(always)]
+fn source(ctx: &TcContext, packet: &Packet) -> Peer {
+    if is_own(ctx) {
+        return Peer::Exempt;
+    }
+    if !Kernel.is_node_address(&packet.source) {
+        return Peer::At(packet.source);
+    }
+    let answer = FlowKey {
+        source: packet.destination,
+        destination: packet.source,
+        source_port: packet.destination_port,
+        destination_port: packet.source_port,
+        protocol: packet.protocol,
+        pad: [0; 3],
+    };
+    // SAFETY: copied at once.
+    match unsafe { FLOWS.get(answer).copied() } {
+        // A pod that reaches itself through a Service.
+        Some(flow) if flow.destination == packet.destination => Peer::Exempt,
+        Some(flow) => Peer::At(flow.destination),
+        None => Peer::At(packet.source),
+    }
+}
+
+/// Takes the mark of an isolated pod's packet to a Service off it.
+#[inline(always)]
+pub fn take_mark(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is valid, and a program of this type may write the mark.
+    unsafe {
+        let mark = (*raw(ctx)).mark;
+        if mark & POLICY_MARK != 0 {
+            (*raw(ctx)).mark = 0;
+        }
+        mark
+    }
+}
+
+/// Whether the pod that a packet to a Service is from ([`take_mark`]) may reach the backend chosen for it.
+#[inline(always)]
+pub fn may_reach(mark: u32, backend: &BackendKey) -> bool {
+    if mark & POLICY_MARK == 0 || Kernel.is_node_address(&backend.address) {
+        return true;
+    }
+    // SAFETY: as for identities.
+    let Some(pod) = (unsafe { PODS.get(mark & !POLICY_MARK).copied() }) else { return true };
+    let covered = |set| rule(&Kernel, set, &backend.address, backend.protocol, backend.port);
+    if pod.flags & POLICY_EGRESS != 0 && !covered(pod.egress) {
+        return false;
+    }
+    if pod.flags & POLICY_DRY_EGRESS != 0 && !covered(pod.dry_egress) {
+        Kernel.would_drop(pod.dry_egress);
+    }
+    true
+}
