@@ -69,14 +69,16 @@ enum Outcome {
 
 #[inline(always)]
 fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
-    let Some(Work { packet, entry, route }) = work() else { return PASS };
-    if read::<F>(ctx, packet).is_none() {
+    let Some(work) = work() else { return PASS };
+    if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
-    if packet.key.protocol == F::ICMP {
-        return error::<F>(ctx, packet, entry, true);
+    if work.packet.key.protocol == F::ICMP {
+        return error::<F>(ctx, &work.packet, &mut work.entry, true);
     }
-    match judge::<F>(ctx, packet, entry, route, mark) {
+    let outcome = judge::<F>(ctx, work, mark);
+    let Work { packet, entry, route } = work;
+    match outcome {
         Outcome::Pass => PASS,
         Outcome::Goes => go::<F>(ctx, packet, entry),
         Outcome::Begins => match record(&packet.key, route, ingress_ifindex(ctx), entry) {
@@ -142,13 +144,8 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(
-    ctx: &TcContext,
-    packet: &Packet,
-    entry: &mut FlowValue,
-    route: &mut Route,
-    mark: u32,
-) -> Outcome {
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work, mark: u32) -> Outcome {
+    let Work { packet, entry, route } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
