@@ -84,16 +84,7 @@ specs! {
 }
 
 /// Specs whose test fails, and why.
-const NOT_YET: &[(&str, &str)] = &[
-    (
-        "EndpointSliceMirroring should mirror a custom Endpoints resource through create update and delete",
-        "no controller mirrors Endpoints",
-    ),
-    (
-        "HostPort validates that there is no conflict between pods with same hostPort but different hostIP and protocol",
-        "nothing listens on a pod's hostPort",
-    ),
-];
+const NOT_YET: &[(&str, &str)] = &[];
 
 /// A title without the area before it and the tags after it.
 fn title(line: &str) -> &str {
