@@ -27,7 +27,7 @@ spec:
   selector: {app: one}
   ports: [{port: 80}]
 ";
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[test]
 fn an_address_of_the_pool_answers_and_outlives_its_node() -> anyhow::Result<()> {
@@ -73,8 +73,9 @@ fn address(cluster: &Cluster, service: &str) -> anyhow::Result<Ipv4Addr> {
 
 /// Waits until a request is answered, by whichever node.
 fn answers(cluster: &Cluster, address: Ipv4Addr) -> anyhow::Result<()> {
+    // Several: one that is sent to a pod of the dead node waits for an answer that never comes.
     let clients =
-        Clients::start(&cluster.netns, SocketAddr::from((address, 80)), 1, Duration::from_millis(20))?;
+        Clients::start(&cluster.netns, SocketAddr::from((address, 80)), 6, Duration::from_millis(20))?;
     wait_until("the address answers", PATIENCE, || Ok((clients.answered() > 5).then_some(())))
         .with_context(|| format!("{address}: {:?}", clients.losses()))?;
     clients.stop()?;
