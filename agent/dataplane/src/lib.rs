@@ -14,6 +14,7 @@ pub mod maglev;
 pub mod maps;
 mod metrics;
 pub mod node;
+pub mod observe;
 pub mod overlay;
 pub mod plan;
 pub mod policy;
@@ -23,6 +24,8 @@ mod run;
 mod serve;
 mod sys;
 pub mod tables;
+mod trouble;
+pub mod why;
 
 pub use metrics::Metrics;
 pub use run::{Config, Error, cleanup, run, run_with_metrics};

@@ -78,6 +78,17 @@ pub struct MapError {
     pub source: std::io::Error,
 }
 
+impl MapError {
+    /// For a person: what failed and why. Hash maps and tries have different words for being full.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self.source.raw_os_error() {
+            Some(libc::E2BIG | libc::ENOSPC) if self.op == "update" => format!("map {} is full", self.map),
+            Some(_) | None => format!("{self}: {}", self.source),
+        }
+    }
+}
+
 /// A key and a value as they stand in a map.
 pub type Entry = (Vec<u8>, Vec<u8>);
 

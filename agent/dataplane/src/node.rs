@@ -15,7 +15,7 @@ use crate::announce::DEVICE;
 use crate::{BRIDGE, OVERLAY};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
-const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+pub(crate) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
 /// Why the node could not be prepared.
 #[derive(Debug, thiserror::Error)]

@@ -23,6 +23,9 @@ pub const PORT: u16 = 8_472;
 /// MTU if the underlay's device is not found.
 const DEFAULT_MTU_BYTES: u32 = 1_500;
 
+/// No link of IPv6 is narrower (RFC 8200 §5).
+const IPV6_LEAST_MTU_BYTES: u32 = 1_280;
+
 /// What VXLAN adds to a packet between ends of this family (RFC 7348 §5): Ethernet 14, IP, UDP 8, VXLAN 8.
 #[must_use]
 pub fn overhead_bytes(node: IpAddr) -> u32 {
@@ -72,6 +75,8 @@ pub struct Overlay {
     addresses: BTreeSet<IpAddr>,
     /// Number of the device that `applied` is about.
     index: u32,
+    /// Its largest packet in bytes.
+    mtu_bytes: u32,
     applied: BTreeSet<Peer>,
     /// What an earlier agent left is looked through once.
     pruned: bool,
@@ -95,6 +100,7 @@ impl Overlay {
             nodes: BTreeMap::new(),
             addresses: BTreeSet::new(),
             index: 0,
+            mtu_bytes: 0,
             applied: BTreeSet::new(),
             pruned: false,
             dirty: true,
@@ -142,6 +148,10 @@ impl Overlay {
         let before = self.applied.len();
         match *event {
             Event::Lost => self.applied.clear(),
+            // The way to a peer may be a wider or narrower one now.
+            Event::Route { route: Some(route), .. } if route.index != self.index && self.is_way(&route) => {
+                self.applied.retain(|peer| !route.destination.contains(peer.address));
+            }
             Event::Route { route: Some(route), gone } => {
                 let index = self.index;
                 let kept = route.index == index && route.gateway == Some(route.destination.network());
@@ -155,6 +165,10 @@ impl Overlay {
             Event::Route { route: None, .. } | Event::Neighbour(_) | Event::Link(_) | Event::Address(_) => {}
         }
         self.dirty |= self.applied.len() != before;
+    }
+
+    fn is_way(&self, route: &Route) -> bool {
+        self.applied.iter().any(|peer| route.destination.contains(peer.address))
     }
 
     /// Whether the kernel lags behind.
@@ -220,6 +234,7 @@ impl Overlay {
         }
         if device.index != self.index {
             self.index = device.index;
+            self.mtu_bytes = device.mtu_bytes;
             self.applied.clear();
             self.pruned = false;
         }
@@ -279,10 +294,15 @@ impl Overlay {
     /// The routes last: a packet that takes one finds the rest.
     fn put(&self, netlink: &mut Netlink, peer: &Peer) -> Result<(), Error> {
         let entries = self.entries(peer);
+        let way = netlink.route_to(peer.address)?.and_then(|way| way.mtu_bytes);
+        let within = way.map(|mtu| mtu.saturating_sub(overhead_bytes(peer.address)));
         netlink.put_fdb(&entries.fdb)?;
-        for (route, neighbour) in &entries.ranges {
-            netlink.put_neighbour(neighbour)?;
-            netlink.put_route(route)?;
+        for (mut route, neighbour) in entries.ranges {
+            netlink.put_neighbour(&neighbour)?;
+            // On a narrow way the kernel would send tunnel packets in fragments; told of it, it tells the pods.
+            let least = if route.destination.is_ipv6() { IPV6_LEAST_MTU_BYTES } else { 0 };
+            route.mtu_bytes = within.filter(|mtu| *mtu < self.mtu_bytes).map(|mtu| mtu.max(least));
+            netlink.put_route(&route)?;
         }
         Ok(())
     }

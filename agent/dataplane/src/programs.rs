@@ -19,7 +19,7 @@ use crate::node::{NodeError, failed};
 use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
-const SOCKET_HOOKS: [(&str, u32); 8] = [
+pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_connect4", 10),
     ("weft_connect6", 11),
     ("weft_sendmsg4", 14),
@@ -30,7 +30,8 @@ const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_peername6", 30),
 ];
 /// Packet hooks: program, attach type, suffix of the pin.
-const EDGE_HOOKS: [(&str, u32, &str); 2] = [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
+pub(crate) const EDGE_HOOKS: [(&str, u32, &str); 2] =
+    [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
 
 /// Why the programs could not be put in place.
 #[derive(Debug, thiserror::Error)]

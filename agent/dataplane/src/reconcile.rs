@@ -21,22 +21,34 @@ use crate::tables::{ServiceName, Tables};
 /// Failures of one batch after which the rest of it waits for the retry: a full map would otherwise cost a system call per entry.
 const MAX_FAILURES_PER_BATCH: usize = 16;
 
+/// Services that are told of at once: more have one cause, and the metric counts them all.
+const MAX_TROUBLES: usize = 64;
 /// Rounds of one synchronisation: an address that changes hands takes two, and a round costs only what changed. The rest
 /// waits for the next synchronisation.
 const MAX_ROUNDS: usize = 4;
 
-/// Failures of a Service that are taken for a passing trouble.
-const FAILURES_WAITED_FOR: u32 = 3;
+/// Rounds in which failures of a Service are taken for a passing trouble.
+const ROUNDS_WAITED_FOR: u32 = 3;
 
 /// Why a Service is not in the maps as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unprogrammed {
     /// Since when.
     pub since: Instant,
-    /// Synchronisations that failed since.
+    /// Synchronisations since then that left it so.
+    pub rounds: u32,
+    /// Those of them in which an operation of its own failed; in the others it had to wait.
     pub failures: u32,
     /// What failed last.
     pub reason: String,
+}
+
+/// Why operations of a Service were not done.
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    /// One was tried and failed; else they wait for others'.
+    tried: bool,
 }
 
 /// What a synchronisation did.
@@ -60,6 +72,8 @@ pub struct Reconciler<M> {
     planner: Planner,
     dirty: BTreeSet<ServiceName>,
     unprogrammed: BTreeMap<ServiceName, Unprogrammed>,
+    /// Services that go on failing, to be told of.
+    troubles: Vec<(ServiceName, String)>,
     health: HashMap<ServiceName, Health>,
     answers: Answers,
     health_changes: BTreeSet<ServiceName>,
@@ -89,6 +103,7 @@ impl<M: MapSet> Reconciler<M> {
             planner,
             dirty: BTreeSet::new(),
             unprogrammed: BTreeMap::new(),
+            troubles: Vec::new(),
             health: HashMap::new(),
             answers: Answers::default(),
             health_changes: BTreeSet::new(),
@@ -118,16 +133,17 @@ impl<M: MapSet> Reconciler<M> {
     pub fn is_dirty(&self) -> bool {
         self.prune != Prune::Nothing
             || !self.dirty.is_empty()
+            || !self.unprogrammed.is_empty()
             || self.node_addresses != self.planner.ledger.node_addresses
     }
 
-    /// Whether everything is in the maps but for Services that failed more than once: those are shown, and retried, but need
+    /// Whether everything is in the maps but for Services that failed again and again: those are shown, and retried, but need
     /// not be waited for.
     #[must_use]
     pub fn is_settled(&self) -> bool {
-        let failing = |name| self.unprogrammed.get(name).is_some_and(|u| u.failures >= FAILURES_WAITED_FOR);
         self.prune != Prune::All
-            && self.dirty.iter().all(failing)
+            && self.dirty.is_empty()
+            && self.unprogrammed.values().all(|state| state.rounds >= ROUNDS_WAITED_FOR)
             && self.node_addresses == self.planner.ledger.node_addresses
     }
 
@@ -141,6 +157,11 @@ impl<M: MapSet> Reconciler<M> {
     #[must_use]
     pub fn unprogrammed(&self) -> &BTreeMap<ServiceName, Unprogrammed> {
         &self.unprogrammed
+    }
+
+    /// Services that have begun to fail again and again, and why.
+    pub fn take_troubles(&mut self) -> Vec<(ServiceName, String)> {
+        std::mem::take(&mut self.troubles)
     }
 
     /// What load balancers are to be told anew, by Service; `None` for nothing any more.
@@ -172,16 +193,16 @@ impl<M: MapSet> Reconciler<M> {
         self.answers.take()
     }
 
-    /// Brings the maps to what the tables say. What fails stays dirty.
+    /// Brings the maps to what the tables say: Services that changed or, if none did, those that failed before.
     pub fn sync(&mut self) -> Report {
         let mut report = Report { full: self.prune == Prune::All, ..Report::default() };
+        if self.dirty.is_empty() {
+            self.dirty.extend(self.unprogrammed.keys().cloned());
+        }
         for _ in 0..MAX_ROUNDS {
-            let failed = self.sync_services(&mut report);
-            let disturbed = self.planner.take_disturbed();
-            let done = disturbed.is_empty();
-            self.dirty.extend(disturbed);
-            if done || !failed.is_empty() {
-                self.dirty.extend(failed);
+            self.sync_services(&mut report);
+            self.dirty.extend(self.planner.take_disturbed());
+            if self.dirty.is_empty() {
                 break;
             }
         }
@@ -193,7 +214,7 @@ impl<M: MapSet> Reconciler<M> {
 
     /// A Service that fails keeps nothing else from being pruned: all have been planned, so what they want is known.
     fn prune(&mut self, report: &mut Report) {
-        let settled = self.dirty.is_empty();
+        let settled = self.dirty.is_empty() && self.unprogrammed.is_empty();
         let mut remove = |this: &mut Self, ops: Vec<Op>| {
             this.apply(ops.into_iter().map(|op| (0, op)).collect(), report).is_empty()
         };
@@ -211,12 +232,14 @@ impl<M: MapSet> Reconciler<M> {
         }
     }
 
-    /// One round over the Services that changed. Returns those that failed.
-    fn sync_services(&mut self, report: &mut Report) -> Vec<ServiceName> {
-        // Those that failed before come last: what they fail at must not keep the others waiting.
+    /// One round over the Services that are dirty.
+    fn sync_services(&mut self, report: &mut Report) {
+        // Those that failed before come last, and most often last of all: after some failures a batch is given up, and
+        // each must have its turn.
         let dirty = std::mem::take(&mut self.dirty);
-        let (again, new): (Vec<_>, Vec<_>) =
+        let (mut again, new): (Vec<_>, Vec<_>) =
             dirty.into_iter().partition(|name| self.unprogrammed.contains_key(name));
+        again.sort_by_key(|name| self.unprogrammed.get(name).map_or(0, |state| state.failures));
         let mut changes = Vec::with_capacity(new.len() + again.len());
         let mut gone = Vec::new();
         for name in new.into_iter().chain(again) {
@@ -235,7 +258,7 @@ impl<M: MapSet> Reconciler<M> {
         let settled = (0..names.len()).filter(|i| gone[*i] && !failed.contains_key(i));
         let settled: Vec<_> = settled.map(|i| (names[i].clone(), Desired::default())).collect();
         self.planner.plan(settled);
-        self.note_failures(&names, failed)
+        self.note_failures(&names, failed);
     }
 
     fn note_health(&mut self, name: &ServiceName, health: Option<Health>) {
@@ -248,31 +271,31 @@ impl<M: MapSet> Reconciler<M> {
         }
     }
 
-    fn note_failures(
-        &mut self,
-        names: &[ServiceName],
-        mut failed: HashMap<usize, String>,
-    ) -> Vec<ServiceName> {
-        let mut again = Vec::new();
+    fn note_failures(&mut self, names: &[ServiceName], mut failed: HashMap<usize, Failure>) {
         for (index, name) in names.iter().enumerate() {
-            let Some(reason) = failed.remove(&index) else {
+            let Some(failure) = failed.remove(&index) else {
                 self.unprogrammed.remove(name);
                 continue;
             };
-            let new = || Unprogrammed { since: Instant::now(), failures: 0, reason: String::new() };
-            let state = self.unprogrammed.entry(name.clone()).or_insert_with(new);
-            if state.failures == 0 {
-                tracing::warn!(service = %name, reason, "service is not programmed, will be retried");
+            let state = self.unprogrammed.entry(name.clone()).or_insert_with(|| Unprogrammed {
+                since: Instant::now(),
+                rounds: 0,
+                failures: 0,
+                reason: String::new(),
+            });
+            state.rounds = state.rounds.saturating_add(1);
+            if failure.tried {
+                state.failures = state.failures.saturating_add(1);
             }
-            state.failures = state.failures.saturating_add(1);
-            state.reason = reason;
-            again.push(name.clone());
+            state.reason = failure.reason;
+            if state.rounds == ROUNDS_WAITED_FOR && self.troubles.len() < MAX_TROUBLES {
+                self.troubles.push((name.clone(), state.reason.clone()));
+            }
         }
-        again
     }
 
     /// Applies operations phase by phase; an owner of one that failed gets no later phase. Returns those owners, and why.
-    fn apply(&mut self, ops: Vec<(usize, Op)>, report: &mut Report) -> HashMap<usize, String> {
+    fn apply(&mut self, ops: Vec<(usize, Op)>, report: &mut Report) -> HashMap<usize, Failure> {
         let mut failed = HashMap::new();
         let mut phases: BTreeMap<usize, Vec<(usize, Op)>> = BTreeMap::new();
         for (owner, op) in ops {
@@ -294,7 +317,8 @@ impl<M: MapSet> Reconciler<M> {
             self.apply_batch(&batch, report, &mut failed);
         }
         for owner in held {
-            failed.entry(owner).or_insert_with(|| "waits for another service of the same backend".to_owned());
+            let reason = || "waits for another service of the same backend".to_owned();
+            failed.entry(owner).or_insert_with(|| Failure { reason: reason(), tried: false });
         }
         failed
     }
@@ -303,7 +327,7 @@ impl<M: MapSet> Reconciler<M> {
         &mut self,
         batch: &[(usize, Op)],
         report: &mut Report,
-        failed: &mut HashMap<usize, String>,
+        failed: &mut HashMap<usize, Failure>,
     ) {
         let mut from = 0;
         let mut failures = 0;
@@ -319,19 +343,20 @@ impl<M: MapSet> Reconciler<M> {
             report.applied += done;
             from += done;
             if let Err(error) = result {
-                reason = format!("{error}: {}", error.source);
+                reason = error.reason();
                 tracing::debug!(reason, "map operation failed, will be retried");
                 failures += 1;
                 report.failed += 1;
                 if let Some((owner, _)) = batch.get(from) {
-                    failed.entry(*owner).or_insert_with(|| reason.clone());
+                    let failure = failed.entry(*owner);
+                    failure.or_insert_with(|| Failure { reason: reason.clone(), tried: true });
                 }
                 from += 1;
             }
         }
         report.failed += batch.len().saturating_sub(from);
         for (owner, _) in &batch[from.min(batch.len())..] {
-            failed.entry(*owner).or_insert_with(|| reason.clone());
+            failed.entry(*owner).or_insert_with(|| Failure { reason: reason.clone(), tried: false });
         }
     }
 
@@ -348,7 +373,7 @@ impl<M: MapSet> Reconciler<M> {
 }
 
 /// Backends that several Services let go of, of which one could not: its lists may still lead there.
-fn blocked_backends(batch: &[(usize, Op)], failed: &HashMap<usize, String>) -> HashSet<BackendKey> {
+fn blocked_backends(batch: &[(usize, Op)], failed: &HashMap<usize, Failure>) -> HashSet<BackendKey> {
     let of_failed = batch.iter().filter(|(owner, _)| failed.contains_key(owner));
     of_failed.filter_map(|(_, op)| if let Op::DeleteBackend(key) = op { Some(*key) } else { None }).collect()
 }

@@ -12,7 +12,7 @@ use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, NodeConfig};
@@ -30,11 +30,14 @@ use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
 use crate::tables::{ServiceName, Tables};
+use crate::trouble::{self, Trouble};
 
 use self::absorb::{Relists, sources};
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
+/// Services to be told of while the API is slow.
+const MAX_TROUBLES: usize = 64;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
@@ -130,9 +133,11 @@ pub async fn run_with_metrics(
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let (troubles, told) = mpsc::channel(MAX_TROUBLES);
     let (answers, wanted) = watch::channel(BTreeSet::new());
     let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
     let mut dataplane = Dataplane {
+        troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
         programs,
@@ -150,8 +155,10 @@ pub async fn run_with_metrics(
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
+    let telling = trouble::tell(client.clone(), &config.node_name, told);
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
+        () = telling => Ok(()),
         outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
@@ -207,6 +214,7 @@ struct Dataplane {
     devices: Devices,
     shared: Arc<Shared>,
     checks: Checks,
+    troubles: mpsc::Sender<Trouble>,
     searches: Searches,
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
@@ -230,7 +238,7 @@ impl Dataplane {
         let mut due = None;
         loop {
             let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
-            // Fixed when it begins: events that change nothing must not put it off.
+            // Fixed when it begins: events must not put it off.
             due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -253,9 +261,11 @@ impl Dataplane {
                     self.refresh_devices()?;
                 }
                 () = self.searches.progress() => continue,
-                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {}
+                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
+                    due = None;
+                    self.retry = (self.retry * 2).min(RETRY_LONGEST);
+                }
             }
-            due = None;
             self.sync();
         }
     }
@@ -279,9 +289,7 @@ impl Dataplane {
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
-        if self.reconciler.is_dirty() || self.overlay.is_dirty() {
-            self.retry = (self.retry * 2).min(RETRY_LONGEST);
-        } else {
+        if !self.reconciler.is_dirty() && !self.overlay.is_dirty() {
             self.retry = RETRY_FIRST;
         }
         if self.reconciler.is_settled() {
@@ -320,6 +328,11 @@ impl Dataplane {
         });
         let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
         self.triggers.drain(..excess);
+        for (service, reason) in self.reconciler.take_troubles() {
+            tracing::warn!(%service, reason, "service is not programmed, will be retried");
+            // Behind a queue that is full, the log and the metric have it.
+            let _ = self.troubles.try_send((service, reason));
+        }
         self.checks.apply(self.reconciler.take_health_changes());
         self.searches.add(self.reconciler.take_left());
         if let Some(mut answers) = self.reconciler.take_answers() {

@@ -10,9 +10,12 @@ const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
+const OBJ_INFO: libc::c_long = 15;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
+/// `BPF_LINK_TYPE_TCX`.
+const LINK_TCX: u32 = 11;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
@@ -91,6 +94,33 @@ fn address(bytes: &[u8]) -> u64 {
 fn owned(fd: i32) -> OwnedFd {
     // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Reads the value of a key into `value`; `false` if there is none. The slices must have the map's sizes.
+pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = ElementAttr {
+        map_fd: number(map),
+        key: address(key),
+        value: value.as_mut_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    match bpf(MAP_LOOKUP_ELEM, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Nanoseconds of the clock that the programs read.
+pub(crate) fn monotonic_ns() -> u64 {
+    let clock = nix::time::ClockId::CLOCK_MONOTONIC;
+    let now = clock.now().map_or(std::time::Duration::ZERO, std::time::Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Seconds of that clock.
+pub(crate) fn monotonic_seconds() -> u32 {
+    u32::try_from(monotonic_ns() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 /// Sets `count` entries; `keys` and `values` hold them one behind the other. Returns how many were done, and why not all.
@@ -184,17 +214,9 @@ pub(crate) fn read_by_key(
             Err(error) => return Err(error),
         }
         let mut value = vec![0_u8; value_bytes];
-        let mut attr = ElementAttr {
-            map_fd: number(map),
-            key: address(&next),
-            value: value.as_mut_ptr() as u64,
-            ..ElementAttr::default()
-        };
-        match bpf(MAP_LOOKUP_ELEM, &mut attr) {
-            Ok(_) => all.push((next.clone(), value)),
-            // It went between the two calls.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            Err(error) => return Err(error),
+        // One that went between the two calls is left out.
+        if lookup(map, &next, &mut value)? {
+            all.push((next.clone(), value));
         }
         last = Some(next);
     }
@@ -224,6 +246,53 @@ struct LinkDetachAttr {
 /// Takes a link off its cgroup or device at once; dropping the last reference does so only some time later.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(LINK_DETACH, &mut LinkDetachAttr { link_fd: number(link) }).map(|_| ())
+}
+
+/// `union bpf_attr`, member `info`.
+#[repr(C)]
+#[derive(Default)]
+struct InfoAttr {
+    bpf_fd: u32,
+    info_len: u32,
+    info: u64,
+}
+
+/// The head of `struct bpf_link_info`. The first word of its union is a cgroup's id, or for tcx the device's index in the
+/// low half; both are zero once what the link was attached to is gone.
+#[repr(C)]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    pad: u32,
+    target: u64,
+    rest: [u64; 8],
+}
+
+/// What a link joins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkInfo {
+    /// Id of its program.
+    pub(crate) program: u32,
+    /// What it is attached to: a cgroup's id, or in the low half a device's index; 0 if that is gone.
+    pub(crate) target: u64,
+}
+
+/// Looks at a link.
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    let mut info = RawLinkInfo::default();
+    let mut attr = InfoAttr {
+        bpf_fd: number(link),
+        info_len: u32::try_from(size_of::<RawLinkInfo>()).unwrap_or(0),
+        info: std::ptr::from_mut(&mut info) as u64,
+    };
+    bpf(OBJ_INFO, &mut attr)?;
+    // SAFETY: the kernel wrote into it behind the compiler's back; every bit pattern is valid.
+    let info = unsafe { std::ptr::read_volatile(&raw const info) };
+    // A device's link has its attach type in the high half, which stays when the device goes.
+    let target = if info.kind == LINK_TCX { info.target & 0xffff_ffff } else { info.target };
+    Ok(LinkInfo { program: info.program, target })
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {

@@ -7,21 +7,26 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 use std::net::IpAddr;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::dir::{Dir, Type};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag, readlinkat};
+use nix::sys::stat::Mode;
 
 use crate::Pool;
 
 /// Names the boot that the kernel is in.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The addresses that were given last, as links like the leases; only a hint.
-const LAST: &str = "last";
-const LAST_6: &str = "last6";
+/// Held while an address is acquired. It says which of each family was given last: only a hint, and cheaper than a file of its own.
+const LOCK: &str = "lock";
+
+/// More than the text of an address of each family. Always as many, so that one write replaces all that was there.
+const HINT_BYTES: usize = 128;
 
 /// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing as leases do.
 const PORTS: &str = "ports";
@@ -109,7 +114,7 @@ pub struct Leases {
 /// Keeps other processes from acquiring addresses and mapping ports for as long as it lives.
 #[derive(Debug)]
 pub struct Lock {
-    _file: Flock<File>,
+    file: Flock<File>,
 }
 
 impl Leases {
@@ -131,8 +136,8 @@ impl Leases {
     /// # Errors
     /// If the folder can't be made.
     pub fn lock(&self) -> Result<Lock, Error> {
-        let path = self.state.join("lock");
-        let open = || File::options().create(true).append(true).open(&path);
+        let path = self.state.join(LOCK);
+        let open = || File::options().create(true).truncate(false).read(true).write(true).open(&path);
         let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(&self.state).map_err(failed("create", &self.state))?;
@@ -150,7 +155,7 @@ impl Leases {
             forget_earlier_boots(&self.state)?;
             fs::create_dir(&self.folder).map_err(failed("create", &self.folder))?;
         }
-        Ok(Lock { _file: file })
+        Ok(Lock { file })
     }
 
     /// All leases.
@@ -211,7 +216,8 @@ impl Leases {
     /// # Errors
     /// If a pool has none left, or a wanted one can't be had.
     pub fn acquire(&self, pools: &[Pool], owner: &Owner, wanted: &[IpAddr]) -> Result<Vec<Acquired>, Error> {
-        let _lock = self.lock()?;
+        let lock = self.lock()?;
+        let last = lock.hint();
         let leases = self.all()?;
         if let Some(stray) = wanted.iter().find(|wanted| !pools.iter().any(|pool| pool.holds(**wanted))) {
             return Err(Error::NotInPool(*stray));
@@ -219,13 +225,16 @@ impl Leases {
         let mut all: Vec<Acquired> = Vec::with_capacity(pools.len());
         for pool in pools {
             let offset = all.first().zip(pools.first()).and_then(|(one, first)| first.offset(one.address));
-            match self.acquire_one(pool, owner, wanted, &leases, offset) {
+            match self.acquire_one(pool, owner, wanted, &leases, (offset, &last)) {
                 Ok(acquired) => all.push(acquired),
                 Err(error) => {
                     self.give_back(&all)?;
                     return Err(error);
                 }
             }
+        }
+        if all.iter().any(|one| one.fresh) {
+            lock.remember(&all);
         }
         Ok(all)
     }
@@ -236,7 +245,7 @@ impl Leases {
         owner: &Owner,
         wanted: &[IpAddr],
         leases: &[Lease],
-        offset: Option<u128>,
+        (offset, last): (Option<u128>, &[IpAddr]),
     ) -> Result<Acquired, Error> {
         let holder = |address: IpAddr| leases.iter().find(|lease| lease.address == address).map(|l| &l.owner);
         let mut wanted = wanted.iter().copied().filter(|wanted| pool.holds(*wanted));
@@ -256,10 +265,10 @@ impl Leases {
         }
         let used: HashSet<IpAddr> = leases.iter().map(|lease| lease.address).collect();
         let same = offset.and_then(|offset| pool.at(offset)).filter(|address| !used.contains(address));
-        let next = || pool.next(self.last(pool), |address| used.contains(&address));
+        let last = last.iter().copied().find(|last| pool.serves(*last));
+        let next = || pool.next(last, |address| used.contains(&address));
         let address = same.or_else(next).ok_or(Error::Exhausted)?;
         self.write(address, owner)?;
-        self.remember(address)?;
         Ok(Acquired { address, fresh: true })
     }
 
@@ -276,50 +285,71 @@ impl Leases {
     /// # Errors
     /// If the folder can't be changed.
     pub fn release(&self, owner: &Owner) -> Result<(), Error> {
-        for lease in self.all()?.iter().filter(|lease| lease.owner == *owner) {
-            self.remove(lease.address)?;
-        }
-        Ok(())
+        self.held(owner)?.into_iter().try_for_each(|address| self.remove(address))
+    }
+
+    /// What an owner holds.
+    ///
+    /// # Errors
+    /// If the folder can't be read.
+    pub fn held(&self, owner: &Owner) -> Result<Vec<IpAddr>, Error> {
+        let of_owner = self.all()?.into_iter().filter(|lease| lease.owner == *owner);
+        Ok(of_owner.map(|lease| lease.address).collect())
+    }
+
+    /// Gives an address back. One that nobody holds is no error.
+    ///
+    /// # Errors
+    /// If the folder can't be changed.
+    pub fn remove(&self, address: IpAddr) -> Result<(), Error> {
+        remove(&self.folder.join(address.to_string()))
     }
 
     fn write(&self, address: IpAddr, owner: &Owner) -> Result<(), Error> {
         let path = self.folder.join(address.to_string());
         symlink(owner.to_target(), &path).map_err(failed("create", &path))
     }
+}
 
-    fn remove(&self, address: IpAddr) -> Result<(), Error> {
-        remove(&self.folder.join(address.to_string()))
+impl Lock {
+    /// The addresses that were given last; none if it isn't known.
+    fn hint(&self) -> Vec<IpAddr> {
+        let mut text = String::new();
+        // Read wrongly or not at all, it costs some addresses their rest, and nothing else.
+        let _ = (&*self.file).take(HINT_BYTES as u64).read_to_string(&mut text);
+        text.split_whitespace().filter_map(|address| address.parse().ok()).collect()
     }
 
-    fn last(&self, pool: &Pool) -> Option<IpAddr> {
-        let last = |name| fs::read_link(self.folder.join(name)).ok()?.to_str()?.parse().ok();
-        [LAST, LAST_6].into_iter().filter_map(last).find(|last| pool.serves(*last))
-    }
-
-    fn remember(&self, address: IpAddr) -> Result<(), Error> {
-        let path = self.folder.join(if address.is_ipv4() { LAST } else { LAST_6 });
-        remove(&path)?;
-        symlink(address.to_string(), &path).map_err(failed("create", &path))
+    fn remember(&self, given: &[Acquired]) {
+        let text: Vec<String> = given.iter().map(|one| one.address.to_string()).collect();
+        let text = format!("{:<1$}\n", text.join(" "), HINT_BYTES - 1);
+        let _ = self.file.write_all_at(text.as_bytes(), 0);
     }
 }
 
 /// The links of a folder, each with the owner that it points to; none if the folder is missing.
 fn entries(folder: &Path) -> Result<Vec<(String, Owner)>, Error> {
-    let listed = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(failed("read", folder))?,
+    let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let mut listed = match Dir::open(folder, flags, Mode::empty()) {
+        Err(Errno::ENOENT) => return Ok(Vec::new()),
+        other => other.map_err(|errno| failed("read", folder)(errno.into()))?,
     };
+    let mut names = Vec::new();
+    for entry in listed.iter() {
+        let entry = entry.map_err(|errno| failed("read", folder)(errno.into()))?;
+        // A file system may not say what is a link; a folder is none for sure.
+        if entry.file_type() != Some(Type::Directory) {
+            // What isn't text isn't ours.
+            names.extend(entry.file_name().to_str().ok().map(str::to_owned));
+        }
+    }
     let mut entries = Vec::new();
-    for entry in listed {
-        let entry = entry.map_err(failed("read", folder))?;
-        // What isn't ours to read has no such name.
-        let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
-        let target = match fs::read_link(entry.path()) {
-            // A folder, or given back at this moment.
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
-                continue;
-            }
-            other => other.map_err(failed("read", &entry.path()))?,
+    for name in names {
+        // By the open folder: the path to it need not be walked for each.
+        let target = match readlinkat(&listed, name.as_str()) {
+            // No link, or given back at this moment.
+            Err(Errno::EINVAL | Errno::ENOENT) => continue,
+            other => other.map_err(|errno| failed("read", &folder.join(&name))(errno.into()))?,
         };
         let owner = target.to_str().and_then(|target| target.split_once('/'));
         entries.extend(owner.map(|(container, ifname)| {

@@ -23,6 +23,8 @@ pub struct Address {
     pub network: IpNetwork,
     /// Whether it may be used beyond this host and its links.
     pub global: bool,
+    /// Whether it can be told to others: not a temporary address of IPv6 (RFC 8981), nor one that is about to go or not sure yet.
+    pub lasting: bool,
 }
 
 impl Netlink {
@@ -109,7 +111,14 @@ fn read(message: &AddressMessage) -> Option<Address> {
             _ => {}
         }
     }
+    // The flag of a temporary address of IPv6 is that of a secondary one of IPv4, which lasts.
+    let unsure =
+        AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+    let flags = message.header.flags;
+    let temporary =
+        message.header.family == AddressFamily::Inet6 && flags.contains(AddressHeaderFlags::Secondary);
     Some(Address {
+        lasting: !temporary && !flags.intersects(unsure),
         index: message.header.index,
         network: IpNetwork::new(address?, message.header.prefix_len).ok()?,
         global: message.header.scope == AddressScope::Universe,

@@ -6,9 +6,12 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute,
-    LinkFlags, LinkInfo, LinkMessage, State,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoKind, InfoPortData,
+    InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    State,
 };
+
+use nix::errno::Errno;
 
 use crate::error::ok_if_gone;
 use crate::socket::About;
@@ -108,6 +111,8 @@ impl Netlink {
     /// [`Class::NotFound`] if there is none.
     pub fn link(&mut self, name: &str) -> Result<Link, Error> {
         let mut message = LinkMessage::default();
+        // Counters are the larger part of an answer, and take longest.
+        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         let about = About { op: "find the device", subject: name };
         match self.get(about, RouteNetlinkMessage::GetLink(message))? {
@@ -255,8 +260,28 @@ impl Netlink {
     /// # Errors
     /// If the device is no bridge's port.
     pub fn set_hairpin(&mut self, index: u32, on: bool) -> Result<(), Error> {
+        self.set_port(index, on, Vec::new())
+    }
+
+    /// The same, and gives the port no IPv6 address of its own: its packets are the bridge's to take, and each such address
+    /// would be announced to every pod.
+    ///
+    /// # Errors
+    /// If the device is no bridge's port.
+    pub fn make_pod_port(&mut self, index: u32) -> Result<(), Error> {
+        let no_address = vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)];
+        let family = vec![AfSpecUnspec::Inet6(no_address)];
+        match self.set_port(index, true, vec![LinkAttribute::AfSpecUnspec(family)]) {
+            // A kernel without IPv6 knows no such thing.
+            Err(Error::Refused { errno: Errno::EAFNOSUPPORT, .. }) => self.set_hairpin(index, true),
+            other => other,
+        }
+    }
+
+    fn set_port(&mut self, index: u32, on: bool, more: Vec<LinkAttribute>) -> Result<(), Error> {
         let mut message = LinkMessage::default();
         message.header.index = index;
+        message.attributes = more;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::PortKind(InfoPortKind::Bridge),
             LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),

@@ -136,7 +136,7 @@ fn message(route: &Route) -> RouteMessage {
     message
 }
 
-fn family(network: IpNetwork) -> AddressFamily {
+pub(crate) fn family(network: IpNetwork) -> AddressFamily {
     match network {
         IpNetwork::V4(_) => AddressFamily::Inet,
         IpNetwork::V6(_) => AddressFamily::Inet6,
@@ -177,7 +177,7 @@ pub(crate) fn read(message: &RouteMessage) -> Option<Route> {
     Some(route)
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(crate) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),

@@ -93,7 +93,7 @@ impl Attachment<'_> {
         host.create_veth_port(&ends.0, &ends.1, Some(self.netns.as_fd()), Some(bridge.index))?;
         made.pair = true;
         let port = host.link(&self.host_name)?;
-        host.set_hairpin(port.index, true)?;
+        host.make_pod_port(port.index)?;
         // Both sides know each other from the start: no packet waits for an answer, and none is lost.
         for placed in &self.addresses {
             let pod = Neighbour { index: bridge.index, address: placed.address, mac: self.mac };
@@ -103,7 +103,10 @@ impl Attachment<'_> {
         self.add_capabilities(&mut host, &port, &mut pod, made)?;
         // From the pod outwards, as each depends on the one before.
         wait_until_running(&mut host, &self.host_name)?;
-        wait_until_running(&mut host, &self.fabric.bridge)?;
+        // One that ran before has other ports.
+        if !bridge.running {
+            wait_until_running(&mut host, &self.fabric.bridge)?;
+        }
         Ok(self.result(&bridge, &port))
     }
 
@@ -227,7 +230,7 @@ impl Attachment<'_> {
     /// Takes back what this call has made, and nothing that was there before.
     fn undo(&self, made: &Made) -> Result<(), PluginError> {
         if made.ports {
-            capabilities::unmap_ports(self.config, self.owner)?;
+            capabilities::unmap_ports(&leases(self.config)?, self.owner)?;
         }
         if made.pair {
             let addresses: Vec<IpAddr> = self.addresses.iter().map(|placed| placed.address).collect();

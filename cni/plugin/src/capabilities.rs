@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 
-use weft_cni_ipam::{Mapped, Owner};
+use weft_cni_ipam::{Leases, Mapped, Owner};
 use weft_cni_netlink::hostport::{self, HostPort};
 use weft_cni_netlink::{Class, Link, Netlink, Shape, sysctl};
 use weft_cni_spec::{Config, PortMapping, Protocol, Rate};
@@ -63,8 +63,7 @@ pub(crate) fn map_ports(
 }
 
 /// Removes what led to an owner's addresses. Nothing is no error.
-pub(crate) fn unmap_ports(config: &Config, owner: &Owner) -> Result<(), PluginError> {
-    let leases = leases(config)?;
+pub(crate) fn unmap_ports(leases: &Leases, owner: &Owner) -> Result<(), PluginError> {
     let of = |mapped: Vec<Mapped>| mapped.into_iter().filter(|one| one.owner == *owner).collect::<Vec<_>>();
     if of(leases.mapped()?).is_empty() {
         return Ok(());

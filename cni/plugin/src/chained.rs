@@ -11,6 +11,7 @@ use weft_cni_spec::{Call, Config};
 
 use crate::capabilities::{self, Ends};
 use crate::error::PluginError;
+use crate::leases;
 
 /// A pod that another plugin has attached.
 struct Attached {
@@ -28,7 +29,8 @@ pub(crate) fn add(call: &Call, config: &Config, owner: &Owner) -> Result<Value, 
     }
     let mut attached = Attached::find(call, config)?;
     let added = attached.add(config, owner);
-    added.map_err(|failed| match capabilities::unmap_ports(config, owner) {
+    let undo = || capabilities::unmap_ports(&leases(config)?, owner);
+    added.map_err(|failed| match undo() {
         Ok(()) => failed,
         Err(source) => PluginError::Undo { failed: Box::new(failed), source: Box::new(source) },
     })?;

@@ -20,9 +20,7 @@ pub(crate) fn check(call: &Call, config: &Config, fabric: &Fabric, owner: &Owner
     let netns =
         namespace::open(path).map_err(|source| PluginError::Netns { path: path.to_path_buf(), source })?;
 
-    let held = leases(config)?.all()?;
-    let held: Vec<IpAddr> =
-        held.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
+    let held = leases(config)?.held(owner)?;
     let mut host = Netlink::open()?;
     let bridge = find(&mut host, &fabric.bridge)?;
     let port = find(&mut host, &names::host_interface(&config.name, owner))?;

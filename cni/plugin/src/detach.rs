@@ -11,15 +11,13 @@ use crate::error::PluginError;
 use crate::{capabilities, leases, names};
 
 pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
-    capabilities::unmap_ports(config, owner)?;
+    let leases = leases(config)?;
+    capabilities::unmap_ports(&leases, owner)?;
     // In chained use the interface is another's, and the bounds on traffic go with it.
     let Some(fabric) = &config.fabric else { return Ok(()) };
-    let leases = leases(config)?;
-    let held: Vec<IpAddr> =
-        leases.all()?.into_iter().filter(|lease| lease.owner == *owner).map(|lease| lease.address).collect();
+    let held = leases.held(owner)?;
     unlink(config, fabric, owner, &held)?;
-    leases.release(owner)?;
-    Ok(())
+    held.into_iter().try_for_each(|address| Ok(leases.remove(address)?))
 }
 
 /// Removes every attachment that isn't among the valid ones.

@@ -8,6 +8,7 @@ mod addresses;
 mod ports;
 mod repair;
 
+pub(crate) use addresses::usage;
 pub(crate) use repair::run as repair;
 
 use crate::api::Api;

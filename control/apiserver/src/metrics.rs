@@ -22,6 +22,8 @@ pub(crate) struct Metrics {
     durations: Family<Labels, Histogram, fn() -> Histogram>,
     in_flight: Family<Labels, Gauge>,
     objects: Family<Labels, Gauge>,
+    allocated: Family<Labels, Gauge>,
+    available: Family<Labels, Gauge>,
 }
 
 /// Counts a request as long as it is being answered.
@@ -63,7 +65,18 @@ impl Metrics {
             in_flight.clone(),
         );
         registry.register("apiserver_storage_objects", "Stored objects by resource", objects.clone());
-        Self { registry, requests, durations, in_flight, objects }
+        let (allocated, available) = (Family::default(), Family::default());
+        registry.register(
+            "kube_apiserver_clusterip_allocator_allocated_ips",
+            "Cluster IPs in use by range",
+            allocated.clone(),
+        );
+        registry.register(
+            "kube_apiserver_clusterip_allocator_available_ips",
+            "Free cluster IPs by range",
+            available.clone(),
+        );
+        Self { registry, requests, durations, in_flight, objects, allocated, available }
     }
 
     /// Counts a request that begins.
@@ -76,22 +89,30 @@ impl Metrics {
 
     /// Counts a request that was answered.
     pub(crate) fn finish(&self, info: &RequestInfo, code: StatusCode, took: Duration) {
-        let verb = if info.is_resource { info.verb.to_uppercase() } else { info.verb.clone() };
+        // Anybody may ask for anything: what no kind has, and no method that HTTP knows, would make labels without bound.
+        let method =
+            matches!(info.verb.as_str(), "get" | "head" | "post" | "put" | "patch" | "delete" | "options");
+        let verb = match (info.is_resource, method) {
+            (true, _) => info.verb.to_uppercase(),
+            (false, true) => info.verb.clone(),
+            (false, false) => "other".to_owned(),
+        };
         let scope = match (info.is_resource, info.name.is_empty(), info.namespace.is_empty()) {
             (false, _, _) => "",
             (true, false, _) => "resource",
             (true, true, false) => "namespace",
             (true, true, true) => "cluster",
         };
-        // Whatever no kind has would make labels without bound.
-        let known = code != StatusCode::NOT_FOUND || !info.name.is_empty();
+        let kind = weft_control_api::kinds::find(&info.group, &info.version, &info.resource);
+        let known = kind.is_some();
         let resource = if known { info.resource.clone() } else { String::new() };
+        let part = kind.is_some_and(|kind| kind.subresource(&info.subresource).is_some());
         let mut labels: Labels = vec![
             ("verb", verb),
             ("group", if known { info.group.clone() } else { String::new() }),
             ("version", if known { info.version.clone() } else { String::new() }),
             ("resource", resource),
-            ("subresource", if known { info.subresource.clone() } else { String::new() }),
+            ("subresource", if part { info.subresource.clone() } else { String::new() }),
             ("scope", scope.to_owned()),
             ("component", "apiserver".to_owned()),
         ];
@@ -106,6 +127,18 @@ impl Metrics {
     pub(crate) fn set_objects(&self, resource: String, count: usize) {
         let count = i64::try_from(count).unwrap_or(i64::MAX);
         self.objects.get_or_create(&vec![("resource", resource)]).set(count);
+    }
+
+    /// Sets how many addresses each range has given and has left.
+    pub(crate) fn set_ranges(&self, ranges: &[(String, u64, u64)]) {
+        self.allocated.clear();
+        self.available.clear();
+        for (cidr, allocated, available) in ranges {
+            let labels = vec![("cidr", cidr.clone())];
+            let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+            self.allocated.get_or_create(&labels).set(number(*allocated));
+            self.available.get_or_create(&labels).set(number(*available));
+        }
     }
 
     /// All metrics as text.

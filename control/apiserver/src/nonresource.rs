@@ -201,6 +201,7 @@ fn metrics(api: &Api) -> Result<Response, Status> {
         let name = resource.storage.group_resource().to_string();
         api.metrics.set_objects(name, api.cache.count(resource.id));
     }
+    api.metrics.set_ranges(&crate::alloc::usage(api));
     let text = api.metrics.encode().map_err(Status::internal)?;
     let mut response = reply::text(StatusCode::OK, text);
     response.headers_mut().insert(http::header::CONTENT_TYPE, METRICS_TYPE);

@@ -154,6 +154,13 @@ pub(crate) fn command(paths: &Paths, args: &AgentArgs, log: &str) -> anyhow::Res
 fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
     let cluster =
         Cluster::read(&paths.cluster_file())?.context("there is no cluster in this data directory")?;
+    let families = |v6| (cluster.cluster_cidr.family(v6).is_some(), args.node_ip.family(v6).is_some());
+    anyhow::ensure!(
+        [false, true].into_iter().all(|v6| matches!(families(v6), (true, true) | (false, false))),
+        "the node's address is {}, and pods are in {}: it must have one of each of their families, and no other",
+        args.node_ip,
+        cluster.cluster_cidr
+    );
     let folder = paths.node(&args.node).pki();
     let removal = args.purge || args.stop;
     let read = |name: &str| {
@@ -190,6 +197,18 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
     let gate = config.gate.clone();
     tasks.spawn(async move {
         dataplane::run(config, clients.proxy, programmed, stop).await.context("the data plane failed")
+    });
+    let (path, observer) = (paths.control_socket(), Arc::new(observer(&node, &paths)));
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        if let Err(error) = dataplane::observe::socket::serve(path, observer, stop.clone()).await {
+            tracing::warn!(
+                error = logging::chain(&error),
+                "the node answers no questions; it runs all the same"
+            );
+            stop.cancelled().await;
+        }
+        Ok(())
     });
     let (task, stop) = (network::Task::new(&node, &paths, clients.kubelet.clone()), shutdown.clone());
     tasks.spawn(async move {
@@ -232,6 +251,15 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         gate: Some(dataplane::policy::Gate::default()),
         proxy: dataplane::ProxyConfig::default(),
         balancer_pools: node.cluster.load_balancer_pools.clone(),
+    }
+}
+
+/// What the agent tells of itself: it is in the node's namespaces already.
+fn observer(node: &Node, paths: &NodePaths) -> dataplane::observe::Observer {
+    dataplane::observe::Observer {
+        pins: paths.bpffs(),
+        netns: None,
+        cgroup: node.paths.node_cgroup(&node.name),
     }
 }
 

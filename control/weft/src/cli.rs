@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
 
+use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 use crate::ranges::PerFamily;
 
@@ -36,6 +37,18 @@ pub(crate) enum Command {
     /// Import, list and remove images, on every node of the cluster
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Say step by step what becomes of a connection, and which object in the API makes it so
+    Why(WhyArgs),
+    /// Watch connections get their backends, and what is refused or dropped, as it happens
+    Flows(FlowsArgs),
+    /// Try the network of the running cluster
+    #[command(subcommand)]
+    Net(NetCommand),
+    /// Look through what the cluster stands on, and say what to do about what is wrong
+    Doctor(DoctorArgs),
+    /// See which Services the kernels of the nodes carry
+    #[command(subcommand, visible_alias = "svc")]
+    Service(ServiceCommand),
     /// Print the administrator's kubeconfig
     Kubeconfig,
     /// Print the version

@@ -9,6 +9,7 @@ mod image;
 mod kubeconfig;
 mod lock;
 mod logging;
+mod net;
 mod network;
 mod nodes;
 mod paths;
@@ -31,7 +32,7 @@ pub(crate) const VERSION: &str = concat!("v1.36.2+weft-", env!("CARGO_PKG_VERSIO
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -40,21 +41,25 @@ fn main() -> ExitCode {
 }
 
 #[expect(clippy::print_stdout, reason = "this is the command line's output")]
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let paths = Paths::new(&cli.data_dir);
     match cli.command {
-        Command::Up(args) => up::up(&paths, &args, &cli.log),
-        Command::Down(args) => down::down(&paths, args.purge),
-        Command::Server(args) => server::command(&paths, &args, &cli.log),
-        Command::Agent(args) => agent::command(&paths, &args, &cli.log),
-        Command::Image(command) => image::run(&paths, &command),
+        Command::Why(args) => return Ok(net::why(&paths, &args)),
+        Command::Flows(args) => return Ok(net::flows(&paths, &args)),
+        Command::Net(command) => return Ok(net::net(&paths, &command)),
+        Command::Doctor(args) => return Ok(net::doctor(&paths, &args)),
+        Command::Service(command) => return Ok(net::service(&paths, &command)),
+        Command::Up(args) => up::up(&paths, &args, &cli.log)?,
+        Command::Down(args) => down::down(&paths, args.purge)?,
+        Command::Server(args) => server::command(&paths, &args, &cli.log)?,
+        Command::Agent(args) => agent::command(&paths, &args, &cli.log)?,
+        Command::Image(command) => image::run(&paths, &command)?,
         Command::Kubeconfig => {
             print!("{}", kubeconfig::admin(&paths)?);
-            Ok(())
         }
         Command::Version => {
             println!("weft {VERSION}");
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

@@ -80,7 +80,7 @@ fn machine_address(v6: bool) -> anyhow::Result<Option<IpAddr>> {
             .any(|link| link.index == index && link.up && !link.loopback && !link.name.starts_with("weft"))
     };
     let addresses = netlink.addresses()?;
-    let of_family = |address: &&Address| address.network.is_ipv6() == v6;
+    let of_family = |address: &&Address| address.network.is_ipv6() == v6 && address.lasting;
     let mut candidates: Vec<_> = addresses
         .iter()
         .filter(of_family)

@@ -104,6 +104,11 @@ impl NodePaths {
         self.run.join("ns")
     }
 
+    /// Where the node's agent answers questions about its dataplane.
+    pub(crate) fn control_socket(&self) -> PathBuf {
+        self.run.join("dataplane.sock")
+    }
+
     pub(crate) fn bpffs(&self) -> PathBuf {
         self.run.join("bpf")
     }

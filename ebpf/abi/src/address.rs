@@ -5,8 +5,11 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// An address of either family: IPv6, or IPv4 mapped into it (`::ffff:a.b.c.d`), in network order.
+///
+/// It stands at multiples of four bytes in every key and value, and says so: a BPF compiler reads what may be anywhere byte by
+/// byte, and then keeps each byte in a register or a word of the stack.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(transparent)]
+#[repr(C, align(4))]
 pub struct Address(pub [u8; 16]);
 
 impl Address {
@@ -46,6 +49,19 @@ impl Address {
     #[must_use]
     pub const fn any_of_family(&self) -> Self {
         if self.as_v4().is_some() { Self::ANY_V4 } else { Self::ANY }
+    }
+
+    /// Its words, each in network order as it stands in memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn words(&self) -> [u32; 4] {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
+        [
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ]
     }
 
     /// The last four bytes, which are the address if it is IPv4.

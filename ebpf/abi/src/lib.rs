@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod event;
 pub mod policy;
 mod reason;
 
 pub use address::{Address, Port};
+pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
 
 use core::mem::{offset_of, size_of};
@@ -42,6 +44,12 @@ pub mod names {
     pub const DROPS: &str = "weft_drop_2";
     /// Prefix trie of [`SourceKey`](super::SourceKey) to `u32`: clients that may use a list of backends.
     pub const SOURCES: &str = "weft_src_2";
+    /// Ring of [`FlowEvent`](super::FlowEvent).
+    pub const EVENTS: &str = "weft_evt_2";
+    /// Index 0 to [`Watched`](super::Watched).
+    pub const WATCHED: &str = "weft_seen_2";
+    /// Index 0 to the number of events that found no room, per CPU.
+    pub const LOST: &str = "weft_lost_2";
     /// [`FragmentKey`](super::FragmentKey) to [`FragmentValue`](super::FragmentValue), least recently used dropped.
     pub const FRAGMENTS: &str = "weft_frag_2";
     /// Index of a pod's device to [`PolicyPod`](super::policy::PolicyPod).
@@ -57,7 +65,7 @@ pub mod names {
     /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
     pub const WOULD_DROP: &str = "weft_dry_2";
     /// All of them.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 20] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -68,6 +76,9 @@ pub mod names {
         AFFINITY,
         DROPS,
         SOURCES,
+        EVENTS,
+        WATCHED,
+        LOST,
         FRAGMENTS,
         POLICY_PODS,
         IDENTITIES,
@@ -107,6 +118,8 @@ pub mod sizes {
     pub const RULES: u32 = 524_288;
     /// Flows of isolated pods; about 110 bytes each.
     pub const TRACKED: u32 = 32_768;
+    /// The ring of events: some 3,000 of them.
+    pub const EVENT_BYTES: u32 = 262_144;
     /// Sets of rules on trial that have met a packet they do not cover.
     pub const WOULD_DROP: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.

@@ -1,7 +1,8 @@
 //! Tuples of translated flows: what a packet becomes, and how its answer is recognised.
 
 use weft_ebpf_abi::{
-    Address, BackendKey, FLOW_REPLY, FlowKey, FlowValue, NAT_PORT_COUNT, NAT_PORT_FIRST, Port, UDP,
+    Address, BackendKey, FLOW_REPLY, FlowKey, FlowValue, NAT_PORT_COUNT, NAT_PORT_FIRST, Port,
+    SERVICE_KEEP_SOURCE, UDP,
 };
 
 use crate::service::{UDP_STICKY_SECONDS, scale};
@@ -12,8 +13,11 @@ pub const NAT_PORT_TRIES: u32 = 16;
 /// Where a new flow goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Source address to use; `None` keeps the client's address and port.
-    pub source: Option<Address>,
+    /// Source address to use.
+    pub source: Address,
+    /// Whether the client keeps its own instead. (No `Option`: LLVM spills what an absent value leaves undefined, which the
+    /// verifier of Linux 6.18 refuses: "R3 !read_ok".)
+    pub keeps_source: bool,
     /// Device towards the backend; 0 if the backend is this node.
     pub ifindex: u32,
 }
@@ -27,6 +31,43 @@ pub const fn nat_port(random: u32, try_number: u32) -> Port {
     // 1367 shares no factor with the size of the range: every try is another port.
     let offset = (start + try_number * 1_367) % NAT_PORT_COUNT as u32;
     Port::new(NAT_PORT_FIRST + offset as u16)
+}
+
+/// The pods' bridge, and the device to other nodes' pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodDevices {
+    /// The bridge.
+    pub bridge: u32,
+    /// The overlay; 0 for none.
+    pub overlay: u32,
+}
+
+impl PodDevices {
+    /// Whether a device leads to pods only.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, ifindex: u32) -> bool {
+        ifindex != 0 && (ifindex == self.bridge || ifindex == self.overlay)
+    }
+
+    /// Whether a client keeps its address: the Service wants it, or packets go from pods here to pods there, whose answers
+    /// come back through this node by themselves. Between two pods of the bridge they would not: they go straight
+    /// from port to port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn keep_source(&self, came_by: u32, leaves_by: u32, flags: u32) -> bool {
+        flags & SERVICE_KEEP_SOURCE != 0 || (came_by != leaves_by && self.has(came_by) && self.has(leaves_by))
+    }
+}
+
+/// Whether answers that become this go to the sender of `key`, from what it asked.
+#[inline(always)]
+#[must_use]
+pub fn answers(reply: &FlowValue, key: &FlowKey) -> bool {
+    reply.destination == key.source
+        && reply.destination_port == key.source_port
+        && reply.source == key.destination
+        && reply.source_port == key.destination_port
 }
 
 /// What a client's packets become.

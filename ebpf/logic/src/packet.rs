@@ -11,8 +11,6 @@ pub use v6::V6;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET_BYTES: usize = 14;
-/// Bytes of a TCP header without options.
-pub const TCP_BYTES: usize = 20;
 /// Bytes of an ICMP header.
 pub const ICMP_BYTES: usize = 8;
 
@@ -71,7 +69,7 @@ pub trait Quote: Copy {
     fn sum(&self) -> u32;
 }
 
-impl<const N: usize> Quote for [u8; N] {
+impl<const N: usize> Quote for [u32; N] {
     #[inline(always)]
     fn sum(&self) -> u32 {
         sum(self)
@@ -79,7 +77,7 @@ impl<const N: usize> Quote for [u8; N] {
 }
 
 /// What is quoted of a packet that is too big: it has that much, and its ports are in it even behind a fragment header.
-pub type LongQuote = [u8; 64];
+pub type LongQuote = [u32; 16];
 
 /// Which part of a packet a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,28 +218,30 @@ fn read_ports<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet, at: usize) -> O
     Some(())
 }
 
-/// Sum of 16-bit words, not yet folded (RFC 1071).
+/// Sum of 16-bit words (RFC 1071), of bytes in words of 32 bits as they stand in memory; see [`Address`] for what single bytes
+/// would cost. At most 16 bits.
 #[inline(always)]
 #[must_use]
-pub fn sum<const N: usize>(bytes: &[u8; N]) -> u32 {
-    let mut total = 0_u32;
+#[expect(clippy::cast_possible_truncation, reason = "folded, it has 16 bits")]
+pub const fn sum<const N: usize>(words: &[u32; N]) -> u32 {
+    let mut total = 0_u64;
     let mut i = 0;
-    while i + 1 < N {
-        total += u32::from(u16::from_be_bytes([bytes[i], bytes[i + 1]]));
-        i += 2;
+    while i < N {
+        total += words[i] as u64;
+        i += 1;
     }
-    if N % 2 == 1 {
-        total += u32::from(bytes[N - 1]) << 8;
-    }
-    total
+    // The sum does not depend on the order of bytes (RFC 1071 §2B): it is taken in the host's and turned afterwards.
+    let halves = (total & 0xffff) + ((total >> 16) & 0xffff) + (total >> 32);
+    let folded = (halves & 0xffff) + (halves >> 16);
+    u16::from_be_bytes((((folded & 0xffff) + (folded >> 16)) as u16).to_ne_bytes()) as u32
 }
 
 /// Sum of the pseudo-header, not yet folded. It is one for both families: what a mapped address has before the IPv4
 /// address sums up to 0xffff, which is zero in one's complement.
 #[inline(always)]
 #[must_use]
-pub fn sum_pseudo(source: &Address, destination: &Address, protocol: u8, bytes: u16) -> u32 {
-    sum(&source.0) + sum(&destination.0) + protocol as u32 + bytes as u32
+pub const fn sum_pseudo(source: &Address, destination: &Address, protocol: u8, bytes: u16) -> u32 {
+    sum(&source.words()) + sum(&destination.words()) + protocol as u32 + bytes as u32
 }
 
 /// The checksum of a sum: folded and inverted.
@@ -254,11 +254,8 @@ pub const fn fold(total: u32) -> [u8; 2] {
     (!(twice as u16)).to_be_bytes()
 }
 
+/// Four bytes as a word that stands in memory as they do.
 #[inline(always)]
-fn write<const N: usize>(to: &mut [u8], at: usize, bytes: [u8; N]) {
-    let mut i = 0;
-    while i < N {
-        to[at + i] = bytes[i];
-        i += 1;
-    }
+const fn word(bytes: [u8; 4]) -> u32 {
+    u32::from_ne_bytes(bytes)
 }

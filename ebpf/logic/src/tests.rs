@@ -210,6 +210,9 @@ proptest! {
         let forward = flow::forward(&to, (Address(a), flow::nat_port(nat, 3)), 9, 1);
         let reply = flow::reply(&key, 4, 1);
         prop_assert_eq!(flow::forward_key(&reply, TCP), key);
+        prop_assert!(flow::answers(&reply, &key));
+        let other = FlowKey { destination_port: Port::new(ports[1].wrapping_add(1)), ..key };
+        prop_assert!(!flow::answers(&reply, &other));
         prop_assert_eq!(flow::backend(&forward, TCP), to);
         let answer = flow::reply_key(&forward, TCP);
         prop_assert_eq!((answer.source, answer.source_port), (to.address, to.port));
@@ -291,6 +294,25 @@ fn source_ranges() {
     assert!(allows(&memory, &value, &outside), "it checks nobody");
     assert!(allows(&memory, &checked, &inside) && !allows(&memory, &checked, &outside));
     assert!(!allows(&memory, &other, &inside), "another list's range");
+}
+
+#[test]
+fn who_keeps_its_address() {
+    let (bridge, overlay, uplink) = (3, 4, 5);
+    let pods = flow::PodDevices { bridge, overlay };
+    let rows = [
+        ("a pod to another node's pod", bridge, overlay, 0, true),
+        ("another node's pod to one here", overlay, bridge, 0, true),
+        ("two pods of one bridge", bridge, bridge, 0, false),
+        ("a pod to who is none", bridge, uplink, 0, false),
+        ("from outside", uplink, bridge, 0, false),
+        ("from outside, if the Service wants it", uplink, bridge, SERVICE_KEEP_SOURCE, true),
+    ];
+    for (name, came_by, leaves_by, flags, wanted) in rows {
+        assert_eq!(pods.keep_source(came_by, leaves_by, flags), wanted, "{name}");
+    }
+    let alone = flow::PodDevices { bridge, overlay: 0 };
+    assert!(!alone.keep_source(bridge, 0, 0) && !alone.has(0), "no device is no overlay");
 }
 
 #[test]

@@ -34,24 +34,13 @@ pub trait Family: packet::Family {
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()>;
 }
 
-#[inline(always)]
-fn words(address: &Address) -> [u32; 4] {
-    let a = &address.0;
-    [
-        u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
-        u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
-        u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
-        u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
-    ]
-}
-
 impl Family for V4 {
     const NUMBER: u8 = 2;
     const CHECKSUM_FLAGS: u64 = 0;
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
-        fib.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(destination.low());
+        fib.__bindgen_anon_4.ipv4_dst = destination.words()[3];
     }
     #[inline(always)]
     fn source(fib: &FibLookup) -> Address {
@@ -61,8 +50,7 @@ impl Family for V4 {
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()> {
         ctx.l3_csum_replace(at + 10, 0, difference, 0).ok()?;
-        let (s, d) = (addresses[0].low(), addresses[1].low());
-        ctx.store(at + 12, &[s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3]], 0).ok()
+        ctx.store(at + 12, &[addresses[0].words()[3], addresses[1].words()[3]], 0).ok()
     }
 }
 
@@ -72,7 +60,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
-        fib.__bindgen_anon_4.ipv6_dst = words(destination);
+        fib.__bindgen_anon_4.ipv6_dst = destination.words();
     }
     #[inline(always)]
     fn source(fib: &FibLookup) -> Address {

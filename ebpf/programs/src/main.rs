@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod events;
 mod family;
 mod maps;
 mod policy;

@@ -6,6 +6,7 @@ use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::flow::Route;
 use weft_ebpf_logic::packet::Packet;
 
 /// BPF_F_NO_PREALLOC: memory follows the number of Services, not the bound.
@@ -44,6 +45,8 @@ pub struct Work {
     pub packet: Packet,
     /// What it becomes.
     pub entry: FlowValue,
+    /// The way of a flow that begins.
+    pub route: Route,
 }
 
 /// This CPU's. A packet program is not interrupted by another one: both run with softirqs off.

@@ -11,7 +11,9 @@ use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::policy::*;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
-use weft_ebpf_logic::policy::{Bytes, Edge, Packet, Parsed, Peer, PolicyTables, check, check_fragment, parse, rule};
+use weft_ebpf_logic::policy::{
+    Bytes, Edge, Packet, Parsed, Peer, PolicyTables, check, check_fragment, parse, rule,
+};
 use weft_ebpf_logic::service::{Destination, Found, find};
 
 use crate::maps::{FLOWS, Kernel, count};

@@ -4,9 +4,10 @@ use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::answer::{Error, icmp_bytes, icmp_error, tcp_reset};
-use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST, TCP_BYTES};
+use weft_ebpf_logic::packet::answer::{Error, TCP_BYTES, TCP_WORDS, icmp_bytes, icmp_error, tcp_reset};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
 
+use crate::events;
 use crate::family::Family;
 use crate::maps::count;
 use crate::tc::raw;
@@ -17,6 +18,7 @@ const DROP: i32 = TC_ACT_SHOT as i32;
 #[inline(never)]
 pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
     count(reason);
+    events::dropped(&packet.key, reason);
     let answered = match packet.key.protocol {
         _ if packet.part == Part::Later => None,
         TCP => reset::<F>(ctx, packet),
@@ -69,11 +71,11 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     if packet.flags & RST != 0 {
         return None;
     }
-    let tcp: [u8; TCP_BYTES] = ctx.load(packet.transport()).ok()?;
+    let tcp: [u32; TCP_WORDS] = ctx.load(packet.transport()).ok()?;
     let answer = tcp_reset(packet, &tcp);
-    resize::<F>(ctx, TCP_BYTES)?;
+    resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
-    ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES as u16), 0).ok()?;
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
 }
 

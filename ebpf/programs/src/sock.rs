@@ -11,6 +11,7 @@ use aya_ebpf::programs::SockAddrContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, select};
 
+use crate::events;
 use crate::maps::{Kernel, SOCKETS, config, count};
 
 const ALLOW: i32 = 1;
@@ -123,8 +124,9 @@ fn serves(ctx: *mut bpf_sock_addr) -> Option<bool> {
 }
 
 #[inline(always)]
-fn refuse(reason: DropReason) -> i32 {
+fn refuse(to: &Destination, reason: DropReason) -> i32 {
     count(reason);
+    events::socket_refused(&to.address, to.port, to.protocol, reason);
     // SAFETY: a helper with a number; the kernel returns it instead of EPERM.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     DENY
@@ -142,7 +144,7 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
     let to = Destination { address, port, protocol, scope: SCOPE_INTERNAL, loopback_is_node };
     let service = match find(&Kernel, &to) {
         Found::Nothing => return ALLOW,
-        Found::UnknownPort => return refuse(DropReason::SocketUnknownPort),
+        Found::UnknownPort => return refuse(&to, DropReason::SocketUnknownPort),
         Found::Service(service) => service,
     };
     if service.flags & SERVICE_CHECK_SOURCE != 0 {
@@ -153,6 +155,7 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
         // As for kube-proxy: a node that is in a range may use the address as if it came from that address itself.
         if !allows(&Kernel, &service, &address) {
             count(DropReason::SourceNotAllowed);
+            events::socket_refused(&address, port, protocol, DropReason::SourceNotAllowed);
             return DENY;
         }
     }
@@ -165,15 +168,16 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
     };
     let Some(backend) = select(&Kernel, &service, &client) else {
         let local = service.flags & SERVICE_DROP_EMPTY != 0;
-        return refuse(if local { DropReason::NoLocalEndpoints } else { DropReason::SocketNoEndpoints });
+        return refuse(&to, if local { DropReason::NoLocalEndpoints } else { DropReason::SocketNoEndpoints });
     };
     if !F::reaches(&backend.address) {
-        return refuse(DropReason::SocketNoEndpoints);
+        return refuse(&to, DropReason::SocketNoEndpoints);
     }
     let key = SocketKey { cookie, peer: backend, pad: [0; 4] };
     let _ = SOCKETS.insert(key, SocketValue { address, port, pad: [0; 2] }, 0);
     F::write(ctx, &backend.address);
     set_port(ctx, backend.port);
+    events::socket(&address, port, &backend, datagram);
     ALLOW
 }
 

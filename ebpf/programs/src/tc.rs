@@ -10,10 +10,11 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
-use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, Route};
+use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, PodDevices, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
+use crate::events;
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
 use crate::policy;
@@ -58,6 +59,8 @@ enum Outcome {
     Pass,
     /// It becomes what the entry says.
     Goes,
+    /// Likewise, once the flow is recorded and has a source.
+    Begins,
     /// It is answered with a refusal.
     Refused(DropReason),
     /// It is dropped.
@@ -66,32 +69,48 @@ enum Outcome {
 
 #[inline(always)]
 fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
-    let Some(Work { packet, entry }) = work() else { return PASS };
-    if read::<F>(ctx, packet).is_none() {
+    let Some(work) = work() else { return PASS };
+    if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
-    if packet.key.protocol == F::ICMP {
-        return error::<F>(ctx, packet, entry, true);
+    if work.packet.key.protocol == F::ICMP {
+        return error::<F>(ctx, &work.packet, &mut work.entry, true);
     }
-    match judge::<F>(ctx, packet, entry, mark) {
+    let outcome = judge::<F>(ctx, work, mark);
+    let Work { packet, entry, route } = work;
+    match outcome {
         Outcome::Pass => PASS,
-        Outcome::Goes => {
-            if let Some(mtu_bytes) = too_big_for(ctx, packet, entry.ifindex) {
-                return too_big::<F>(ctx, packet, mtu_bytes);
+        Outcome::Goes => go::<F>(ctx, packet, entry),
+        Outcome::Begins => match record(&packet.key, route, ingress_ifindex(ctx), entry) {
+            Ok(()) => {
+                events::packet(&packet.key, &flow::backend(entry, packet.key.protocol));
+                go::<F>(ctx, packet, entry)
             }
-            match translate::<F>(ctx, packet, entry) {
-                Ok(()) => leave(entry.ifindex),
-                Err(reason) => dropped(reason),
-            }
-        }
+            Err(reason) => dropped(reason),
+        },
         Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
-        Outcome::Dropped(reason) => dropped(reason),
+        Outcome::Dropped(reason) => {
+            events::dropped(&packet.key, reason);
+            dropped(reason)
+        }
+    }
+}
+
+/// Sends a packet on as what it becomes, if it fits.
+#[inline(always)]
+fn go<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> i32 {
+    if let Some(mtu_bytes) = too_big_for(ctx, packet, entry.ifindex) {
+        return too_big::<F>(ctx, packet, mtu_bytes);
+    }
+    match translate::<F>(ctx, packet, entry) {
+        Ok(()) => leave(entry.ifindex),
+        Err(reason) => dropped(reason),
     }
 }
 
 #[inline(always)]
 fn egress<F: Family>(ctx: &TcContext) -> i32 {
-    let Some(Work { packet, entry }) = work() else { return PASS };
+    let Some(Work { packet, entry, .. }) = work() else { return PASS };
     if read::<F>(ctx, packet).is_none() {
         return PASS;
     }
@@ -125,7 +144,8 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mark: u32) -> Outcome {
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work, mark: u32) -> Outcome {
+    let Work { packet, entry, route } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
@@ -136,7 +156,7 @@ fn judge<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mar
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, mark) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route, mark) }
 }
 
 /// Copies the entry of a flow.
@@ -217,16 +237,22 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mark: u32) -> Outcome {
+fn begin<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet,
+    entry: &mut FlowValue,
+    route: &mut Route,
+    mark: u32,
+) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
-    let internal = ifindex == config.bridge_ifindex || ifindex == config.overlay_ifindex;
+    let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
     let key = &packet.key;
     let to = Destination {
         address: key.destination,
         port: key.destination_port,
         protocol: key.protocol,
-        scope: if internal { SCOPE_INTERNAL } else { SCOPE_EXTERNAL },
+        scope: if pods.has(ifindex) { SCOPE_INTERNAL } else { SCOPE_EXTERNAL },
         loopback_is_node: false,
     };
     let service = match find(&Kernel, &to) {
@@ -251,14 +277,12 @@ fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, mar
     if !policy::may_reach(mark, &backend) {
         return Outcome::Dropped(DropReason::PolicyEgress);
     }
-    let Some(route) = route::<F>(ctx, packet, &backend, service.flags) else {
+    if find_route::<F>(ctx, packet, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
-    };
-    *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
-    match record(key, route.source, ifindex, entry) {
-        Ok(()) => Outcome::Goes,
-        Err(reason) => Outcome::Dropped(reason),
     }
+    route.keeps_source |= pods.keep_source(ifindex, route.ifindex, service.flags);
+    *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
+    Outcome::Begins
 }
 
 #[inline(always)]
@@ -269,9 +293,15 @@ fn ingress_ifindex(ctx: &TcContext) -> u32 {
 
 /// Asks the kernel's routes for the way to a backend and the source address it would use.
 #[inline(always)]
-fn route<F: Family>(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flags: u32) -> Option<Route> {
+fn find_route<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet,
+    backend: &BackendKey,
+    route: &mut Route,
+) -> Option<()> {
     if Kernel.is_node_address(&backend.address) {
-        return Some(Route { source: None, ifindex: 0 });
+        *route = Route { source: Address::ANY, keeps_source: true, ifindex: 0 };
+        return Some(());
     }
     // SAFETY: all zeros are a valid value.
     let mut fib: FibLookup = unsafe { core::mem::zeroed() };
@@ -292,33 +322,56 @@ fn route<F: Family>(ctx: &TcContext, packet: &Packet, backend: &BackendKey, flag
     if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) && result != i64::from(BPF_FIB_LKUP_RET_FRAG_NEEDED) {
         return None;
     }
-    let keep = flags & SERVICE_KEEP_SOURCE != 0;
-    Some(Route { source: if keep { None } else { Some(F::source(&fib)) }, ifindex: fib.ifindex })
+    *route = Route { source: F::source(&fib), keeps_source: false, ifindex: fib.ifindex };
+    Some(())
 }
 
 /// Enters both directions of a new flow, the answers first: no packet may leave whose answer would not be known.
-/// With a `source` other than the client's, looks for a port that is free there.
-#[inline(always)]
-fn record(
-    key: &FlowKey,
-    source: Option<Address>,
-    ifindex: u32,
-    entry: &mut FlowValue,
-) -> Result<(), DropReason> {
+/// Looks for a source port that is free towards the backend.
+#[inline(never)]
+fn record(key: &FlowKey, route: &Route, ifindex: u32, entry: &mut FlowValue) -> Result<(), DropReason> {
     entry.last_seen = Kernel.now_seconds();
     let mut reply = flow::reply(key, ifindex, entry.generation);
     reply.last_seen = entry.last_seen;
+    // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's.
+    let mut entered = false;
+    if route.keeps_source {
+        (entry.source, entry.source_port) = (key.source, key.source_port);
+        entered = enter_own(key, entry, &reply);
+    } else {
+        entry.source = route.source;
+    }
+    if !entered && !enter_free(key, entry, &reply) {
+        return Err(DropReason::NatPortsExhausted);
+    }
+    FLOWS.insert(key, *entry, 0).map_err(|_| DropReason::FlowTableFull)
+}
+
+/// Enters the answers to the client's own port. Those of this very flow, whose other half was forgotten, are taken over.
+#[inline(never)]
+fn enter_own(key: &FlowKey, entry: &FlowValue, reply: &FlowValue) -> bool {
+    let answers = flow::reply_key(entry, key.protocol);
+    if FLOWS.insert(answers, reply, BPF_NOEXIST as u64).is_ok() {
+        return true;
+    }
+    // SAFETY: an element reused meanwhile is another flow's, as which it is taken.
+    match FLOWS.get_ptr(answers).map(|known| flow::answers(unsafe { &*known }, key)) {
+        Some(true) => FLOWS.insert(answers, reply, 0).is_ok(),
+        Some(false) | None => false,
+    }
+}
+
+/// Enters the answers to a port that is free.
+#[inline(never)]
+fn enter_free(key: &FlowKey, entry: &mut FlowValue, reply: &FlowValue) -> bool {
     let random = Kernel.random();
     for n in 0..NAT_PORT_TRIES {
-        if let Some(address) = source {
-            (entry.source, entry.source_port) = (address, flow::nat_port(random, n));
-        }
-        let mode = if source.is_some() { BPF_NOEXIST as u64 } else { 0 };
-        if FLOWS.insert(flow::reply_key(entry, key.protocol), reply, mode).is_ok() {
-            return FLOWS.insert(key, *entry, 0).map_err(|_| DropReason::FlowTableFull);
+        entry.source_port = flow::nat_port(random, n);
+        if FLOWS.insert(flow::reply_key(entry, key.protocol), reply, BPF_NOEXIST as u64).is_ok() {
+            return true;
         }
     }
-    Err(DropReason::NatPortsExhausted)
+    false
 }
 
 /// Rewrites a packet. The first fragment tells the others which flow is theirs.

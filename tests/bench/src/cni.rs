@@ -1,4 +1,4 @@
-//! C1: ADD and DEL by executing the plugin, against the reference plugins bridge and host-local.
+//! C1 and C2: ADD and DEL by executing the plugin, one by one and many at once, against the reference plugins bridge and host-local.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -11,46 +11,144 @@ use weft_tests_harness::artifact;
 use weft_tests_harness::netns::Netns;
 
 use crate::report::{Row, Target};
-use crate::stats::{Turns, compare, quantile, there_and_back};
+use crate::stats::{Turns, compare, estimate, quantile, there_and_back};
 
 /// Where Debian's containernetworking-plugins lie.
 const REFERENCE: &str = "/usr/lib/cni";
-/// Pods of one turn.
+/// Pods of one turn, one after the other.
 const PODS: usize = 20;
+/// Pods of one turn where several are attached at once: as many as at most are.
+const CROWD: usize = 64;
+/// How many at once.
+const AT_ONCE: [usize; 3] = [2, 16, 64];
 
-/// C1.
-pub(crate) fn run(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let state =
-        tempfile::Builder::new().prefix("weft-bench-").tempdir().context("make a folder for leases")?;
-    let sides = [ours(state.path())?, reference(state.path())?];
-    let host = Netns::new("c1")?;
-    let pods: Vec<Netns> = (0..PODS).map(|_| Netns::new("c1pod")).collect::<anyhow::Result<_>>()?;
-    // The first ADD of each makes its bridge; that is no part of what is compared.
-    for side in &sides {
-        turn(side, &host, &pods)?;
+/// Ours and the reference in a node's namespace, with pods to attach.
+struct Arena {
+    sides: [Plugin; 2],
+    host: Netns,
+    pods: Vec<Netns>,
+    _state: tempfile::TempDir,
+}
+
+/// C1 and C2.
+pub(crate) fn run(names: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    if names.contains(&"C1") {
+        rows.extend(one_by_one(rounds)?);
     }
-    let mut rows: [[Vec<Turns>; 2]; 4] = Default::default();
-    for _ in 0..rounds {
-        let turns: Vec<(usize, [f64; 4])> = there_and_back(sides.len())
-            .map(|side| Ok((side, turn(&sides[side], &host, &pods)?)))
-            .collect::<anyhow::Result<_>>()?;
-        for (figure, sides) in rows.iter_mut().enumerate() {
-            for (side, all) in sides.iter_mut().enumerate() {
-                let of: Vec<f64> =
-                    turns.iter().filter(|turn| turn.0 == side).map(|turn| turn.1[figure]).collect();
-                all.push(Turns(of[0], of[1]));
-            }
-        }
+    if names.contains(&"C2") {
+        rows.extend(at_once(rounds)?);
     }
+    Ok(rows)
+}
+
+fn one_by_one(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let arena = Arena::new(PODS)?;
+    let measured = arena.measure::<4>(rounds, |side| turn(&arena.sides[side], &arena.host, &arena.pods))?;
     let names = ["C1 ADD p50", "C1 DEL p50", "C1 ADD p99", "C1 DEL p99"];
     let targets = [Target::AtLeast(5.0), Target::AtLeast(5.0), Target::None, Target::None];
-    let row = |((name, target), [ours, peer]): ((&str, Target), &[Vec<Turns>; 2])| {
-        // How many times faster: the peer's time through ours.
-        let mut compared = compare(peer, ours);
-        (compared.left, compared.right) = (compared.right, compared.left);
-        Row::compared(name, "bridge + host-local", "ms", &compared, target)
+    Ok(names
+        .into_iter()
+        .zip(targets)
+        .zip(&measured)
+        .map(|((name, target), sides)| row(name, sides, target))
+        .collect())
+}
+
+/// How many times faster: the peer's time through ours.
+fn row(name: &str, [ours, peer]: &[Vec<Turns>; 2], target: Target) -> Row {
+    let mut compared = compare(peer, ours);
+    (compared.left, compared.right) = (compared.right, compared.left);
+    Row::compared(name, "bridge + host-local", "ms", &compared, target)
+}
+
+/// The time until the last of the pods is attached and detached, and how much longer than the others the slowest ADD takes.
+fn at_once(rounds: usize) -> anyhow::Result<Vec<Row>> {
+    let arena = Arena::new(CROWD)?;
+    let mut rows = Vec::new();
+    for workers in AT_ONCE {
+        let slowest = std::cell::RefCell::new(Vec::new());
+        let measured = arena.measure::<2>(rounds, |side| {
+            let plugin = &arena.sides[side];
+            let (adds, whole) = crowd(plugin, &arena, "ADD", workers)?;
+            let (_, gone) = crowd(plugin, &arena, "DEL", workers)?;
+            if side == 0 {
+                slowest.borrow_mut().push(quantile(&adds, 1.0) / quantile(&adds, 0.5));
+            }
+            Ok([whole, gone])
+        })?;
+        let name = |verb: &str| format!("C2 {CROWD} {verb}, {workers} at once");
+        rows.push(row(&name("ADD"), &measured[0], Target::AtLeast(5.0)));
+        rows.push(row(&name("DEL"), &measured[1], Target::None));
+        let slowest = estimate(&slowest.take());
+        rows.push(Row::figure(
+            &format!("{}, slowest ÷ median", name("ADD")),
+            slowest,
+            "×",
+            Target::AtMost(3.0),
+        ));
+    }
+    Ok(rows)
+}
+
+/// Calls for every pod, some at once. Milliseconds: each call, and all of them.
+fn crowd(plugin: &Plugin, arena: &Arena, verb: &str, workers: usize) -> anyhow::Result<(Vec<f64>, f64)> {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let work = || -> anyhow::Result<Vec<f64>> {
+        let mut took = Vec::new();
+        while let Some(pod) = arena.pods.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+            let begin = Instant::now();
+            call(plugin, verb, &arena.host, pod)?;
+            took.push(begin.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(took)
     };
-    Ok(names.into_iter().zip(targets).zip(&rows).map(row).collect())
+    let begin = Instant::now();
+    let all: Vec<anyhow::Result<Vec<f64>>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        let broken = |_| Err(anyhow::anyhow!("a worker broke down"));
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(broken)).collect()
+    });
+    let whole = begin.elapsed().as_secs_f64() * 1e3;
+    Ok((all.into_iter().collect::<anyhow::Result<Vec<_>>>()?.concat(), whole))
+}
+
+impl Arena {
+    fn new(pods: usize) -> anyhow::Result<Self> {
+        let state =
+            tempfile::Builder::new().prefix("weft-bench-").tempdir().context("make a folder for leases")?;
+        let sides = [ours(state.path())?, reference(state.path())?];
+        let host = Netns::new("c1")?;
+        let pods = (0..pods).map(|_| Netns::new("c1pod")).collect::<anyhow::Result<_>>()?;
+        let arena = Self { sides, host, pods, _state: state };
+        // The first ADD of each makes its bridge; that is no part of what is compared.
+        for side in &arena.sides {
+            turn(side, &arena.host, &arena.pods)?;
+        }
+        Ok(arena)
+    }
+
+    /// Each figure of a turn, for either side, round by round.
+    fn measure<const N: usize>(
+        &self,
+        rounds: usize,
+        turn: impl Fn(usize) -> anyhow::Result<[f64; N]>,
+    ) -> anyhow::Result<Vec<[Vec<Turns>; 2]>> {
+        let mut rows: Vec<[Vec<Turns>; 2]> = (0..N).map(|_| <[Vec<Turns>; 2]>::default()).collect();
+        for _ in 0..rounds {
+            let turns: Vec<(usize, [f64; N])> = there_and_back(self.sides.len())
+                .map(|side| Ok((side, turn(side)?)))
+                .collect::<anyhow::Result<_>>()?;
+            for (figure, sides) in rows.iter_mut().enumerate() {
+                for (side, all) in sides.iter_mut().enumerate() {
+                    let of: Vec<f64> =
+                        turns.iter().filter(|turn| turn.0 == side).map(|turn| turn.1[figure]).collect();
+                    all.push(Turns(of[0], of[1]));
+                }
+            }
+        }
+        Ok(rows)
+    }
 }
 
 /// A plugin with its configuration.

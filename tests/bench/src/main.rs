@@ -22,7 +22,7 @@ const ROUNDS: usize = 11;
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", about = "Measure weft against peers and floors")]
 struct Cli {
-    /// Which to run: F1 F2 F3 K1 C1 D1 D2; all if none is named
+    /// Which to run: F1 F2 F3 K1 C1 C2 D1 D2; all if none is named
     names: Vec<String>,
     /// Rounds of every comparison
     #[arg(long, default_value_t = ROUNDS, value_parser = at_least_three)]
@@ -48,7 +48,7 @@ const BENCHES: &[Bench] = &[
     Bench { ids: &["F3"], needs: &["weft"], run: footprint::size },
     Bench { ids: &["F1", "F2"], needs: CLUSTER, run: footprint::start },
     Bench { ids: &["K1"], needs: CLUSTER, run: pods::run },
-    Bench { ids: &["C1"], needs: &["root", "ip"], run: cni::run },
+    Bench { ids: &["C1", "C2"], needs: &["root", "ip"], run: cni::run },
     Bench {
         ids: &["D1", "D2"],
         needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"],

@@ -1,8 +1,10 @@
 //! Clusters of both address families and of IPv6 alone, on two nodes: addresses, pods on one node and across, names, egress.
 
 use anyhow::Context as _;
-use weft_tests_e2e::{cluster, eventually, sleeper};
+use weft_tests_e2e::{NEEDS, eventually, image_archive, sleeper};
 use weft_tests_harness::cluster::Cluster;
+use weft_tests_harness::netns::ip;
+use weft_tests_harness::require;
 
 /// The families of a cluster, and what follows from them.
 struct Families {
@@ -30,6 +32,18 @@ const BOTH: Families = Families {
     machine: &["10.44.0.1", "fd44::1"],
 };
 
+const SIX_FIRST: Families = Families {
+    cluster: "fd42::/56,10.42.0.0/16",
+    services: "fd43::/112,10.43.0.0/16",
+    ranges: [
+        "fd42:0:0:1::/64 [\"fd42:0:0:1::/64\",\"10.42.1.0/24\"]",
+        "fd42::/64 [\"fd42::/64\",\"10.42.0.0/24\"]",
+    ],
+    nodes: ["fd44::2 10.44.0.2", "fd44::3 10.44.0.3"],
+    pods: &["fd42:", "10.42."],
+    machine: &["fd44::1", "10.44.0.1"],
+};
+
 /// Tunnels are of IPv6 too, and so is the way to the API.
 const SIX: Families = Families {
     cluster: "fd42::/56",
@@ -43,7 +57,12 @@ const SIX: Families = Families {
 impl Families {
     fn start(&self, test: &str, label: &str) -> anyhow::Result<Option<Cluster>> {
         let flags = ["--nodes", "2", "--cluster-cidr", self.cluster, "--service-cidr", self.services];
-        cluster(test, label, &flags)
+        if !require(test, NEEDS) {
+            return Ok(None);
+        }
+        let cluster = Cluster::start(label, &flags)?;
+        cluster.import(&image_archive("busybox")?)?;
+        Ok(Some(cluster))
     }
 }
 
@@ -86,6 +105,15 @@ fn two_nodes_of_both_families() -> anyhow::Result<()> {
     let Some(mut cluster) = BOTH.start("dual::two_nodes_of_both_families", "dual")? else { return Ok(()) };
     all_of(&cluster, &BOTH)?;
     the_ranges_are_kept_over_a_restart(&mut cluster)?;
+    cluster.purge()
+}
+
+#[test]
+fn two_nodes_with_ipv6_first() -> anyhow::Result<()> {
+    let Some(mut cluster) = SIX_FIRST.start("dual::two_nodes_with_ipv6_first", "sixone")? else {
+        return Ok(());
+    };
+    all_of(&cluster, &SIX_FIRST)?;
     cluster.purge()
 }
 
@@ -290,6 +318,43 @@ fn egress_bears_the_nodes_address(cluster: &Cluster, families: &Families) -> any
     Ok(())
 }
 
+/// A node that is the machine has the machine's own addresses, and of a family that it lacks one of weft's.
+#[test]
+fn a_single_node_takes_the_machines_own_addresses() -> anyhow::Result<()> {
+    if !require("dual::a_single_node_takes_the_machines_own_addresses", NEEDS) {
+        return Ok(());
+    }
+    let ranges = ["--cluster-cidr", BOTH.cluster, "--service-cidr", BOTH.services];
+    for (own, expected) in [
+        (&["192.0.2.10/24", "2001:db8::10/64"][..], "192.0.2.10 2001:db8::10"),
+        (&["192.0.2.10/24"][..], "192.0.2.10 fd44::1"),
+    ] {
+        let mut cluster = Cluster::unstarted("one", &ranges)?;
+        let machine = cluster.netns.name().to_owned();
+        let run =
+            |command: &str| ip(&["-n", &machine].into_iter().chain(command.split(' ')).collect::<Vec<_>>());
+        run("link add up0 type veth peer name up1")?;
+        run("link set up1 up")?;
+        run("link set up0 up")?;
+        for address in own {
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            run(&format!("addr add {address} dev up0{nodad}"))?;
+        }
+        cluster.up()?;
+        cluster.import(&image_archive("busybox")?)?;
+        let internal = "{.status.addresses[?(@.type==\"InternalIP\")].address}";
+        assert_eq!(list(&cluster, "nodes", internal)?, [expected]);
+        cluster.apply(CURIOUS)?;
+        cluster.kubectl(&["wait", "--for=condition=Ready", "--timeout=60s", "pod/curious"])?;
+        for node in expected.split(' ') {
+            let ping = ["exec", "curious", "--", "ping", "-c1", "-W5", node];
+            cluster.kubectl(&ping).with_context(|| format!("from the pod to its node at {node}"))?;
+        }
+        cluster.purge()?;
+    }
+    Ok(())
+}
+
 /// The same record, asked for or not; another range is refused.
 fn the_ranges_are_kept_over_a_restart(cluster: &mut Cluster) -> anyhow::Result<()> {
     let before = std::fs::read_to_string(cluster.data_dir().join("cluster.json"))?;
@@ -308,7 +373,7 @@ fn the_ranges_are_kept_over_a_restart(cluster: &mut Cluster) -> anyhow::Result<(
 
 #[test]
 fn wrong_ranges_are_refused_before_anything_is_made() -> anyhow::Result<()> {
-    if !weft_tests_harness::require("dual::wrong_ranges", weft_tests_e2e::NEEDS) {
+    if !require("dual::wrong_ranges", NEEDS) {
         return Ok(());
     }
     let cluster = Cluster::unstarted("dualbad", &[])?;

@@ -248,6 +248,29 @@ pub(super) fn in_some_range(api: &Api, address: &str) -> bool {
     })
 }
 
+/// Each range with the number of its addresses that are taken and that are free.
+pub(crate) fn usage(api: &Api) -> Vec<(String, u64, u64)> {
+    let objects = |plural| {
+        let resource = api.resources.by_plural(GROUP, plural)?;
+        Some(api.cache.snapshot(resource.id).objects)
+    };
+    let (Some(ranges), Some(addresses)) = (objects("servicecidrs"), objects("ipaddresses")) else {
+        return Vec::new();
+    };
+    let addresses: Vec<IpAddr> = addresses.values().filter_map(|item| item.name().parse().ok()).collect();
+    let mut found = Vec::new();
+    for item in ranges.values() {
+        let range = item.parse();
+        let cidrs = range["spec"]["cidrs"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        for network in cidrs.filter_map(|cidr| cidr.parse::<Network>().ok()) {
+            let taken = addresses.iter().filter(|address| holds(network, **address)).count();
+            let taken = u64::try_from(taken).unwrap_or(u64::MAX);
+            found.push((network.to_string(), taken, usable(network).end().saturating_sub(taken)));
+        }
+    }
+    found
+}
+
 /// Gives addresses of a Service back; what is somebody else's by now stays.
 pub(super) fn release<'a>(
     api: &Api,

@@ -25,6 +25,13 @@ async fn strangers_see_health_alone() {
     ] {
         assert_eq!(http.get(path).await.failure(), (403, "Forbidden".into(), message.into()));
     }
+    // Nobody makes the server remember what they made up.
+    for path in ["/apis/made.up/v1/things", "/api/v1/made-up", "/api/v1/namespaces/default/pods/a/made-up"] {
+        assert_eq!(http.get(path).await.code, 403, "{path}");
+    }
+    assert_eq!(http.send("MADEUP", "/version", &[], "").await.code, 403);
+    let metrics = cluster.admin().get("/metrics").await.text.to_lowercase();
+    assert!(!metrics.contains("made"), "{metrics}");
     let review = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {"verb": "list", "resource": "pods"}}});
     let reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";

@@ -184,6 +184,14 @@ async fn nobody_gets_an_address_twice_and_ranges_grow_live() {
         "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}});
     assert_eq!(http.merge(&format!("{CIDRS}/more/status"), &condition).await.code, 200);
     assert_eq!(http.post(SERVICES, &service("late", json!({}))).await.code, 500);
+    let metrics = http.get("/metrics").await.text;
+    for line in [
+        "kube_apiserver_clusterip_allocator_allocated_ips{cidr=\"10.43.0.0/26\"} 62",
+        "kube_apiserver_clusterip_allocator_available_ips{cidr=\"10.43.0.0/26\"} 0",
+        "kube_apiserver_clusterip_allocator_allocated_ips{cidr=\"10.99.0.0/28\"} 2",
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
     // What is deleted is free at once.
     http.delete(&format!("{SERVICES}/s7")).await;
     http.create(SERVICES, &service("late", json!({}))).await;

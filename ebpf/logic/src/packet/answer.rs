@@ -2,34 +2,36 @@
 
 use weft_ebpf_abi::TCP;
 
-use super::{ACK, FIN, Family, ICMP_BYTES, Packet, Quote, RST, SYN, TCP_BYTES, fold, sum, sum_pseudo, write};
+use super::{ACK, FIN, Family, ICMP_BYTES, Packet, Quote, RST, SYN, fold, sum, sum_pseudo, word};
+
+/// Words of a TCP header without options.
+pub const TCP_WORDS: usize = 5;
+/// Bytes of it.
+pub const TCP_BYTES: u16 = 20;
 
 /// The TCP segment that resets a packet's connection, as RFC 9293 §3.10.7.1 wants it: with ACK, its sequence number is
-/// that acknowledgement; without, it acknowledges all the segment occupies.
+/// that acknowledgement; without, it acknowledges all the segment occupies. In words, as is the packet's TCP header.
 #[inline(always)]
 #[must_use]
-pub fn tcp_reset(packet: &Packet, tcp: &[u8; TCP_BYTES]) -> [u8; TCP_BYTES] {
-    let mut out = [0_u8; TCP_BYTES];
-    write(&mut out, 0, [tcp[2], tcp[3], tcp[0], tcp[1]]);
-    let flags = tcp[13];
-    if flags & ACK != 0 {
-        write(&mut out, 4, [tcp[8], tcp[9], tcp[10], tcp[11]]);
-        out[13] = RST;
+pub fn tcp_reset(packet: &Packet, tcp: &[u32; TCP_WORDS]) -> [u32; TCP_WORDS] {
+    let [offset, flags, ..] = tcp[3].to_ne_bytes();
+    let (sequence, acknowledged, answer) = if flags & ACK != 0 {
+        (tcp[2], 0, RST)
     } else {
         let occupied = packet
             .total_bytes
             .wrapping_sub(packet.header_bytes)
-            .wrapping_sub(u32::from(tcp[12] >> 4) * 4)
+            .wrapping_sub(u32::from(offset >> 4) * 4)
             .wrapping_add(u32::from(flags & SYN != 0))
             .wrapping_add(u32::from(flags & FIN != 0));
-        let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-        write(&mut out, 8, sequence.wrapping_add(occupied).to_be_bytes());
-        out[13] = RST | ACK;
-    }
-    out[12] = 0x50;
-    let pseudo = sum_pseudo(&packet.key.destination, &packet.key.source, TCP, 20);
-    let checksum = fold(pseudo + sum(&out));
-    write(&mut out, 16, checksum);
+        (0, u32::from_be(tcp[1]).wrapping_add(occupied).to_be(), RST | ACK)
+    };
+    let (from, to) = (packet.key.destination_port.0, packet.key.source_port.0);
+    let mut out =
+        [word([from[0], from[1], to[0], to[1]]), sequence, acknowledged, word([0x50, answer, 0, 0]), 0];
+    let pseudo = sum_pseudo(&packet.key.destination, &packet.key.source, TCP, TCP_BYTES);
+    let [a, b] = fold(pseudo + sum(&out));
+    out[4] = word([a, b, 0, 0]);
     out
 }
 
@@ -61,17 +63,18 @@ impl Error {
 /// The ICMP header of an error about a packet; `quote` follows it, the packet's beginning.
 #[inline(always)]
 #[must_use]
-pub fn icmp_error<F: Family, Q: Quote>(packet: &Packet, quote: &Q, error: Error) -> [u8; ICMP_BYTES] {
-    let mut out = [0_u8; ICMP_BYTES];
-    write(&mut out, 0, error.kind);
+pub fn icmp_error<F: Family, Q: Quote>(packet: &Packet, quote: &Q, error: Error) -> [u32; ICMP_BYTES / 4] {
+    let [kind, code] = error.kind;
     // IPv4 has it in these two bytes, IPv6 in four that end with them.
-    write(&mut out, 6, error.mtu_bytes.to_be_bytes());
+    let [high, low] = error.mtu_bytes.to_be_bytes();
+    let mut out = [word([kind, code, 0, 0]), word([0, 0, high, low])];
     let mut total = sum(&out) + quote.sum();
     if F::ICMP_COVERS_ADDRESSES {
         let (source, destination) = (&packet.key.destination, &packet.key.source);
         total += sum_pseudo(source, destination, F::ICMP, icmp_bytes::<Q>());
     }
-    write(&mut out, 2, fold(total));
+    let [a, b] = fold(total);
+    out[0] = word([kind, code, a, b]);
     out
 }
 

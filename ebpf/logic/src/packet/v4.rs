@@ -2,7 +2,7 @@
 
 use weft_ebpf_abi::Address;
 
-use super::{Bytes, Family, FragmentId, Packet, Part, fold, sum, write};
+use super::{Bytes, Family, FragmentId, Packet, Part, fold, sum, word};
 
 const HEADER_BYTES: usize = 20;
 const MORE_FRAGMENTS: u16 = 0x2000;
@@ -19,8 +19,8 @@ impl Family for V4 {
     const PORT_UNREACHABLE: [u8; 2] = [3, 3];
     const TOO_BIG: [u8; 2] = [3, 4];
     const ICMP_COVERS_ADDRESSES: bool = false;
-    type Header = [u8; HEADER_BYTES];
-    type Quote = [u8; HEADER_BYTES + 8];
+    type Header = [u32; HEADER_BYTES / 4];
+    type Quote = [u32; (HEADER_BYTES + 8) / 4];
 
     #[inline(always)]
     fn header<B: Bytes + ?Sized>(bytes: &B, at: usize) -> Option<Packet> {
@@ -51,17 +51,13 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> [u8; HEADER_BYTES] {
-        let mut header = [0_u8; HEADER_BYTES];
-        header[0] = 0x45;
-        write(&mut header, 2, (payload_bytes + 20).to_be_bytes());
-        header[6] = 0x40;
-        header[8] = 64;
-        header[9] = protocol;
-        write(&mut header, 12, packet.key.destination.low());
-        write(&mut header, 16, packet.key.source.low());
-        let checksum = fold(sum(&header));
-        write(&mut header, 10, checksum);
+    fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> Self::Header {
+        let [a, b] = (payload_bytes + 20).to_be_bytes();
+        let (source, destination) = (packet.key.destination.words()[3], packet.key.source.words()[3]);
+        let mut header =
+            [word([0x45, 0, a, b]), word([0, 0, 0x40, 0]), word([64, protocol, 0, 0]), source, destination];
+        let [c, d] = fold(sum(&header));
+        header[2] = word([64, protocol, c, d]);
         header
     }
 }

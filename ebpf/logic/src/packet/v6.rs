@@ -2,7 +2,7 @@
 
 use weft_ebpf_abi::Address;
 
-use super::{Bytes, Family, FragmentId, Packet, Part, write};
+use super::{Bytes, Family, FragmentId, Packet, Part, word};
 
 const HEADER_BYTES: usize = 40;
 /// Extensions that are read over; RFC 8200 §4.1 recommends an order of at most one hop-by-hop, two of destination options and
@@ -35,9 +35,9 @@ impl Family for V6 {
     const PORT_UNREACHABLE: [u8; 2] = [1, 4];
     const TOO_BIG: [u8; 2] = [2, 0];
     const ICMP_COVERS_ADDRESSES: bool = true;
-    type Header = [u8; HEADER_BYTES];
+    type Header = [u32; HEADER_BYTES / 4];
     /// RFC 4443 §2.4 wants as much of the packet as fits; header and ports are what receivers look at.
-    type Quote = [u8; HEADER_BYTES + 8];
+    type Quote = [u32; (HEADER_BYTES + 8) / 4];
 
     /// A routing header, or one that is not known, ends the reading: whose the packet is can't be told from its destination.
     /// So does an IPv4-mapped address: on the wire it belongs to nobody, and the tables would take it for IPv4.
@@ -90,14 +90,10 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> [u8; HEADER_BYTES] {
-        let mut header = [0_u8; HEADER_BYTES];
-        header[0] = 0x60;
-        write(&mut header, 4, payload_bytes.to_be_bytes());
-        header[6] = protocol;
-        header[7] = 64;
-        write(&mut header, 8, packet.key.destination.0);
-        write(&mut header, 24, packet.key.source.0);
-        header
+    fn answer(packet: &Packet, protocol: u8, payload_bytes: u16) -> Self::Header {
+        let [a, b] = payload_bytes.to_be_bytes();
+        let [s0, s1, s2, s3] = packet.key.destination.words();
+        let [d0, d1, d2, d3] = packet.key.source.words();
+        [word([0x60, 0, 0, 0]), word([a, b, protocol, 64]), s0, s1, s2, s3, d0, d1, d2, d3]
     }
 }

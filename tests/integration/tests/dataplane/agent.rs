@@ -28,6 +28,7 @@ type Reply = http::Response<BoxBody<Bytes, Infallible>>;
 pub(crate) struct Api {
     lists: Arc<Mutex<BTreeMap<String, Vec<Value>>>>,
     watches: Arc<Mutex<BTreeMap<String, mpsc::UnboundedSender<Bytes>>>>,
+    created: Arc<Mutex<Vec<Value>>>,
 }
 
 impl Api {
@@ -48,6 +49,13 @@ impl Api {
         panic!("nobody watches {plural}");
     }
 
+    /// Takes in what is created.
+    async fn create(&self, request: http::Request<kube::client::Body>) -> Reply {
+        let body = request.into_body().collect_bytes().await.unwrap();
+        self.created.lock().unwrap().push(serde_json::from_slice(&body).unwrap());
+        http::Response::builder().status(201).body(Full::new(body).boxed()).unwrap()
+    }
+
     fn answer(&self, request: &http::Request<kube::client::Body>) -> Reply {
         let plural = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
         if request.uri().query().unwrap_or_default().contains("watch=true") {
@@ -66,8 +74,11 @@ impl Api {
     pub(crate) fn client(&self) -> kube::Client {
         let api = self.clone();
         let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
-            let reply = api.answer(&request);
-            async move { Ok::<_, Infallible>(reply) }
+            let api = api.clone();
+            async move {
+                let create = request.method() == http::Method::POST;
+                Ok::<_, Infallible>(if create { api.create(request).await } else { api.answer(&request) })
+            }
         });
         kube::Client::new(service, "default")
     }
@@ -152,6 +163,53 @@ fn objects_become_services_and_survive_the_agent() {
     });
 }
 
+/// A Service that does not fit is told of, costs no other anything, and is in its place as soon as it fits.
+async fn too_many_ranges(api: &Api, pod: SocketAddr) {
+    let ranges = |count: u32| -> Vec<String> {
+        (0..count).map(|i| format!("10.{}.{}.{}/32", i / 65_536, i / 256 % 256, i % 256)).collect()
+    };
+    let guarded = |ranges: Vec<String>, version: &str| {
+        let mut object = service();
+        object["metadata"] =
+            json!({"namespace": "default", "name": "guarded", "uid": "u-1", "resourceVersion": version});
+        object["spec"] = json!({"type": "LoadBalancer", "clusterIP": "10.43.0.11", "loadBalancerSourceRanges": ranges,
+            "ports": [{"name": "stream", "port": 80, "protocol": "TCP"}]});
+        object["status"] = json!({"loadBalancer": {"ingress": [{"ip": "203.0.113.11"}]}});
+        object
+    };
+    let mut of_guarded = slice(&[pod], "20");
+    of_guarded["metadata"]["name"] = "guarded-1".into();
+    of_guarded["metadata"]["labels"]["kubernetes.io/service-name"] = "guarded".into();
+    // Each range stands in two lists.
+    let large = guarded(ranges(weft_ebpf_abi::sizes::SOURCES / 2 + 10), "21");
+    api.list("services", vec![service(), large.clone()]);
+    api.event("endpointslices", "ADDED", &of_guarded).await;
+    api.event("services", "ADDED", &large).await;
+    eventually("an Event", || !api.created.lock().unwrap().is_empty()).await;
+    let event = api.created.lock().unwrap()[0].clone();
+    assert_eq!((&event["type"], &event["reason"]), (&json!("Warning"), &json!("FailedToProgram")), "{event}");
+    assert_eq!(
+        (&event["regarding"]["name"], &event["regarding"]["uid"]),
+        (&json!("guarded"), &json!("u-1")),
+        "{event}"
+    );
+    assert!(event["note"].as_str().unwrap().contains("weft_src_2 is full"), "{event}");
+    assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 1"));
+    assert!(ask_tcp(vip(11)).is_err(), "no address before its ranges");
+    assert!(ask_tcp(vip(10)).is_ok());
+    api.event("endpointslices", "MODIFIED", &slice(&[], "22")).await;
+    eventually(
+        "refusal meanwhile",
+        || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::ConnectionRefused),
+    )
+    .await;
+    api.event("services", "MODIFIED", &guarded(ranges(3), "23")).await;
+    eventually("the Service that fits", || ask_tcp(vip(11)).is_ok()).await;
+    assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 0"));
+    api.event("endpointslices", "MODIFIED", &slice(&[pod], "24")).await;
+    eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
+}
+
 async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     let shutdown = CancellationToken::new();
     let (programmed, mut is_programmed) = watch::channel(false);
@@ -186,6 +244,8 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
         .await;
     api.event("services", "ADDED", &service()).await;
     eventually("the Service's return", || ask_tcp(vip(10)).is_ok()).await;
+
+    too_many_ranges(api, pod).await;
 
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap().unwrap();

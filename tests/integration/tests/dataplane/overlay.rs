@@ -1,6 +1,8 @@
 //! The overlay between two nodes: pods reach each other, and nothing is left of a node that went.
 
-use std::net::IpAddr;
+use std::io::Write as _;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
 use futures::FutureExt as _;
 use serde_json::json;
@@ -11,6 +13,11 @@ use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 
 use crate::place::{ask_tcp, serve, within};
+
+/// A bound against waiting for ever.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// More than fits in the buffers of a connection that gets nothing through.
+const BODY_BYTES: usize = 8 << 20;
 
 fn node_object(name: &str, number: u8, underlay: &str) -> serde_json::Value {
     let ranges = [format!("10.42.{number}.0/24"), format!("fd42:0:0:{number}::/64")];
@@ -126,7 +133,7 @@ fn repair(overlay: &mut Overlay, netns: &Netns, what: &str, damage: impl FnOnce(
         runtime.block_on(async {
             let mut events = weft_cni_netlink::Events::subscribe().unwrap();
             damage();
-            let heard = tokio::time::timeout(std::time::Duration::from_secs(10), async {
+            let heard = tokio::time::timeout(PATIENCE, async {
                 while !overlay.is_dirty() {
                     for event in events.next().await.unwrap() {
                         overlay.observe(&event);
@@ -182,4 +189,39 @@ fn what_others_take_away_is_put_back() {
         }
     });
     assert!(within(&pods[0], || ask_tcp(servers[0])).is_ok());
+}
+
+/// The kernel tells a pod's connection that the way to one peer is narrower than the tunnel's device.
+#[test]
+fn a_narrow_way_to_a_peer_is_found() {
+    if !require("dataplane::overlay_mtu", &["root", "ip"]) {
+        return;
+    }
+    let (netns, pods) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
+    let _second = overlay(2, (&netns[1], "192.168.79."), &both);
+    let narrow = ["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "1400"];
+    repair(&mut first, &netns[0], "a narrow way", || ip(&narrow).unwrap());
+    for address in ["10.42.2.2", "fd42:0:0:2::2"] {
+        let address: IpAddr = address.parse().unwrap();
+        let listener = within(&pods[1], || TcpListener::bind((address, 0)).unwrap());
+        let to = listener.local_addr().unwrap();
+        let received = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            std::io::copy(&mut stream, &mut std::io::sink()).unwrap()
+        });
+        within(&pods[0], || {
+            let mut stream = TcpStream::connect_timeout(&to, PATIENCE).unwrap();
+            stream.set_write_timeout(Some(PATIENCE)).unwrap();
+            stream.write_all(&[7; BODY_BYTES]).unwrap();
+        });
+        assert_eq!(received.join().unwrap(), u64::try_from(BODY_BYTES).unwrap(), "{address}");
+        let route = std::process::Command::new("ip")
+            .args(["-n", pods[0].name(), "route", "get", &address.to_string()])
+            .output()
+            .unwrap();
+        let route = String::from_utf8_lossy(&route.stdout).into_owned();
+        assert!(route.contains("mtu 1350"), "{route}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::process::Stdio;
 
 use weft_agent_dataplane::abandon::{Search, end_sockets};
@@ -12,7 +12,9 @@ use weft_tests_harness::require;
 
 use crate::NEEDS;
 use crate::entries::{FAMILIES, Service};
-use crate::place::{POD, POD6, Place, ask_datagram, ask_tcp, ask_udp, connected_udp, serve, vip, within};
+use crate::place::{
+    POD, POD6, Place, SOON, ask_datagram, ask_tcp, ask_udp, connected_udp, serve, vip, within,
+};
 
 const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
@@ -202,4 +204,67 @@ fn connected_udp_sockets_leave_a_backend_that_is_gone() {
     std::fs::remove_dir(&inner).unwrap();
     let again = within(&place.node, || end_sockets(&left, &search)).unwrap();
     assert_eq!((again.namespaces, again.ended), (1, 0));
+}
+
+/// A namespace that stands for the pods of another node, behind a device that stands for the overlay.
+fn other_node(place: &Place) -> Netns {
+    let far = Netns::new("on").unwrap();
+    let (n, f) = (place.node.name(), far.name());
+    let commands = [
+        format!("-n {n} link add weft.vx type veth peer name eth0 netns {f}"),
+        format!("-n {n} addr add 10.42.1.1/24 dev weft.vx"),
+        format!("-n {n} addr add fd42:0:0:1::1/64 dev weft.vx nodad"),
+        format!("-n {n} link set weft.vx up"),
+        format!("-n {f} addr add 10.42.1.2/24 dev eth0"),
+        format!("-n {f} addr add fd42:0:0:1::2/64 dev eth0 nodad"),
+        format!("-n {f} link set eth0 up"),
+        format!("-n {f} route add default via 10.42.1.1"),
+        format!("-n {f} route add default via fd42:0:0:1::1"),
+    ];
+    for command in &commands {
+        ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
+    }
+    far
+}
+
+#[test]
+fn a_pod_keeps_its_address_towards_pods_of_other_nodes() {
+    if !require("dataplane::kept", &NEEDS) {
+        return;
+    }
+    let place = Place::new("kp").unwrap();
+    let far = other_node(&place);
+    let mut running = place.start().unwrap();
+    for (family, there) in FAMILIES.into_iter().zip(["10.42.1.2", "fd42:0:0:1::2"]) {
+        let there: std::net::IpAddr = there.parse().unwrap();
+        let backend = serve(&far, there, "far");
+        let outside = serve(&place.client, family.client, "outside");
+        for last in [10, 11] {
+            running.plain(&family, last, 30_070 + u16::from(last), &[backend]).unwrap();
+        }
+        running.plain(&family, 12, 30082, &[outside]).unwrap();
+        let from_pod = format!("far {}", family.pod);
+        within(&place.pod, || {
+            assert_eq!(ask_tcp(family.vip(10)).unwrap(), from_pod);
+            assert_eq!(ask_udp(family.vip(10)).unwrap(), from_pod);
+            // One port, two Services, one backend: the answers are told apart by another port for the second.
+            let socket = UdpSocket::bind((family.pod, 0)).unwrap();
+            socket.set_read_timeout(Some(SOON)).unwrap();
+            for last in [10, 11, 10, 11] {
+                socket.send_to(b"?", family.vip(last)).unwrap();
+                let mut buffer = [0; 64];
+                let (count, from) = socket.recv_from(&mut buffer).unwrap();
+                assert_eq!((&buffer[..count], from), (from_pod.as_bytes(), family.vip(last)));
+            }
+            let uplink = format!("outside {}", family.node);
+            assert_eq!(ask_tcp(family.vip(12)).unwrap(), uplink, "who is no pod could not answer a pod");
+        });
+        within(&place.client, || assert!(ask_tcp(family.vip(10)).is_ok(), "from outside"));
+        within(&far, || {
+            // A pod of another node asks this one, by a Service that leads to a pod here.
+            let pod = serve(&place.pod, family.pod, "pod");
+            running.plain(&family, 13, 30083, &[pod]).unwrap();
+            assert_eq!(ask_tcp(family.vip(13)).unwrap(), format!("pod {there}"));
+        });
+    }
 }

@@ -1,0 +1,80 @@
+//! What a node's maps should say about a Service, in the words of the answers: to be compared with what they say.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use std::net::IpAddr;
+use weft_ebpf_abi::Address;
+
+use super::wire::{BackendKeyed, Frontend, FrontendKey, Protocol};
+use crate::desired::desired;
+use crate::tables::{Tables, service_name};
+
+/// What a node should have of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// Addresses and ports, with the backends of their lists.
+    pub frontends: BTreeMap<FrontendKey, BTreeSet<BackendKeyed>>,
+    /// Every endpoint, in a list or not.
+    pub backends: BTreeSet<BackendKeyed>,
+}
+
+/// A node, as far as it matters to what it should have.
+#[derive(Clone, Copy, Debug)]
+pub struct ForNode<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its Node, which says its zone.
+    pub object: Option<&'a Node>,
+    /// Addresses of Services that it answers itself.
+    pub node_local: &'a [IpAddr],
+}
+
+/// Derives it as the node's own reconciler does.
+#[must_use]
+pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) -> Expected {
+    let local = node.node_local.iter().map(|ip| Address::from(*ip)).collect();
+    let mut tables = Tables::new(node.name, local);
+    if let Some(object) = node.object {
+        tables.apply_node(object);
+    }
+    tables.apply_service(service);
+    for slice in slices {
+        tables.apply_slice(slice);
+    }
+    let Some(found) = service_name(service).and_then(|name| {
+        let (service, slices) = tables.get(&name)?;
+        Some(desired(service, &slices, tables.zone()))
+    }) else {
+        return Expected::default();
+    };
+    let keyed = |key: &weft_ebpf_abi::BackendKey| {
+        let protocol = Protocol::from_number(key.protocol)?;
+        Some(BackendKeyed { address: key.address.into(), port: key.port.get(), protocol })
+    };
+    let frontends = found.frontends.iter().filter_map(|(key, frontend)| {
+        let list = found.lists.get(frontend.list.as_ref()?);
+        let members = list.into_iter().flatten().filter_map(keyed).collect();
+        Some((FrontendKey::try_from(*key).ok()?, members))
+    });
+    Expected { frontends: frontends.collect(), backends: found.backends.keys().filter_map(keyed).collect() }
+}
+
+impl Expected {
+    /// What the maps lack or have too much; empty if they say what they should.
+    #[must_use]
+    pub fn differences(&self, found: &[Frontend]) -> Vec<String> {
+        let mut out = Vec::new();
+        for (key, members) in &self.frontends {
+            let Some(frontend) = found.iter().find(|frontend| frontend.key == *key) else {
+                out.push(format!("{key} is missing"));
+                continue;
+            };
+            let present: BTreeSet<_> = frontend.backends.iter().map(|backend| backend.key).collect();
+            out.extend(members.difference(&present).map(|b| format!("{key} lacks backend {b}")));
+            out.extend(present.difference(members).map(|b| format!("{key} still has backend {b}")));
+        }
+        out
+    }
+}
