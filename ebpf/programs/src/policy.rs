@@ -16,6 +16,7 @@ use weft_ebpf_logic::policy::{
 };
 use weft_ebpf_logic::service::{Destination, Found, find};
 
+use crate::events;
 use crate::maps::{FLOWS, Kernel, count};
 use crate::tc::raw;
 
@@ -123,7 +124,7 @@ pub fn weft_from_pod(ctx: TcContext) -> i32 {
             check(&Kernel, &edge, packet, &peer)
         }
     };
-    verdict(allowed, DropReason::PolicyEgress)
+    verdict(allowed, packet, DropReason::PolicyEgress)
 }
 
 /// Packets that go to a pod.
@@ -140,16 +141,32 @@ pub fn weft_to_pod(ctx: TcContext) -> i32 {
             check(&Kernel, &edge, packet, &peer)
         }
     };
-    verdict(allowed, DropReason::PolicyIngress)
+    verdict(allowed, packet, DropReason::PolicyIngress)
 }
 
 #[inline(always)]
-fn verdict(allowed: bool, reason: DropReason) -> i32 {
+fn verdict(allowed: bool, packet: &Packet, reason: DropReason) -> i32 {
     if allowed {
         return NEXT;
     }
     count(reason);
+    tell(packet, reason as u32);
     DROP
+}
+
+/// Not inlined: its key lies on a stack of its own.
+#[inline(never)]
+fn tell(packet: &Packet, reason: u32) {
+    let key = FlowKey {
+        source: packet.source,
+        destination: packet.destination,
+        source_port: packet.source_port,
+        destination_port: packet.destination_port,
+        protocol: packet.protocol,
+        pad: [0; 3],
+    };
+    let ingress = reason == DropReason::PolicyIngress as u32;
+    events::dropped(&key, if ingress { DropReason::PolicyIngress } else { DropReason::PolicyEgress });
 }
 
 /// Whether the node made the packet itself: it came in by no device.
@@ -223,15 +240,19 @@ pub fn take_mark(ctx: &TcContext) -> u32 {
     }
 }
 
-/// Whether the pod that a packet to a Service is from ([`take_mark`]) may reach the backend chosen for it.
-#[inline(always)]
-pub fn may_reach(mark: u32, backend: &BackendKey) -> bool {
-    if mark & POLICY_MARK == 0 || Kernel.is_node_address(&backend.address) {
+/// Whether the pod that a packet to a Service is from ([`take_mark`]) may reach the backend chosen for it. Not inlined: the stack
+/// of the program that asks has no room for more keys.
+#[inline(never)]
+pub fn may_reach(mark: u32, flow: &FlowValue, protocol: u8) -> bool {
+    if mark & POLICY_MARK == 0 || flow.flags & FLOW_REPLY != 0 {
         return true;
     }
     // SAFETY: as for identities.
     let Some(pod) = (unsafe { PODS.get(mark & !POLICY_MARK).copied() }) else { return true };
-    let covered = |set| rule(&Kernel, set, &backend.address, backend.protocol, backend.port);
+    if Kernel.is_node_address(&flow.destination) {
+        return true;
+    }
+    let covered = |set| rule(&Kernel, set, &flow.destination, protocol, flow.destination_port);
     if pod.flags & POLICY_EGRESS != 0 && !covered(pod.egress) {
         return false;
     }
