@@ -63,8 +63,8 @@ pub struct Config {
     pub node_cgroup: PathBuf,
     /// The programs.
     pub ebpf_object: &'static [u8],
-    /// Where pods wait for their policies.
-    pub gate: policy::Gate,
+    /// Where pods wait for their policies; `None` leaves NetworkPolicy to somebody else.
+    pub gate: Option<policy::Gate>,
     /// Addresses of NodePorts, health and metrics.
     pub proxy: ProxyConfig,
     /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.

@@ -215,10 +215,12 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
         stop.run_until_cancelled(task.run(is_programmed, network_ready)).await.unwrap_or(Ok(()))
     });
     let (mut config, stop) = (kubelet_config(&node, &paths, is_ready), shutdown.clone());
-    config.pod_gate = Some(kubelet::PodGate::new(move |pod, addresses| {
-        let gate = gate.clone();
-        async move { gate.wait(pod, addresses).await.map_err(|error| error.to_string()) }
-    }));
+    config.pod_gate = gate.map(|gate| {
+        kubelet::PodGate::new(move |pod, addresses| {
+            let gate = gate.clone();
+            async move { gate.wait(pod, addresses).await.map_err(|error| error.to_string()) }
+        })
+    });
     tasks.spawn(async move {
         kubelet::run(config, clients.kubelet, runtime, stop).await.context("the kubelet failed")
     });
@@ -246,7 +248,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         pin_dir: paths.bpffs(),
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
-        gate: dataplane::policy::Gate::default(),
+        gate: Some(dataplane::policy::Gate::default()),
         proxy: dataplane::ProxyConfig::default(),
         balancer_pools: node.cluster.load_balancer_pools.clone(),
     }

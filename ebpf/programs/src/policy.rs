@@ -227,15 +227,19 @@ pub fn take_mark(ctx: &TcContext) -> u32 {
     }
 }
 
-/// Whether the pod that a packet to a Service is from ([`take_mark`]) may reach the backend chosen for it.
-#[inline(always)]
-pub fn may_reach(mark: u32, backend: &BackendKey) -> bool {
-    if mark & POLICY_MARK == 0 || Kernel.is_node_address(&backend.address) {
+/// Whether the pod that a packet to a Service is from ([`take_mark`]) may reach the backend chosen for it. Not inlined: the stack
+/// of the program that asks has no room for more keys.
+#[inline(never)]
+pub fn may_reach(mark: u32, flow: &FlowValue, protocol: u8) -> bool {
+    if mark & POLICY_MARK == 0 || flow.flags & FLOW_REPLY != 0 {
         return true;
     }
     // SAFETY: as for identities.
     let Some(pod) = (unsafe { PODS.get(mark & !POLICY_MARK).copied() }) else { return true };
-    let covered = |set| rule(&Kernel, set, &backend.address, backend.protocol, backend.port);
+    if Kernel.is_node_address(&flow.destination) {
+        return true;
+    }
+    let covered = |set| rule(&Kernel, set, &flow.destination, protocol, flow.destination_port);
     if pod.flags & POLICY_EGRESS != 0 && !covered(pod.egress) {
         return false;
     }

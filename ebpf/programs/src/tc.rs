@@ -76,7 +76,14 @@ fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
     if work.packet.key.protocol == F::ICMP {
         return error::<F>(ctx, &work.packet, &mut work.entry, true);
     }
-    let outcome = judge::<F>(ctx, work, mark);
+    let outcome = match judge::<F>(ctx, work) {
+        Outcome::Goes | Outcome::Begins
+            if !policy::may_reach(mark, &work.entry, work.packet.key.protocol) =>
+        {
+            Outcome::Dropped(DropReason::PolicyEgress)
+        }
+        outcome => outcome,
+    };
     let Work { packet, entry, route } = work;
     match outcome {
         Outcome::Pass => PASS,
@@ -148,7 +155,7 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, work: &mut Work, mark: u32) -> Outcome {
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     let Work { packet, entry, route } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
@@ -160,7 +167,7 @@ fn judge<F: Family>(ctx: &TcContext, work: &mut Work, mark: u32) -> Outcome {
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route, mark) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route) }
 }
 
 /// Copies the entry of a flow.
@@ -241,13 +248,7 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(
-    ctx: &TcContext,
-    packet: &Packet,
-    entry: &mut FlowValue,
-    route: &mut Route,
-    mark: u32,
-) -> Outcome {
+fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, route: &mut Route) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
     let ifindex = ingress_ifindex(ctx);
     let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
@@ -278,9 +279,6 @@ fn begin<F: Family>(
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
-    if !policy::may_reach(mark, &backend) {
-        return Outcome::Dropped(DropReason::PolicyEgress);
-    }
     if find_route::<F>(ctx, packet, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
     }

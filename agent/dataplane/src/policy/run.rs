@@ -109,16 +109,17 @@ struct Runner {
     retry: Duration,
 }
 
-/// Carries NetworkPolicy until it is dropped. Programs and maps stay pinned: policies hold on.
+/// Carries NetworkPolicy until it is dropped; without a gate it only waits for that. Programs and maps stay pinned: policies hold on.
 ///
 /// Needs list and watch on pods, namespaces and networkpolicies.networking.k8s.io.
 pub(crate) async fn run(
     parts: Parts,
     client: Client,
     node: String,
-    gate: Gate,
+    gate: Option<Gate>,
     metrics: Metrics,
 ) -> Result<(), crate::Error> {
+    let Some(gate) = gate else { return std::future::pending().await };
     let mut runner = Runner {
         node,
         client,

@@ -112,7 +112,7 @@ pub(crate) fn config(place: &Place) -> Config {
         pin_dir: place.pins.clone(),
         node_cgroup: PathBuf::from("weft").join(place.node.name()),
         ebpf_object: object.leak(),
-        gate: weft_agent_dataplane::policy::Gate::default(),
+        gate: Some(weft_agent_dataplane::policy::Gate::default()),
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
     }

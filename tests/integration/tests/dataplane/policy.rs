@@ -374,7 +374,7 @@ fn policies_outlive_the_agent_and_pods_wait_for_theirs() {
         agent.stop().await;
         assert!(!tcp(&other, POD, 80) && tcp(&place.node, POD, 80), "nobody runs, and it holds");
 
-        config.gate = weft_agent_dataplane::policy::Gate::default();
+        config.gate = Some(weft_agent_dataplane::policy::Gate::default());
         let agent = Agent::start(&config, vec![deny(10)]).await;
         assert!(!tcp(&other, POD, 80));
         late_pod(&agent, &config, &place, &other).await;
@@ -396,7 +396,7 @@ async fn late_pod(agent: &Agent, config: &Config, place: &Place, other: &Netns) 
         policy("late", 50, &json!({"podSelector": {"matchLabels": {"app": "late"}}, "ingress": [{"ports": [{"port": 80}]}]})),
     ]);
     let waits = tokio::spawn({
-        let gate = config.gate.clone();
+        let gate = config.gate.clone().unwrap();
         async move { gate.wait(object, vec![address.into()]).await }
     });
     for command in [

@@ -203,16 +203,14 @@ impl Planner {
             }
         };
         for namespace in namespaces {
-            self.reach.remove(&namespace);
             let hit = names_in(&self.pods, &namespace).into_iter();
             let hit =
                 hit.filter(|name| self.pods.get(name).is_some_and(|pod| selects(&peer.spec, &pod.labels)));
             self.dirty_pods.extend(hit);
         }
-        // Cached lists of namespaces without pods would miss it.
+        let (namespaces, none) = (&self.namespaces, Labels::new());
         self.reach.retain(|namespace, _| {
-            let labels = self.namespaces.get(namespace).cloned().unwrap_or_default();
-            !reaches(&peer.spec, namespace, &labels)
+            !reaches(&peer.spec, namespace, namespaces.get(namespace).unwrap_or(&none))
         });
     }
 

@@ -110,6 +110,10 @@ fn new_services() {
         let found = on_create(spec.clone(), json!({}));
         assert!(found.len() == 1 && found[0].starts_with(expected), "{spec}: {found:#?}");
     }
+}
+
+#[test]
+fn annotations_of_new_services() {
     let ranges = json!({"service.beta.kubernetes.io/load-balancer-source-ranges": "10.0.0.0/8, x"});
     let found = on_create(json!({"type": "LoadBalancer"}), ranges.clone());
     assert!(found.len() == 1 && found[0].contains("\"x\": must be a valid CIDR value"), "{found:#?}");
