@@ -117,7 +117,9 @@ pub fn weft_from_pod(ctx: TcContext) -> i32 {
     let Some(packet) = room() else { return DROP };
     let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
-        Parsed::Broken => return verdict(edge.pod.flags & POLICY_EGRESS == 0, DropReason::PolicyEgress, None),
+        Parsed::Broken => {
+            return verdict(edge.pod.flags & POLICY_EGRESS == 0, DropReason::PolicyEgress, None);
+        }
         Parsed::Fragment => check_fragment(&Kernel, &edge, packet),
         Parsed::Packet => {
             let peer = destination(&ctx, &edge, packet);
@@ -134,7 +136,9 @@ pub fn weft_to_pod(ctx: TcContext) -> i32 {
     let Some(packet) = room() else { return DROP };
     let allowed = match parse(&Frame(&ctx), packet) {
         Parsed::Free => return NEXT,
-        Parsed::Broken => return verdict(edge.pod.flags & POLICY_INGRESS == 0, DropReason::PolicyIngress, None),
+        Parsed::Broken => {
+            return verdict(edge.pod.flags & POLICY_INGRESS == 0, DropReason::PolicyIngress, None);
+        }
         Parsed::Fragment => is_own(&ctx) || check_fragment(&Kernel, &edge, packet),
         Parsed::Packet => {
             let peer = source(&ctx, packet);

@@ -63,5 +63,5 @@ fn opens(cluster: &Cluster, address: &str) -> anyhow::Result<bool> {
     let target: SocketAddr = format!("{address}:8080").parse()?;
     let patience = Duration::from_secs(2);
     let attempt = cluster.netns.thread(move || Ok(TcpStream::connect_timeout(&target, patience).is_ok()))?;
-    attempt.join().map_err(|_| anyhow::anyhow!("the client broke down"))?
+    attempt.join().map_err(|panic| anyhow::anyhow!("the client broke down: {panic:?}"))?
 }

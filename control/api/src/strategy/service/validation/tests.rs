@@ -19,14 +19,22 @@ fn on_create(spec: Value, annotations: Value) -> Vec<String> {
     messages(validate_create(of(&service), &service))
 }
 
+/// A load balancer's spec with further fields.
+fn balancer(mut spec: Value) -> Value {
+    spec["type"] = json!("LoadBalancer");
+    spec
+}
+
+fn each_has_one_mistake(rows: impl IntoIterator<Item = (Value, &'static str)>) {
+    for (spec, expected) in rows {
+        let found = on_create(spec.clone(), json!({}));
+        assert!(found.len() == 1 && found[0].starts_with(expected), "{spec}: {found:#?}");
+    }
+}
+
 #[test]
-fn new_services() {
-    let balancer = |spec: Value| {
-        let mut spec = spec;
-        spec["type"] = json!("LoadBalancer");
-        spec
-    };
-    let rows = [
+fn ports_and_addresses_of_new_services() {
+    each_has_one_mistake([
         (
             balancer(json!({"ports": [{"port": 10250}]})),
             "spec.ports[0]: Invalid value: 10250: may not expose port 10250 externally since it is used by kubelet",
@@ -59,6 +67,12 @@ fn new_services() {
             json!({"loadBalancerClass": "a/b"}),
             "spec.loadBalancerClass: Forbidden: may only be used when `type` is 'LoadBalancer'",
         ),
+    ]);
+}
+
+#[test]
+fn policies_and_names_of_new_services() {
+    each_has_one_mistake([
         (
             json!({"allocateLoadBalancerNodePorts": false}),
             "spec.allocateLoadBalancerNodePorts: Forbidden: may only be used when `type` is 'LoadBalancer'",
@@ -105,11 +119,7 @@ fn new_services() {
             json!({"ports": [{"name": "a", "port": 80}, {"name": "b", "port": 80}]}),
             "spec.ports[1]: Duplicate value: {\"port\":80,\"protocol\":\"TCP\"}",
         ),
-    ];
-    for (spec, expected) in rows {
-        let found = on_create(spec.clone(), json!({}));
-        assert!(found.len() == 1 && found[0].starts_with(expected), "{spec}: {found:#?}");
-    }
+    ]);
 }
 
 #[test]
