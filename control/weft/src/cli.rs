@@ -69,7 +69,7 @@ pub(crate) struct UpArgs {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ServerArgs {
-    /// Address and port that the API listens on [default: 0.0.0.0:6443; [::]:6443 if IPv6 is the primary family]
+    /// Address and port that the API listens on [default: port 6443 of all addresses of the primary family]
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) listen: Option<SocketAddr>,
     /// Addresses of the pods: a range, or one of IPv4 and one of IPv6, the primary family first [default: 10.42.0.0/16]
