@@ -28,7 +28,7 @@ mod trouble;
 pub mod why;
 
 pub use metrics::Metrics;
-pub use run::{Config, Error, cleanup, run, run_with_metrics};
+pub use run::{Config, Error, PodNetwork, cleanup, run, run_with_metrics};
 pub use serve::ProxyConfig;
 
 /// Bridge of a node's pods. A machine with several nodes has one per network namespace.

@@ -11,8 +11,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use weft_cni_netlink::Netlink;
 
+use crate::OVERLAY;
 use crate::announce::DEVICE;
-use crate::{BRIDGE, OVERLAY};
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
 pub(crate) const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -102,14 +102,15 @@ pub struct Devices {
     pub overlay_up: bool,
 }
 
-/// Looks at the devices of the current network namespace. Bridge and overlay are edges even without an address.
-pub fn devices() -> Result<Devices, weft_cni_netlink::Error> {
+/// Looks at the devices of the current network namespace, with the pods' bridge of this name. Bridge and overlay are edges even without an address.
+pub fn devices(bridge: Option<&str>) -> Result<Devices, weft_cni_netlink::Error> {
     let mut netlink = Netlink::open()?;
     let mut links = netlink.links()?;
     // Load-balancer addresses are Services', not the node's.
     links.retain(|link| link.name != DEVICE);
     let named = |name| links.iter().find(|link| link.name == name).map_or(0, |link| link.index);
-    let mut found = Devices { bridge: named(BRIDGE), overlay: named(OVERLAY), ..Devices::default() };
+    let bridge = bridge.map_or(0, named);
+    let mut found = Devices { bridge, overlay: named(OVERLAY), ..Devices::default() };
     found.overlay_up = links.iter().any(|link| link.index == found.overlay && link.up);
     let mut edges = BTreeSet::from([found.bridge, found.overlay]);
     for address in netlink.addresses()? {

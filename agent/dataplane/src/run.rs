@@ -15,7 +15,7 @@ use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::Netlink;
-use weft_ebpf_abi::{Address, NodeConfig};
+use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
@@ -69,6 +69,29 @@ pub struct Config {
     pub proxy: ProxyConfig,
     /// The cluster's pools of load-balancer addresses: the node answers for these on its link, and for no others.
     pub balancer_pools: Vec<IpNetwork>,
+    /// Whose pods the node has.
+    pub pod_network: PodNetwork,
+}
+
+/// Who connects the pods to the network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodNetwork {
+    /// weft: by [`BRIDGE`](crate::BRIDGE), and tunnels to the other nodes.
+    Own,
+    /// Another CNI plugin. Services only; without a cgroup of the node's own, all processes of the machine are served.
+    Others {
+        /// The bridge that pods are ports of, if there is one: packets from it are the cluster's own.
+        bridge: Option<String>,
+    },
+}
+
+impl PodNetwork {
+    fn bridge(&self) -> Option<&str> {
+        match self {
+            Self::Own => Some(crate::BRIDGE),
+            Self::Others { bridge } => bridge.as_deref(),
+        }
+    }
 }
 
 /// Why the dataplane does not run.
@@ -147,7 +170,8 @@ pub async fn run_with_metrics(
         checks: Checks::new(Arc::clone(&proxy), Arc::clone(&shared)),
         shared: Arc::clone(&shared),
         proxy: Arc::clone(&proxy),
-        families: config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
+        families: families(&config),
+        pod_network: config.pod_network.clone(),
         programmed,
         balancer_pools: config.balancer_pools.clone(),
         answers,
@@ -172,25 +196,40 @@ pub async fn run_with_metrics(
 /// If the kernel refuses to remove something.
 pub async fn cleanup(config: &Config) -> Result<(), Error> {
     let (pins, cgroup) = (config.pin_dir.clone(), config.node_cgroup.clone());
+    let own = config.pod_network == PodNetwork::Own;
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
-        Netlink::open()?.delete_link_named(crate::OVERLAY)?;
-        announce::cleanup()?;
+        if own {
+            Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+            announce::cleanup()?;
+        }
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
         Ok(())
     })
     .await?
 }
 
+/// Whether a family is IPv6, for each that pods have; both, where it is not ours to know.
+fn families(config: &Config) -> Vec<bool> {
+    match config.pod_network {
+        PodNetwork::Own => config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
+        PodNetwork::Others { .. } => vec![false, true],
+    }
+}
+
 /// Loads and attaches. Programs see a node's Services as soon as they are in the maps, so attaching comes first.
 fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConfig), Error> {
     node::ensure_bpffs(&config.pin_dir)?;
     let cgroup2 = node::cgroup2_mount()?;
-    let cgroup_id = node::cgroup_id(&cgroup2.join(&config.node_cgroup))?;
+    let cgroup_id = if config.node_cgroup.as_os_str().is_empty() {
+        EVERY_CGROUP
+    } else {
+        node::cgroup_id(&cgroup2.join(&config.node_cgroup))?
+    };
     let netns = std::path::Path::new("/proc/self/ns/net");
     let netns_cookie = node::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
     let mut programs = Programs::load(config.ebpf_object, &config.pin_dir)?;
-    let devices = node::devices()?;
+    let devices = node::devices(config.pod_network.bridge())?;
     let identity = NodeConfig {
         netns_cookie,
         cgroup_id,
@@ -219,6 +258,7 @@ struct Dataplane {
     proxy: Arc<ProxyConfig>,
     /// Whether a family is IPv6, for each that pods have.
     families: Vec<bool>,
+    pod_network: PodNetwork,
     programmed: watch::Sender<bool>,
     balancer_pools: Vec<IpNetwork>,
     /// Load-balancer addresses that this node is fit to answer for.
@@ -343,7 +383,7 @@ impl Dataplane {
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.
     fn refresh_devices(&mut self) -> Result<(), Error> {
-        let mut devices = node::devices()?;
+        let mut devices = node::devices(self.pod_network.bridge())?;
         // An address of a family that pods lack answers no NodePort.
         devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
         if devices == self.devices {

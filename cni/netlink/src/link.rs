@@ -6,12 +6,13 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoKind, InfoPortData,
-    InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
-    State,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoPortData, InfoPortKind,
+    InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 
 use nix::errno::Errno;
+
+use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 
 use crate::error::ok_if_gone;
 use crate::socket::About;
@@ -141,12 +142,8 @@ impl Netlink {
     /// # Errors
     /// If it can't be made.
     pub fn ensure_bridge(&mut self, name: &str, mtu_bytes: u32) -> Result<Link, Error> {
-        let attributes = vec![
-            LinkAttribute::IfName(name.to_owned()),
-            LinkAttribute::Mtu(mtu_bytes),
-            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
-        ];
-        match self.create("create the bridge", name, attributes) {
+        let bridge = LinkBridge::new(name).mtu(mtu_bytes).build();
+        match self.create("create the bridge", name, bridge) {
             Err(error) if error.class() != Class::Exists => return Err(error),
             _ => {}
         }
@@ -179,18 +176,16 @@ impl Netlink {
         peer_netns: Option<BorrowedFd<'_>>,
         bridge: Option<u32>,
     ) -> Result<Option<Link>, Error> {
-        let mut other = LinkMessage::default();
-        other.attributes = end(peer);
+        let mut other = end(LinkUnspec::new_with_name(peer.name), peer);
         if let Some(netns) = peer_netns {
-            other.attributes.push(LinkAttribute::NetNsFd(netns.as_raw_fd()));
+            other = other.setns_by_fd(netns.as_raw_fd());
         }
-        let mut attributes = end(host);
-        attributes.extend(bridge.map(LinkAttribute::Controller));
-        attributes.push(LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::Veth),
-            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
-        ]));
-        let echo = self.create("create the veth pair", host.name, attributes)?;
+        let pair = end(LinkVeth::new(host.name, peer.name), host);
+        let mut pair = pair.set_info_data(InfoData::Veth(InfoVeth::Peer(other.build())));
+        if let Some(bridge) = bridge {
+            pair = pair.controller(bridge);
+        }
+        let echo = self.create("create the veth pair", host.name, pair.up().build())?;
         let mut made = echo.iter().filter_map(|message| match message {
             RouteNetlinkMessage::NewLink(message) => Some(read(message)),
             _ => None,
@@ -203,37 +198,21 @@ impl Netlink {
     /// # Errors
     /// [`Class::Exists`] if the name, or the identifier and port, are taken.
     pub fn create_vxlan(&mut self, vxlan: &Vxlan<'_>) -> Result<(), Error> {
-        let data = vec![
-            InfoVxlan::Id(vxlan.vni),
-            InfoVxlan::Port(vxlan.port),
-            match vxlan.local {
-                IpAddr::V4(local) => InfoVxlan::Local(local),
-                IpAddr::V6(local) => InfoVxlan::Local6(local),
-            },
-            InfoVxlan::Learning(false),
-        ];
-        let attributes = vec![
-            LinkAttribute::IfName(vxlan.name.to_owned()),
-            LinkAttribute::Mtu(vxlan.mtu_bytes),
-            LinkAttribute::Address(vxlan.mac.0.to_vec()),
-            LinkAttribute::LinkInfo(vec![
-                LinkInfo::Kind(InfoKind::Vxlan),
-                LinkInfo::Data(InfoData::Vxlan(data)),
-            ]),
-        ];
-        self.create("create the VXLAN device", vxlan.name, attributes).map(|_| ())
+        let device = LinkVxlan::new(vxlan.name, vxlan.vni).port(vxlan.port).learning(false);
+        let device = match vxlan.local {
+            IpAddr::V4(local) => device.local(local),
+            IpAddr::V6(local) => device.local6(local),
+        };
+        let device = device.mtu(vxlan.mtu_bytes).address(vxlan.mac.0.to_vec()).up();
+        self.create("create the VXLAN device", vxlan.name, device.build()).map(|_| ())
     }
 
     fn create(
         &mut self,
         op: &'static str,
         subject: &str,
-        attributes: Vec<LinkAttribute>,
+        message: LinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, Error> {
-        let mut message = LinkMessage::default();
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-        message.attributes = attributes;
         let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO;
         self.request_echo(About { op, subject }, RouteNetlinkMessage::NewLink(message), flags)
     }
@@ -243,12 +222,13 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none of this number.
     pub fn change_link(&mut self, index: u32, change: &LinkChange<'_>) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        if let Some(up) = change.up {
-            message.header.change_mask = LinkFlags::Up;
-            message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+        let device = LinkUnspec::new_with_index(index);
+        let mut message = match change.up {
+            Some(true) => device.up(),
+            Some(false) => device.down(),
+            None => device,
         }
+        .build();
         message.attributes.extend(change.master.map(LinkAttribute::Controller));
         message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
         message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
@@ -323,10 +303,12 @@ impl Netlink {
     }
 }
 
-fn end(end: &VethEnd<'_>) -> Vec<LinkAttribute> {
-    let mut attributes = vec![LinkAttribute::IfName(end.name.to_owned()), LinkAttribute::Mtu(end.mtu_bytes)];
-    attributes.extend(end.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
-    attributes
+fn end<T>(builder: LinkMessageBuilder<T>, end: &VethEnd<'_>) -> LinkMessageBuilder<T> {
+    let builder = builder.mtu(end.mtu_bytes);
+    match end.mac {
+        Some(mac) => builder.address(mac.0.to_vec()),
+        None => builder,
+    }
 }
 
 pub(crate) fn read(message: &LinkMessage) -> Link {

@@ -251,6 +251,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         gate: Some(dataplane::policy::Gate::default()),
         proxy: dataplane::ProxyConfig::default(),
         balancer_pools: node.cluster.load_balancer_pools.clone(),
+        pod_network: dataplane::PodNetwork::Own,
     }
 }
 

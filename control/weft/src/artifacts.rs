@@ -64,7 +64,7 @@ pub(crate) fn unpack(bin: &Path) -> Result<Programs, Error> {
 }
 
 /// The eBPF object, unpacked once for the life of the process: an agent's data plane may start more than once.
-fn ebpf() -> Result<&'static [u8], Error> {
+pub(crate) fn ebpf() -> Result<&'static [u8], Error> {
     static OBJECT: OnceLock<Vec<u8>> = OnceLock::new();
     let packed = EBPF.ok_or(Error::Missing(EBPF_NAME))?;
     let object = match OBJECT.get() {

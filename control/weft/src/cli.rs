@@ -8,6 +8,7 @@ use ipnetwork::IpNetwork;
 
 use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
+use crate::proxy::ProxyArgs;
 use crate::ranges::PerFamily;
 
 /// Kubernetes in one binary, built network-first.
@@ -34,6 +35,8 @@ pub(crate) enum Command {
     Server(ServerArgs),
     /// Run one node
     Agent(AgentArgs),
+    /// Run the service proxy alone, on a node of any cluster, in place of kube-proxy
+    Proxy(ProxyArgs),
     /// Import, list and remove images, on every node of the cluster
     #[command(subcommand)]
     Image(ImageCommand),

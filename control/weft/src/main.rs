@@ -15,6 +15,7 @@ mod nodes;
 mod paths;
 mod pki;
 mod pod_routes;
+mod proxy;
 mod ranges;
 mod server;
 mod up;
@@ -53,6 +54,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Down(args) => down::down(&paths, args.purge)?,
         Command::Server(args) => server::command(&paths, &args, &cli.log)?,
         Command::Agent(args) => agent::command(&paths, &args, &cli.log)?,
+        Command::Proxy(args) => proxy::command(&args, &cli.log)?,
         Command::Image(command) => image::run(&paths, &command)?,
         Command::Kubeconfig => {
             print!("{}", kubeconfig::admin(&paths)?);

@@ -384,13 +384,16 @@ pub struct AffinityValue {
 }
 const _: () = assert!(size_of::<AffinityValue>() == 24);
 
+/// In the place of a cgroup's id: none has this one.
+pub const EVERY_CGROUP: u64 = 0;
+
 /// What the programs know of their node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct NodeConfig {
     /// Cookie of the node's network namespace: sockets in it are served.
     pub netns_cookie: u64,
-    /// Id of the node's cgroup in cgroup2: processes below it are served.
+    /// Id of the node's cgroup in cgroup2: processes below it are served. [`EVERY_CGROUP`] for all processes.
     pub cgroup_id: u64,
     /// Index of the bridge the pods are on.
     pub bridge_ifindex: u32,

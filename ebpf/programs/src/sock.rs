@@ -110,6 +110,9 @@ fn serves(ctx: *mut bpf_sock_addr) -> Option<bool> {
     if unsafe { bpf_get_netns_cookie(ctx.cast()) } == config.netns_cookie {
         return Some(true);
     }
+    if config.cgroup_id == EVERY_CGROUP {
+        return Some(false);
+    }
     for level in 1..=MAX_CGROUP_LEVEL {
         // SAFETY: a helper with a number. It returns 0 below the task's own level.
         let id = unsafe { bpf_get_current_ancestor_cgroup_id(level) };

@@ -131,7 +131,7 @@ fn in_namespace() -> Result<InNamespace, ObserveError> {
         let value = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
         Some(((*name).to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
     });
-    Ok((devices()?.edge, all, sysctls.collect()))
+    Ok((devices(Some(crate::BRIDGE))?.edge, all, sysctls.collect()))
 }
 
 fn hooks(links: &Path, cgroup2: Option<&Path>, edges: &BTreeMap<u32, String>) -> Vec<Hook> {

@@ -13,7 +13,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Api, Client};
 
-use super::Dataplane;
+use super::{Dataplane, PodNetwork};
 use crate::tables::{ServiceName, service_name, slice_name};
 
 /// Annotation with the time of the change that a slice carries on.
@@ -147,7 +147,9 @@ impl Dataplane {
             watcher::Event::Init => self.relists.nodes.seen.clear(),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 self.relists.nodes.seen.extend(object.metadata.name.clone());
-                self.overlay.apply_node(&object);
+                if self.pod_network == PodNetwork::Own {
+                    self.overlay.apply_node(&object);
+                }
                 if self.reconciler.tables.is_own(&object) {
                     self.shared.health.lock().set_node(&object);
                     let changed = self.reconciler.tables.apply_node(&object);

@@ -103,7 +103,7 @@ fn devices_that_come_and_go_are_followed() {
     let ip = |command: &str| weft_tests_harness::netns::ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
     let attach = || {
         within(&place.node, || {
-            let devices = weft_agent_dataplane::node::devices().unwrap();
+            let devices = weft_agent_dataplane::node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap();
             running.programs.attach_edges(&devices.edge).unwrap();
             devices.edge.len()
         })

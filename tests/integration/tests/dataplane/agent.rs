@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_agent_dataplane::{Config, ProxyConfig, cleanup, run};
+use weft_agent_dataplane::{Config, PodNetwork, ProxyConfig, cleanup, run};
 use weft_tests_harness::{artifact, require};
 
 use crate::NEEDS;
@@ -115,6 +115,7 @@ pub(crate) fn config(place: &Place) -> Config {
         gate: Some(weft_agent_dataplane::policy::Gate::default()),
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
+        pod_network: PodNetwork::Own,
     }
 }
 

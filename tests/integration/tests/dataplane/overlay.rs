@@ -32,7 +32,7 @@ fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) 
         overlay.apply_node(&serde_json::from_value(node_object(name, *n, underlay)).unwrap());
     }
     within(netns, || {
-        overlay.set_devices(&node::devices().unwrap());
+        overlay.set_devices(&node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap());
         overlay.sync().unwrap();
         overlay
     })
@@ -138,7 +138,7 @@ fn repair(overlay: &mut Overlay, netns: &Netns, what: &str, damage: impl FnOnce(
                     for event in events.next().await.unwrap() {
                         overlay.observe(&event);
                     }
-                    overlay.set_devices(&node::devices().unwrap());
+                    overlay.set_devices(&node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap());
                 }
             });
             heard.await.unwrap_or_else(|_| panic!("nothing is heard of {what:?}"));
@@ -163,7 +163,7 @@ fn what_others_take_away_is_put_back() {
     let both = [("node-1", 1), ("node-2", 2)];
     let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
     let _second = overlay(2, (&netns[1], "192.168.79."), &both);
-    within(&netns[0], || first.set_devices(&node::devices().unwrap()));
+    within(&netns[0], || first.set_devices(&node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap()));
     let servers =
         ["10.42.2.2", "fd42:0:0:2::2"].map(|ip| serve(&pods[1], ip.parse::<IpAddr>().unwrap(), "far"));
     for damage in [

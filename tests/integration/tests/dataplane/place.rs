@@ -101,7 +101,7 @@ impl Place {
         let object = std::fs::read(artifact("weft.bpf.o").map_err(anyhow::Error::msg)?)?;
         within(&self.node, || {
             let mut programs = Programs::load(&object, &self.pins)?;
-            let devices = node::devices()?;
+            let devices = node::devices(Some(weft_agent_dataplane::BRIDGE))?;
             programs.configure(NodeConfig {
                 netns_cookie: node::netns_cookie()?,
                 cgroup_id: node::cgroup_id(&self.cgroup)?,
