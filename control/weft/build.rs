@@ -21,12 +21,12 @@ fn main() -> std::io::Result<()> {
 }
 
 /// LLD, which stable Rust links with on this target, folds functions of equal code and packs relocations; other linkers don't know
-/// these options.
+/// these options. Symbols go here, too: cargo leaves them in a package that a profile has an override for.
 fn small_link() {
     let is = |name: &str, value: &str| env::var(name).is_ok_and(|v| v == value);
     let lld = is("CARGO_CFG_TARGET_ARCH", "x86_64") && is("CARGO_CFG_TARGET_OS", "linux");
     if lld && is("PROFILE", "release") {
-        println!("cargo::rustc-link-arg-bins=-Wl,--icf=all,-z,pack-relative-relocs");
+        println!("cargo::rustc-link-arg-bins=-Wl,--icf=all,--strip-all,-z,pack-relative-relocs");
     }
 }
 
