@@ -12,7 +12,7 @@ const BUILD_PACKAGES: &[&str] =
     &["gcc", "libc6-dev", "protobuf-compiler", "libprotobuf-dev", "rustc-web", "cargo-web", "rust-web-src"];
 /// To run the sample and the tests.
 const RUN_PACKAGES: &[&str] = &["iproute2", "apt-utils"];
-/// Only the tests use these: the reference store, peers to compare with, a second image builder.
+/// Only the tests use these: the reference store, peers to compare with, a second image builder, what looks on.
 const TEST_PACKAGES: &[&str] = &[
     "etcd-server",
     "busybox-static",
@@ -23,6 +23,8 @@ const TEST_PACKAGES: &[&str] = &[
     "python3",
     "python3-venv",
     "conntrack",
+    "curl",
+    "strace",
 ];
 const BPF_LINKER: &str = "0.10.3";
 
