@@ -16,6 +16,8 @@ use weft_tests_harness::{require, wait_until};
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 200);
 const PORT: u16 = 8080;
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A node on the link answers within this, or not at all.
+const ANSWER: Duration = Duration::from_millis(300);
 
 /// A namespace on the link that announces, and answers connections with its name.
 struct Node {
@@ -81,8 +83,9 @@ fn serve(netns: &Netns, number: u8) -> anyhow::Result<()> {
 /// Which node answers at the address; the error of the attempt if none.
 fn ask(link: &Netns) -> anyhow::Result<u8> {
     let asked = link.thread(|| {
-        let mut stream =
-            TcpStream::connect_timeout(&SocketAddr::from((VIP, PORT)), Duration::from_millis(300))?;
+        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((VIP, PORT)), ANSWER)?;
+        // A node that lets go of the address can't answer what it had accepted.
+        stream.set_read_timeout(Some(ANSWER))?;
         let mut number = [0];
         stream.read_exact(&mut number)?;
         Ok(number[0])

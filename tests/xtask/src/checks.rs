@@ -21,8 +21,14 @@ pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
     let skip_log = target("")?.join("skipped-tests.txt");
     let _ = fs::remove_file(&skip_log);
     let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
-    command.args(args).env("WEFT_SKIP_LOG", &skip_log).env("WEFT_ARTIFACTS", target("artifacts")?);
+    command.env("WEFT_SKIP_LOG", &skip_log).env("WEFT_ARTIFACTS", target("artifacts")?);
     command.env("WEFT_IMAGES", target("images")?);
+    // Cargo runs each test program by this one, which ends it when it hangs.
+    let runner = std::env::current_exe().context("find this program")?;
+    command
+        .arg("--config")
+        .arg(format!("target.'cfg(all())'.runner = ['{}', 'run-test']", runner.display()))
+        .args(args);
     let outcome = loud(&mut command);
     report_skips(&skip_log)?;
     outcome

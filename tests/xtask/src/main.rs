@@ -2,6 +2,7 @@
 
 mod artifacts;
 mod checks;
+mod deadline;
 mod ebpf;
 mod facts;
 mod images;
@@ -62,6 +63,13 @@ enum Task {
     },
     /// Check which crate may use which
     Layers,
+    /// Run a test program and end it when it hangs; `test` has cargo call this
+    #[command(hide = true)]
+    RunTest {
+        /// The program and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -76,6 +84,7 @@ fn main() -> ExitCode {
         Task::Bench { args } => checks::bench(&args),
         Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
         Task::Layers => layers::check(),
+        Task::RunTest { command } => deadline::run(&command),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
