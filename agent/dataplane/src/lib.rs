@@ -25,6 +25,7 @@ mod serve;
 mod sys;
 pub mod tables;
 mod trouble;
+mod watch;
 pub mod why;
 
 pub use metrics::Metrics;

@@ -4,9 +4,18 @@ pub mod faulty;
 pub mod kernel;
 pub mod memory;
 
+use std::fmt::Debug;
+use std::hash::Hash;
+
 use weft_ebpf_abi::{names, sizes};
 
-/// A map that the planner keeps.
+/// The tables that one planner keeps.
+pub trait Kind: Copy + Debug + Eq + Hash {
+    /// Name of the map.
+    fn name(self) -> &'static str;
+}
+
+/// A map that the planner of Services keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Table {
     /// Services' addresses and ports.
@@ -49,10 +58,10 @@ impl Table {
             Self::Sources => sizes::SOURCES,
         }
     }
+}
 
-    /// Name of the map.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
+impl Kind for Table {
+    fn name(self) -> &'static str {
         match self {
             Self::Services => names::SERVICES,
             Self::Slots => names::SLOTS,
@@ -93,11 +102,11 @@ impl MapError {
 pub type Entry = (Vec<u8>, Vec<u8>);
 
 /// A set of maps.
-pub trait MapSet {
+pub trait MapSet<T: Kind = Table> {
     /// Sets entries, in order, and stops at the first that fails.
-    fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError>;
+    fn update(&mut self, table: T, entries: &[Entry]) -> Result<(), MapError>;
     /// Removes keys, in order, and stops at the first that fails; one that is not there counts as removed.
-    fn delete(&mut self, table: Table, keys: &[Vec<u8>]) -> Result<(), MapError>;
+    fn delete(&mut self, table: T, keys: &[Vec<u8>]) -> Result<(), MapError>;
     /// All entries, in no order.
-    fn dump(&mut self, table: Table) -> Result<Vec<Entry>, MapError>;
+    fn dump(&mut self, table: T) -> Result<Vec<Entry>, MapError>;
 }

@@ -13,8 +13,8 @@ use aya::{Ebpf, EbpfLoader};
 use weft_ebpf_abi::{DropReason, LAYOUT, NodeConfig, names};
 use zerocopy::IntoBytes;
 
-use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
+use crate::maps::{Kind as _, Table};
 use crate::node::{NodeError, failed};
 use crate::sys;
 

@@ -36,9 +36,9 @@ const BIND_LONGEST: Duration = Duration::from_secs(5);
 pub struct ProxyConfig {
     /// Only addresses of the node in these ranges answer NodePorts (`nodePortAddresses`); none stands for all.
     pub node_port_addresses: Vec<IpNetwork>,
-    /// Where `/healthz` and `/livez` are served; `None` for nowhere.
+    /// The address of `/healthz` and `/livez`; `None` if they are switched off.
     pub health: Option<SocketAddr>,
-    /// Where `/metrics` is served; `None` for nowhere.
+    /// The address of `/metrics`; `None` if it is switched off.
     pub metrics: Option<SocketAddr>,
 }
 

@@ -7,7 +7,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
-const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_INFO: libc::c_long = 15;
@@ -20,7 +19,7 @@ const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 const LINK_DETACH: libc::c_long = 34;
 
-/// `union bpf_attr` for single elements; `value` is the next key too.
+/// `union bpf_attr`, member for one element.
 #[repr(C)]
 #[derive(Default)]
 struct ElementAttr {
@@ -189,36 +188,6 @@ pub(crate) fn read_all(
             return Ok((all_keys, all_values));
         }
         position = Some(next.clone());
-    }
-}
-
-/// Reads all entries of a map of any kind, entry by entry: a trie's batches go by keys, and older kernels have none.
-pub(crate) fn read_by_key(
-    map: BorrowedFd<'_>,
-    key_bytes: usize,
-    value_bytes: usize,
-) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let mut all = Vec::new();
-    let mut last: Option<Vec<u8>> = None;
-    loop {
-        let mut next = vec![0_u8; key_bytes];
-        let mut attr = ElementAttr {
-            map_fd: number(map),
-            key: last.as_deref().map_or(0, address),
-            value: next.as_mut_ptr() as u64,
-            ..ElementAttr::default()
-        };
-        match bpf(MAP_GET_NEXT_KEY, &mut attr) {
-            Ok(_) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(all),
-            Err(error) => return Err(error),
-        }
-        let mut value = vec![0_u8; value_bytes];
-        // One that went between the two calls is left out.
-        if lookup(map, &next, &mut value)? {
-            all.push((next.clone(), value));
-        }
-        last = Some(next);
     }
 }
 

@@ -17,7 +17,9 @@ use crate::clock;
 use crate::config::PORT;
 use crate::events::Kind;
 use crate::shared::Shared;
-use crate::start::{api_error, chain};
+use weft_agent_runtime::chain;
+
+use crate::start::api_error;
 
 pub(crate) mod lease;
 mod machine;

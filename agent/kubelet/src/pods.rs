@@ -16,8 +16,8 @@ use weft_agent_runtime::RuntimeEvent;
 use crate::admission::{self, Allocatable};
 use crate::pod::{self, PodId};
 use crate::shared::Shared;
-use crate::start::chain;
 use crate::worker::{self, Adopted, Inbox, Message, Update};
+use weft_agent_runtime::chain;
 
 /// What the runtime had when the kubelet started.
 pub(crate) struct Found {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Error;
 use crate::config::{Config, ServerTls};
 use crate::shared::Shared;
-use crate::start::chain;
+use weft_agent_runtime::chain;
 
 mod container_logs;
 mod exec;

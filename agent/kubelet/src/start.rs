@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 
+use weft_agent_runtime::chain;
+
 use crate::env::{self, Facts};
 use crate::events::Kind;
 use crate::hooks;
@@ -144,21 +146,6 @@ async fn launch(
         return Err(Failure { reason: "PostStartHookError".into(), message: chain(&error), view });
     }
     Ok(view)
-}
-
-/// An error with its sources, for messages that a person reads.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        source = error.source();
-    }
-    text
 }
 
 /// What the API server answered, or why it could not be asked.

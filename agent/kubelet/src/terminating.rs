@@ -13,7 +13,7 @@ use crate::logs;
 use crate::observed::ContainerView;
 use crate::pod::{self, PodId};
 use crate::shared::Shared;
-use crate::start::chain;
+use weft_agent_runtime::chain;
 
 /// A process is given at least this after its preStop hook has used up the grace.
 const LEAST_GRACE: Duration = Duration::from_secs(2);

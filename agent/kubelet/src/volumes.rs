@@ -115,6 +115,6 @@ async fn write(
     tokio::task::spawn_blocking(move || atomic::write(&dir, &files, group))
         .await
         .map_err(|e| e.to_string())?
-        .map_err(|e| crate::start::chain(&e))?;
+        .map_err(|e| weft_agent_runtime::chain(&e))?;
     Ok(payload.renew_at)
 }

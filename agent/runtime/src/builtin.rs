@@ -26,6 +26,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use weft_agent_runtime_init::cgroup::{Hierarchies, Refused};
 
 use self::records::{ContainerRecord, Paths, Phase, SandboxRecord};
+use crate::chain;
 use crate::cni::Network;
 use crate::images::{ImageError, ImageStore};
 use crate::{
@@ -388,17 +389,6 @@ fn joined<T>(result: Result<Result<T, Error>, tokio::task::JoinError>) -> Result
 
 fn not_found(what: &'static str, id: &str) -> Error {
     Error::NotFound { what, id: id.to_owned() }
-}
-
-/// An error with its causes in one line, for errors that carry text only.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 fn network_error(error: crate::cni::NetworkError) -> Error {

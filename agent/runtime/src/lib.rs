@@ -4,8 +4,11 @@
 //! the agent may die and come back at any time and finds everything again by `list`.
 
 pub mod builtin;
+mod chain;
 mod cni;
 pub mod images;
+
+pub use chain::chain;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -203,7 +203,7 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
     tasks.spawn(async move {
         if let Err(error) = dataplane::observe::socket::serve(path, observer, stop.clone()).await {
             tracing::warn!(
-                error = logging::chain(&error),
+                error = weft_agent_runtime::chain(&error),
                 "the node answers no questions; it runs all the same"
             );
             stop.cancelled().await;
@@ -300,13 +300,13 @@ pub(crate) async fn remove(node: &Node, purge: bool) -> anyhow::Result<()> {
     let paths = node.paths.node(&node.name);
     let mut failed = Vec::new();
     if let Err(error) = builtin::purge(runtime_config(node)).await {
-        failed.push(logging::chain(&error));
+        failed.push(weft_agent_runtime::chain(&error));
     }
     if let Err(error) = kubelet::purge(&node.paths.data, &node.name) {
-        failed.push(logging::chain(&error));
+        failed.push(weft_agent_runtime::chain(&error));
     }
     if let Err(error) = dataplane::cleanup(&dataplane_config(node, &paths)).await {
-        failed.push(logging::chain(&error));
+        failed.push(weft_agent_runtime::chain(&error));
     }
     failed.extend(network::remove_node(node, &paths));
     anyhow::ensure!(failed.is_empty(), "cannot remove all of node {}: {}", node.name, failed.join("; "));

@@ -112,7 +112,7 @@ pub(crate) fn ensure_underlay(cluster: &Cluster) -> anyhow::Result<()> {
 /// Takes the underlay away; answers what could not be.
 pub(crate) fn remove_underlay(_cluster: &Cluster) -> Vec<String> {
     let removed = Netlink::open().and_then(|mut netlink| netlink.delete_link_named(UNDERLAY_BRIDGE));
-    removed.err().map(|error| crate::logging::chain(&error)).into_iter().collect()
+    removed.err().map(|error| weft_agent_runtime::chain(&error)).into_iter().collect()
 }
 
 /// What a node needs before any of its parts starts: folders, forwarding, and the cluster DNS' address.

@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
-use weft_tests_e2e::{cluster, eventually};
+use weft_tests_e2e::{agent_of, cluster, eventually};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::wait_until;
 
@@ -448,19 +447,4 @@ fn without_an_agent(cluster: &Cluster) -> anyhow::Result<()> {
     let (report, code) = json(cluster, &["why", "node-2", &format!("{}:80", pod_on(cluster, "node-3")?)])?;
     assert_eq!((code, &report["decidedBy"]["name"]), (1, &"route".into()), "{report:#}");
     Ok(())
-}
-
-/// The agent of a node, found by its command line.
-fn agent_of(cluster: &Cluster, node: &str) -> anyhow::Result<Pid> {
-    let data = cluster.data_dir().to_string_lossy().into_owned();
-    for entry in std::fs::read_dir("/proc")? {
-        let path = entry?.path();
-        let command = std::fs::read_to_string(path.join("cmdline")).unwrap_or_default();
-        let words: Vec<&str> = command.split('\0').collect();
-        if words.contains(&data.as_str()) && words.contains(&"agent") && words.contains(&node) {
-            let pid = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
-            return pid.map(Pid::from_raw).context("a process' folder is named by a number");
-        }
-    }
-    anyhow::bail!("no agent of {node} runs")
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{Entry, MapError, MapSet, Table};
+use super::{Entry, Kind, MapError, MapSet, Table};
 use crate::sys;
 
 /// A map with the sizes of its entries.
@@ -16,23 +16,29 @@ struct KernelMap {
 }
 
 /// The kernel's maps.
-#[derive(Debug, Default)]
-pub struct KernelMaps {
-    maps: HashMap<Table, KernelMap>,
+#[derive(Debug)]
+pub struct KernelMaps<T = Table> {
+    maps: HashMap<T, KernelMap>,
 }
 
-impl KernelMaps {
+impl<T> Default for KernelMaps<T> {
+    fn default() -> Self {
+        Self { maps: HashMap::new() }
+    }
+}
+
+impl<T: Kind> KernelMaps<T> {
     /// Adds a table's map.
-    pub fn insert(&mut self, table: Table, fd: OwnedFd, key_bytes: usize, value_bytes: usize) {
+    pub fn insert(&mut self, table: T, fd: OwnedFd, key_bytes: usize, value_bytes: usize) {
         self.maps.insert(table, KernelMap { fd, key_bytes, value_bytes });
     }
 
-    fn get(&self, op: &'static str, table: Table) -> Result<&KernelMap, MapError> {
+    fn get(&self, op: &'static str, table: T) -> Result<&KernelMap, MapError> {
         self.maps.get(&table).ok_or_else(|| error(op, table, 0, io::ErrorKind::NotFound.into()))
     }
 }
 
-fn error(op: &'static str, table: Table, done: usize, source: io::Error) -> MapError {
+fn error<T: Kind>(op: &'static str, table: T, done: usize, source: io::Error) -> MapError {
     MapError { op, map: table.name(), done, source }
 }
 
@@ -40,8 +46,8 @@ fn length(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-impl MapSet for KernelMaps {
-    fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError> {
+impl<T: Kind> MapSet<T> for KernelMaps<T> {
+    fn update(&mut self, table: T, entries: &[Entry]) -> Result<(), MapError> {
         if entries.is_empty() {
             return Ok(());
         }
@@ -53,7 +59,7 @@ impl MapSet for KernelMaps {
         result.map_err(|source| error("update", table, done as usize, source))
     }
 
-    fn delete(&mut self, table: Table, keys: &[Vec<u8>]) -> Result<(), MapError> {
+    fn delete(&mut self, table: T, keys: &[Vec<u8>]) -> Result<(), MapError> {
         let map = self.get("delete", table)?;
         let mut from = 0;
         while from < keys.len() {
@@ -70,7 +76,7 @@ impl MapSet for KernelMaps {
         Ok(())
     }
 
-    fn dump(&mut self, table: Table) -> Result<Vec<Entry>, MapError> {
+    fn dump(&mut self, table: T) -> Result<Vec<Entry>, MapError> {
         let map = self.get("read", table)?;
         let (keys, values) = sys::read_all(map.fd.as_fd(), map.key_bytes, map.value_bytes)
             .map_err(|source| error("read", table, 0, source))?;

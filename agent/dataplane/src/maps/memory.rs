@@ -2,22 +2,29 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{Entry, MapError, MapSet, Table};
+use super::{Entry, Kind, MapError, MapSet, Table};
 
 /// Maps in memory.
-#[derive(Debug, Default)]
-pub struct MemoryMaps {
-    tables: HashMap<Table, BTreeMap<Vec<u8>, Vec<u8>>>,
+#[derive(Debug)]
+pub struct MemoryMaps<T = Table> {
+    /// The entries.
+    pub tables: HashMap<T, BTreeMap<Vec<u8>, Vec<u8>>>,
     /// Calls so far: what a change costs.
     pub calls: usize,
     /// Entries changed so far.
     pub changes: usize,
     /// Entries that fit in a map, if that is less than all.
-    pub capacity: HashMap<Table, usize>,
+    pub capacity: HashMap<T, usize>,
 }
 
-impl MapSet for MemoryMaps {
-    fn update(&mut self, table: Table, entries: &[Entry]) -> Result<(), MapError> {
+impl<T> Default for MemoryMaps<T> {
+    fn default() -> Self {
+        Self { tables: HashMap::new(), calls: 0, changes: 0, capacity: HashMap::new() }
+    }
+}
+
+impl<T: Kind> MapSet<T> for MemoryMaps<T> {
+    fn update(&mut self, table: T, entries: &[Entry]) -> Result<(), MapError> {
         self.calls += 1;
         self.changes += entries.len();
         let capacity = self.capacity.get(&table).copied().unwrap_or(usize::MAX);
@@ -32,7 +39,7 @@ impl MapSet for MemoryMaps {
         Ok(())
     }
 
-    fn delete(&mut self, table: Table, keys: &[Vec<u8>]) -> Result<(), MapError> {
+    fn delete(&mut self, table: T, keys: &[Vec<u8>]) -> Result<(), MapError> {
         self.calls += 1;
         self.changes += keys.len();
         let entries = self.tables.entry(table).or_default();
@@ -42,7 +49,7 @@ impl MapSet for MemoryMaps {
         Ok(())
     }
 
-    fn dump(&mut self, table: Table) -> Result<Vec<Entry>, MapError> {
+    fn dump(&mut self, table: T) -> Result<Vec<Entry>, MapError> {
         Ok(self.tables.get(&table).map(|t| t.clone().into_iter().collect()).unwrap_or_default())
     }
 }

@@ -11,8 +11,10 @@ use weft_cni_netlink::{Class, Link, Netlink};
 use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
 use weft_ebpf_abi::{Address, names};
 
-use super::maps::{KernelPolicyMaps, PolicyTable};
+use super::maps::PolicyTable;
 use super::rules::Trial;
+use crate::maps::Kind as _;
+use crate::maps::kernel::KernelMaps;
 use crate::node::failed;
 use crate::programs::{self, ProgramError, Programs};
 
@@ -151,8 +153,8 @@ impl Programs {
     ///
     /// # Errors
     /// If the object has none, or others.
-    pub fn policy_maps(&self) -> Result<KernelPolicyMaps, ProgramError> {
-        let mut maps = KernelPolicyMaps::default();
+    pub fn policy_maps(&self) -> Result<KernelMaps<PolicyTable>, ProgramError> {
+        let mut maps = KernelMaps::default();
         for table in PolicyTable::ALL {
             let name = table.name();
             let (Some(Map::HashMap(data) | Map::LpmTrie(data)), (key_bytes, value_bytes)) =

@@ -6,8 +6,8 @@ use std::hash::Hash;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::maps::{PolicyMaps, PolicyTable};
-use crate::maps::MapError;
+use super::maps::PolicyTable;
+use crate::maps::{MapError, MapSet};
 
 /// What may stand in a map.
 pub trait Plain: Copy + Eq + Debug + IntoBytes + FromBytes + Immutable {}
@@ -34,7 +34,7 @@ impl<K: Plain + Ord + Hash, V: Plain> Mirror<K, V> {
     ///
     /// # Errors
     /// If it can't be read.
-    pub fn adopt(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    pub fn adopt(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         for (key, value) in maps.dump(self.table)? {
             if let (Ok(key), Ok(value)) = (K::read_from_bytes(&key), V::read_from_bytes(&value)) {
                 self.written.insert(key, value);
@@ -80,7 +80,7 @@ impl<K: Plain + Ord + Hash, V: Plain> Mirror<K, V> {
     ///
     /// # Errors
     /// If one fails; it and those behind it stay to be done.
-    pub fn write(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    pub fn write(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         let (mut keys, mut entries) = (Vec::new(), Vec::new());
         self.dirty.retain(|key| match self.wanted.get(key) {
             Some(value) if self.written.get(key) == Some(value) => false,
@@ -104,7 +104,7 @@ impl<K: Plain + Ord + Hash, V: Plain> Mirror<K, V> {
     ///
     /// # Errors
     /// If one fails; it and those behind it stay to be done.
-    pub fn clear(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    pub fn clear(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         self.dirty.retain(|key| self.wanted.contains_key(key) || self.written.contains_key(key));
         let gone: Vec<K> = self.dirty.iter().filter(|key| !self.wanted.contains_key(key)).copied().collect();
         if gone.is_empty() {

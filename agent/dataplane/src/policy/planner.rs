@@ -12,12 +12,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use weft_ebpf_abi::Address;
 use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
 
-use super::maps::{PolicyMaps, PolicyTable};
+use super::maps::PolicyTable;
 use super::mirror::Mirror;
 use super::objects::{Labels, Name, NamedPort, Peer, Pod, Policy};
 use super::ranges::Nested;
 use super::rules::{Element, SetSpec, Trial};
-use crate::maps::MapError;
+use crate::maps::{MapError, MapSet};
 
 /// Who has an identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -168,7 +168,7 @@ impl Planner {
     ///
     /// # Errors
     /// If a map can't be read.
-    pub fn adopt(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    pub fn adopt(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         self.tables.pods.adopt(maps)?;
         self.tables.identities.adopt(maps)?;
         self.tables.ranges.adopt(maps)?;
@@ -337,7 +337,7 @@ impl Planner {
     ///
     /// # Errors
     /// If an entry fails: it stays to be done, and nothing that depends on it is done before.
-    pub fn sync(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    pub fn sync(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         while self.is_dirty() {
             self.settle();
             self.flush(maps)?;
@@ -362,7 +362,7 @@ impl Planner {
         }
     }
 
-    fn flush(&mut self, maps: &mut dyn PolicyMaps) -> Result<(), MapError> {
+    fn flush(&mut self, maps: &mut dyn MapSet<PolicyTable>) -> Result<(), MapError> {
         let tables = &mut self.tables;
         tables.rules.write(maps)?;
         tables.ranges.write(maps)?;

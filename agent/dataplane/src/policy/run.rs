@@ -1,7 +1,6 @@
 //! The running half: watches of pods, namespaces and policies, devices, pods that wait at the gate.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::Hash;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -10,19 +9,20 @@ use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::ListParams;
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{self, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt as _};
 use tokio::sync::{mpsc, oneshot};
 use weft_ebpf_abi::Address;
 
 use super::edges::{Edges, Trials};
 use super::gate::{Gate, Request};
-use super::maps::KernelPolicyMaps;
+use super::maps::PolicyTable;
 use super::objects::{self, Name, Policy};
 use super::planner::Planner;
+use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
 use crate::programs::{ProgramError, Programs};
+use crate::watch::{Relist, source};
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
@@ -37,7 +37,7 @@ const TRIALS_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Parts {
     edges: Edges,
-    maps: KernelPolicyMaps,
+    maps: KernelMaps<PolicyTable>,
     trials: Trials,
 }
 
@@ -74,25 +74,12 @@ struct Waiting {
     done: oneshot::Sender<()>,
 }
 
-/// A source's list: whether there was one, and what the one in progress has named.
-struct Relist<K> {
-    known: bool,
-    listing: bool,
-    seen: HashSet<K>,
-}
-
-impl<K> Default for Relist<K> {
-    fn default() -> Self {
-        Self { known: false, listing: false, seen: HashSet::new() }
-    }
-}
-
 struct Runner {
     node: String,
     client: Client,
     planner: Planner,
     edges: Edges,
-    maps: KernelPolicyMaps,
+    maps: KernelMaps<PolicyTable>,
     trials: Trials,
     metrics: Metrics,
     pods: Relist<Name>,
@@ -360,25 +347,6 @@ impl Runner {
     }
 }
 
-impl<K: Eq + Hash> Relist<K> {
-    fn begin(&mut self) {
-        self.listing = true;
-        self.seen.clear();
-    }
-
-    fn name(&mut self, one: Option<K>) {
-        if self.listing {
-            self.seen.extend(one);
-        }
-    }
-
-    /// What the list has named: all else is gone.
-    fn finish(&mut self) -> HashSet<K> {
-        (self.known, self.listing) = (true, false);
-        std::mem::take(&mut self.seen)
-    }
-}
-
 /// Versions are numbers and grow (KEP-5504).
 fn version<K: Resource>(object: &K) -> u64 {
     object.meta().resource_version.as_deref().and_then(|text| text.parse().ok()).unwrap_or(0)
@@ -418,22 +386,8 @@ fn concerns_devices(events: &[weft_cni_netlink::Event]) -> bool {
     })
 }
 
-/// The three watches as one stream. A watch that fails is tried again with a growing wait, and lists anew if it must.
+/// The three watches as one stream.
 fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
-    fn source<K>(
-        api: Api<K>,
-        wrap: fn(watcher::Event<K>) -> Event,
-        what: &'static str,
-    ) -> BoxStream<'static, Event>
-    where
-        K: Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
-    {
-        let events = watcher(api, watcher::Config::default()).default_backoff();
-        let good = events.filter_map(move |event| async move {
-            event.inspect_err(|error| tracing::warn!(%error, what, "watch failed, will be tried again")).ok()
-        });
-        good.map(wrap).boxed()
-    }
     let mut all = SelectAll::new();
     all.push(source(Api::all(client.clone()), Event::Pod, "pods"));
     all.push(source(Api::all(client.clone()), Event::Namespace, "namespaces"));

@@ -43,7 +43,7 @@ fn default_deny_isolates_one_way_only() {
     world.delete_policy("x", "deny-in");
     world.delete_policy("x", "deny-out");
     world.check();
-    assert!(world.is_empty(), "{:?}", world.maps.tables);
+    assert!(world.is_empty(), "{:?}", world.maps.inner.tables);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn every_kind_of_rule() {
         world.delete_policy("x", "one");
         world.delete_policy("x", "two");
         world.check();
-        assert!(world.is_empty(), "{spec}: {:?}", world.maps.tables);
+        assert!(world.is_empty(), "{spec}: {:?}", world.maps.inner.tables);
     }
 }
 
@@ -107,23 +107,23 @@ fn a_change_costs_what_it_touches() {
             "ingress": [{"from": [{"podSelector": {"matchLabels": {"client": name}}}], "ports": [{"port": 80}]}]}));
     }
     world.check();
-    assert_eq!(world.maps.count(PolicyTable::Rules), 0, "nobody is selected yet, and the pod's set is empty");
-    let before = world.maps.changes;
+    assert_eq!(world.count(PolicyTable::Rules), 0, "nobody is selected yet, and the pod's set is empty");
+    let before = world.maps.inner.changes;
     world.pod("z", "c", &json!({"pod": "c", "client": "p7"}));
     world.check();
-    assert_eq!(world.maps.changes - before, 0, "z is no namespace that the policies name");
+    assert_eq!(world.maps.inner.changes - before, 0, "z is no namespace that the policies name");
     world.pod("y", "c", &json!({"pod": "c", "client": "p7"}));
     world.check();
-    assert_eq!(world.maps.changes - before, 3, "one rule, and the identity of two addresses");
+    assert_eq!(world.maps.inner.changes - before, 3, "one rule, and the identity of two addresses");
     assert!(world.allowed("y/c", "y/b", TCP, 80) && !world.allowed("y/c", "y/b", TCP, 81));
-    let before = world.maps.changes;
+    let before = world.maps.inner.changes;
     world.policy(
         "x",
         "unrelated",
         &json!({"podSelector": {"matchLabels": {"pod": "nobody"}}, "ingress": []}),
     );
     world.check();
-    assert_eq!(world.maps.changes, before, "a policy that selects no pod of the node costs nothing");
+    assert_eq!(world.maps.inner.changes, before, "a policy that selects no pod of the node costs nothing");
 }
 
 #[test]
@@ -131,10 +131,10 @@ fn a_new_planner_adopts_what_it_finds() {
     let mut world = cluster();
     world.policy("x", "in", &json!({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}]}]}));
     world.check();
-    let before = world.maps.changes;
+    let before = world.maps.inner.changes;
     world.restart();
     world.check();
-    assert_eq!(world.maps.changes, before, "numbers are the same, so nothing is written");
+    assert_eq!(world.maps.inner.changes, before, "numbers are the same, so nothing is written");
     world.restart_without("x", "in");
     world.check();
     assert!(world.is_empty());
@@ -159,7 +159,7 @@ fn addresses_are_released_and_granted() {
     world.delete_pod("x", "c");
     world.delete_pod("x", "a");
     world.sync();
-    assert!(world.maps.count(PolicyTable::Pods) == 0, "their devices went with them");
+    assert!(world.count(PolicyTable::Pods) == 0, "their devices went with them");
 }
 
 #[test]

@@ -1,20 +1,17 @@
 //! What the watches say, taken into the tables: a watch's list names what exists, its events what changed.
 
-use std::collections::HashSet;
-use std::hash::Hash;
 use std::time::Instant;
 
-use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client};
 
 use super::{Dataplane, PodNetwork};
 use crate::tables::{ServiceName, service_name, slice_name};
+use crate::watch::{Relist, source};
 
 /// Annotation with the time of the change that a slice carries on.
 const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
@@ -27,28 +24,6 @@ pub(super) enum Event {
     Service(watcher::Event<Service>),
     Slice(watcher::Event<EndpointSlice>),
     Node(watcher::Event<Node>),
-}
-
-/// A source's list in progress: what was there before and has not been named again is gone.
-#[derive(Debug)]
-struct Relist<K> {
-    known: bool,
-    seen: HashSet<K>,
-}
-
-impl<K> Default for Relist<K> {
-    fn default() -> Self {
-        Self { known: false, seen: HashSet::new() }
-    }
-}
-
-impl<K: Eq + Hash> Relist<K> {
-    /// Ends the list; returns those of `before` that it did not name.
-    fn finish(&mut self, before: Vec<K>) -> Vec<K> {
-        self.known = true;
-        let seen = std::mem::take(&mut self.seen);
-        before.into_iter().filter(|k| !seen.contains(k)).collect()
-    }
 }
 
 /// The lists in progress, one for each watch.
@@ -91,18 +66,18 @@ impl Dataplane {
         let tables = &mut self.reconciler.tables;
         let changed: Vec<_> = match event {
             watcher::Event::Init => {
-                self.relists.services.seen.clear();
+                self.relists.services.begin();
                 return;
             }
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.relists.services.seen.extend(service_name(&object));
+                self.relists.services.name(service_name(&object));
                 tables.apply_service(&object).into_iter().collect()
             }
             watcher::Event::Delete(object) => {
                 service_name(&object).and_then(|name| tables.delete_service(&name)).into_iter().collect()
             }
             watcher::Event::InitDone => {
-                let gone = self.relists.services.finish(tables.service_names());
+                let gone = self.relists.services.finish_from(tables.service_names());
                 gone.iter().filter_map(|name| tables.delete_service(name)).collect()
             }
         };
@@ -114,11 +89,11 @@ impl Dataplane {
         let tables = &mut self.reconciler.tables;
         let changed: Vec<_> = match event {
             watcher::Event::Init => {
-                self.relists.slices.seen.clear();
+                self.relists.slices.begin();
                 return;
             }
             watcher::Event::InitApply(object) => {
-                self.relists.slices.seen.extend(slice_name(&object));
+                self.relists.slices.name(slice_name(&object));
                 tables.apply_slice(&object)
             }
             watcher::Event::Apply(object) => {
@@ -134,7 +109,7 @@ impl Dataplane {
                 .into_iter()
                 .collect(),
             watcher::Event::InitDone => {
-                let gone = self.relists.slices.finish(tables.slice_names());
+                let gone = self.relists.slices.finish_from(tables.slice_names());
                 gone.iter().filter_map(|(namespace, name)| tables.delete_slice(namespace, name)).collect()
             }
         };
@@ -144,9 +119,9 @@ impl Dataplane {
 
     fn absorb_node(&mut self, event: watcher::Event<Node>) {
         match event {
-            watcher::Event::Init => self.relists.nodes.seen.clear(),
+            watcher::Event::Init => self.relists.nodes.begin(),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.relists.nodes.seen.extend(object.metadata.name.clone());
+                self.relists.nodes.name(object.metadata.name.clone());
                 if self.pod_network == PodNetwork::Own {
                     self.overlay.apply_node(&object);
                 }
@@ -162,7 +137,7 @@ impl Dataplane {
                 }
             }
             watcher::Event::InitDone => {
-                for name in self.relists.nodes.finish(self.overlay.node_names()) {
+                for name in self.relists.nodes.finish_from(self.overlay.node_names()) {
                     self.overlay.delete_node(&name);
                 }
             }
@@ -174,22 +149,8 @@ fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
     slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
 }
 
-/// The three watches as one stream. A watch that fails is tried again with a growing wait, and lists anew if it must.
+/// The three watches as one stream.
 pub(super) fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
-    fn source<K>(
-        api: Api<K>,
-        wrap: fn(watcher::Event<K>) -> Event,
-        what: &'static str,
-    ) -> BoxStream<'static, Event>
-    where
-        K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
-    {
-        let events = watcher(api, watcher::Config::default()).default_backoff();
-        let good = events.filter_map(move |event| async move {
-            event.inspect_err(|error| tracing::warn!(%error, what, "watch failed, will be tried again")).ok()
-        });
-        good.map(wrap).boxed()
-    }
     let mut all = SelectAll::new();
     all.push(source(Api::all(client.clone()), Event::Service, "services"));
     all.push(source(Api::all(client.clone()), Event::Slice, "endpointslices"));

@@ -20,7 +20,7 @@ use weft_agent_runtime::Stdio;
 
 use super::Query;
 use crate::shared::Shared;
-use crate::start::chain;
+use weft_agent_runtime::chain;
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;

@@ -3,8 +3,8 @@
 use super::Worker;
 use crate::pod::PodId;
 use crate::shared::Shared;
-use crate::start::chain;
 use crate::volumes;
+use weft_agent_runtime::chain;
 
 impl Worker {
     pub(super) fn release_volumes(&mut self) {

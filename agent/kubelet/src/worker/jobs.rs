@@ -14,9 +14,10 @@ use crate::observed::{ContainerView, Ending, SandboxView, Waiting};
 use crate::plan::Action;
 use crate::pod;
 use crate::spec;
-use crate::start::{self, Failure, chain};
+use crate::start::{self, Failure};
 use crate::terminating;
 use crate::volumes;
+use weft_agent_runtime::chain;
 
 impl Worker {
     /// Begins an action. Forward steps set `busy` until they are done.

@@ -96,7 +96,7 @@ async fn watch(
             let seen = match watch.next().await {
                 Ok(Some(seen)) => seen,
                 Ok(None) => Seen::Failed("its agent has ended".to_owned()),
-                Err(error) => Seen::Failed(crate::logging::chain(&error)),
+                Err(error) => Seen::Failed(weft_agent_runtime::chain(&error)),
             };
             let ended = matches!(&seen, Seen::Failed(error) if error.contains("has ended"));
             if sender.send((name.clone(), seen)).await.is_err() || ended {

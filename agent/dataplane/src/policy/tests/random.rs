@@ -3,7 +3,6 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::super::maps::MemoryPolicyMaps;
 use super::world::World;
 
 #[derive(Clone, Debug)]
@@ -118,7 +117,7 @@ proptest! {
 
     #[test]
     fn the_maps_decide_as_the_objects_say(changes in prop::collection::vec(change(), 1..25), seed in any::<u64>()) {
-        let mut world = World::on(MemoryPolicyMaps::failing(seed, 10));
+        let mut world = World::failing(seed, 10);
         for change in &changes {
             apply(&mut world, change);
             world.check();
@@ -127,6 +126,6 @@ proptest! {
             (0..3).for_each(|n| world.delete_policy(namespace, &n.to_string()));
         }
         world.check();
-        prop_assert!(world.is_empty(), "{:?}", world.maps.tables);
+        prop_assert!(world.is_empty(), "{:?}", world.maps.inner.tables);
     }
 }

@@ -12,10 +12,15 @@ use weft_ebpf_abi::{Address, Port, SCTP, TCP, UDP};
 use weft_ebpf_logic::policy::{Edge, Packet, Peer, PolicyTables, check};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::super::maps::{MemoryPolicyMaps, PolicyTable};
+use super::super::maps::PolicyTable;
 use super::super::objects::{Name, Pod, Policy};
 use super::super::planner::Planner;
 use super::naive::{self, End};
+use crate::maps::faulty::FaultyMaps;
+use crate::maps::memory::MemoryMaps;
+
+/// Maps in memory, of whose changes a share may fail.
+type Maps = FaultyMaps<MemoryMaps<PolicyTable>>;
 
 #[derive(Clone)]
 struct TestPod {
@@ -30,7 +35,7 @@ pub(super) struct World {
     pods: BTreeMap<String, TestPod>,
     policies: BTreeMap<(String, String), Value>,
     planner: Planner,
-    pub(super) maps: MemoryPolicyMaps,
+    pub(super) maps: Maps,
     devices: HashMap<Address, u32>,
     count: u8,
     /// Sets on trial that a packet met, and that do not cover it.
@@ -43,16 +48,22 @@ fn name(namespace: &str, name: &str) -> Name {
 
 impl World {
     pub(super) fn new() -> Self {
-        Self::on(MemoryPolicyMaps::default())
+        Self::failing(0, 0)
     }
 
-    pub(super) fn on(maps: MemoryPolicyMaps) -> Self {
+    /// Entries of a map.
+    pub(super) fn count(&self, table: PolicyTable) -> usize {
+        self.maps.inner.tables.get(&table).map_or(0, BTreeMap::len)
+    }
+
+    /// A share of all changes of the maps fails; the same seed fails the same ones.
+    pub(super) fn failing(seed: u64, percent: u64) -> Self {
         Self {
             namespaces: BTreeMap::new(),
             pods: BTreeMap::new(),
             policies: BTreeMap::new(),
             planner: Planner::new(),
-            maps,
+            maps: FaultyMaps::new(MemoryMaps::default(), seed, percent),
             devices: HashMap::new(),
             count: 0,
             would: RefCell::default(),
@@ -206,7 +217,7 @@ impl World {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.maps.tables.values().all(BTreeMap::is_empty)
+        self.maps.inner.tables.values().all(BTreeMap::is_empty)
     }
 
     pub(super) fn address_of(&self, pod: &str) -> [IpAddr; 2] {
@@ -218,7 +229,7 @@ impl World {
     }
 
     pub(super) fn is_isolated(&self, device: u32) -> bool {
-        self.maps.tables.get(&PolicyTable::Pods).is_some_and(|t| t.contains_key(device.as_bytes()))
+        self.maps.inner.tables.get(&PolicyTable::Pods).is_some_and(|t| t.contains_key(device.as_bytes()))
     }
 
     /// Whether the kernel would let a packet through both pods' edges, in both families.
@@ -244,7 +255,7 @@ impl World {
             identification: [0; 4],
         };
         let edge = |pod: &TestPod, way| {
-            let table = self.maps.tables.get(&PolicyTable::Pods);
+            let table = self.maps.inner.tables.get(&PolicyTable::Pods);
             let value = table.and_then(|t| t.get(pod.device.as_bytes()));
             let pod_value = value.map_or_else(PolicyPod::default, |v| PolicyPod::read_from_bytes(v).unwrap());
             Edge { pod: pod_value, ifindex: pod.device, way }
@@ -290,7 +301,7 @@ impl World {
 }
 
 struct Kernel<'a> {
-    maps: &'a MemoryPolicyMaps,
+    maps: &'a Maps,
     tracked: RefCell<HashMap<TrackKey, TrackValue>>,
     would: &'a RefCell<Vec<u64>>,
 }
@@ -304,11 +315,11 @@ impl PolicyTables for Kernel<'_> {
     fn identity(&self, address: &Address) -> u64 {
         let number = |bytes: &Vec<u8>| u64::read_from_bytes(bytes).unwrap();
         if let Some(value) =
-            self.maps.tables.get(&PolicyTable::Identities).and_then(|t| t.get(address.as_bytes()))
+            self.maps.inner.tables.get(&PolicyTable::Identities).and_then(|t| t.get(address.as_bytes()))
         {
             return number(value);
         }
-        let ranges = self.maps.tables.get(&PolicyTable::Ranges).into_iter().flatten();
+        let ranges = self.maps.inner.tables.get(&PolicyTable::Ranges).into_iter().flatten();
         let ranges = ranges.map(|(key, value)| (RangeKey::read_from_bytes(key).unwrap(), value));
         let around =
             ranges.filter(|(range, _)| same(range.address.as_bytes(), address.as_bytes(), range.prefix_bits));
@@ -318,7 +329,7 @@ impl PolicyTables for Kernel<'_> {
     fn allows(&self, set: u64, identity: u64, protocol: u8, port: Port) -> bool {
         let asked =
             RuleData { set: set.to_be_bytes(), identity: identity.to_be_bytes(), protocol, pad: 0, port };
-        let mut rules = self.maps.tables.get(&PolicyTable::Rules).into_iter().flat_map(BTreeMap::keys);
+        let mut rules = self.maps.inner.tables.get(&PolicyTable::Rules).into_iter().flat_map(BTreeMap::keys);
         rules.any(|key| {
             let rule = RuleKey::read_from_bytes(key).unwrap();
             same(rule.data.as_bytes(), asked.as_bytes(), rule.prefix_bits)
