@@ -1,5 +1,9 @@
 //! Owns `proxy`: a request passed on to a pod, to an endpoint of a Service, or to a node.
 
+mod links;
+mod page;
+
+use self::links::Way;
 use super::super::Call;
 use super::kubelet;
 use crate::backend::Backend;
@@ -71,9 +75,20 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
     };
     let target = Target::parse(&call.info.name).ok_or_else(invalid)?;
     let request = request(call, path, body)?;
+    let mut hosts: Vec<String> = request
+        .headers()
+        .get(HOST)
+        .and_then(|host| host.to_str().ok())
+        .map(str::to_owned)
+        .into_iter()
+        .collect();
     let response = match resource {
-        "pods" => call.api.backends.send(pod(call, &target).await?, request).await,
-        "services" => call.api.backends.send(service(call, &target).await?, request).await,
+        "pods" | "services" => {
+            let backend =
+                if resource == "pods" { pod(call, &target).await? } else { service(call, &target).await? };
+            hosts.push(backend.address.to_string());
+            call.api.backends.send(backend, request).await
+        }
         _ => node(call, &target, request).await?,
     };
     let response = response.map_err(|error| unreachable(&error))?;
@@ -82,7 +97,7 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
         client.extensions_mut().clone_from(&call.head.extensions);
         return Ok(call.api.backends.join(hyper::upgrade::on(client), response));
     }
-    Ok(pass_back(call, path, response))
+    Ok(pass_back(call, path, response, hosts))
 }
 
 /// The path behind `proxy`, as the client wrote it.
@@ -159,15 +174,25 @@ fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// The response as the client gets it. A redirection within the backend stays behind the proxy.
-fn pass_back(call: &Call, path: &str, response: http::Response<hyper::body::Incoming>) -> Response {
+/// The response as the client gets it. Redirections and links within the backend stay behind the proxy.
+fn pass_back(
+    call: &Call,
+    path: &str,
+    response: http::Response<hyper::body::Incoming>,
+    hosts: Vec<String>,
+) -> Response {
     let mut response = response.map(|body| body.map_err(BoxError::from).boxed_unsync());
     strip(response.headers_mut());
-    let prefix = call.head.uri.path().strip_suffix(path).unwrap_or_default();
-    let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-    let inside = location.filter(|location| location.starts_with('/') && !location.starts_with("//"));
-    if let Some(Ok(location)) = inside.map(|location| HeaderValue::try_from(format!("{prefix}{location}"))) {
+    let prefix = call.head.uri.path().strip_suffix(path).unwrap_or_default().to_owned();
+    let way = Way { prefix, hosts };
+    let location = response.headers().get(LOCATION).map(HeaderValue::as_bytes);
+    let led =
+        location.and_then(|from| way.lead(from).map(|(cut, to)| [to.as_bytes(), &from[cut..]].concat()));
+    if let Some(Ok(location)) = led.map(|location| HeaderValue::from_bytes(&location)) {
         response.headers_mut().insert(LOCATION, location);
+    }
+    if call.head.method != Method::HEAD {
+        response = page::lead(response, way);
     }
     response.extensions_mut().insert(StillReading);
     response
