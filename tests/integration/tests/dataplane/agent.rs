@@ -116,6 +116,7 @@ pub(crate) fn config(place: &Place) -> Config {
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Own,
+        reports: None,
     }
 }
 
