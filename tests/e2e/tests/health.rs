@@ -88,8 +88,9 @@ fn a_dead_nodes_endpoints_are_left_out_and_come_back() -> anyhow::Result<()> {
         assert_eq!(tally.lost, Vec::<String>::new());
         assert_eq!(tally.answers.keys().map(String::as_str).collect::<Vec<_>>(), ["web-1", "web-3"]);
     }
-    let asked = "for i in $(seq 50); do wget -T 5 -qO- http://web/hostname || exit 1; done";
-    let said = cluster.kubectl(&["exec", "client", "--", "sh", "-c", asked])?;
+    let address = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
+    let asked = format!("for i in $(seq 50); do timeout 60 wget -qO- http://{address}/hostname || exit 1; done");
+    let said = cluster.kubectl(&["exec", "client", "--", "sh", "-c", &asked])?;
     ensure!(!said.contains("web-2") && said.contains("web-3"), "{said}");
 
     let why = weft(&cluster, &["why", "client", "web:80"])?;
@@ -136,7 +137,8 @@ fn each_service_says_on_how_many_nodes_it_is() -> anyhow::Result<()> {
         message(&cluster, "web", |text| text.starts_with("programmed on 2 of 2 nodes at resource version "))?;
 
     // A change of the Service is programmed anew, and said so.
-    cluster.kubectl(&["patch", "service", "web", "-p", "{\"spec\":{\"ports\":[{\"port\":81}]}}"])?;
+    let other_port = "[{\"op\":\"replace\",\"path\":\"/spec/ports/0/port\",\"value\":81}]";
+    cluster.kubectl(&["patch", "service", "web", "--type=json", "-p", other_port])?;
     self::message(&cluster, "web", |text| text.starts_with("programmed on 2 of 2 nodes") && text != message)?;
 
     // What has its addresses in no kernel says nothing; and what is said is not said again and again.
