@@ -46,6 +46,8 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
     /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
     pub kind: String,
+    /// Whether what it sends waits in no queue of its own, and so has no bound on its rate.
+    pub unqueued: bool,
 }
 
 /// One end of a new veth pair.
@@ -101,6 +103,20 @@ impl Netlink {
     pub fn links(&mut self) -> Result<Vec<Link>, Error> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
         self.dump("list the devices", &request, |message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
+            _ => None,
+        })
+    }
+
+    /// All devices of another namespace, by the number that this one has for it (Linux 4.16 on).
+    ///
+    /// # Errors
+    /// If there is no such namespace (any more).
+    pub fn links_of(&mut self, namespace: i32) -> Result<Vec<Link>, Error> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let request = RouteNetlinkMessage::GetLink(message);
+        self.dump("list the devices of a namespace", &request, |message| match message {
             RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
             _ => None,
         })
@@ -324,6 +340,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         peer_index: None,
         peer_namespace: None,
         kind: String::new(),
+        unqueued: false,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -332,6 +349,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(bytes) => link.mtu_bytes = *bytes,
             // Loopback and its like never say more than "unknown".
             LinkAttribute::OperState(state) => link.running = matches!(state, State::Up | State::Unknown),
+            LinkAttribute::Qdisc(kind) => link.unqueued = kind == "noqueue",
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
             LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),

@@ -10,10 +10,12 @@ mod address;
 mod event;
 pub mod policy;
 mod reason;
+mod xdp;
 
 pub use address::{Address, Port};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
+pub use xdp::XdpPod;
 
 use core::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -64,8 +66,10 @@ pub mod names {
     pub const TRACKED: &str = "weft_track_2";
     /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
     pub const WOULD_DROP: &str = "weft_dry_2";
+    /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
+    pub const XDP_PODS: &str = "weft_xpod_2";
     /// All of them.
-    pub const ALL: [&str; 20] = [
+    pub const ALL: [&str; 21] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -86,6 +90,7 @@ pub mod names {
         RULES,
         TRACKED,
         WOULD_DROP,
+        XDP_PODS,
     ];
 }
 
@@ -122,6 +127,8 @@ pub mod sizes {
     pub const EVENT_BYTES: u32 = 262_144;
     /// Sets of rules on trial that have met a packet they do not cover.
     pub const WOULD_DROP: u32 = 4_096;
+    /// Addresses of pods of one node: two for each.
+    pub const XDP_PODS: u32 = 8_192;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }

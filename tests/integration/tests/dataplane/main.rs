@@ -14,6 +14,7 @@ mod place;
 mod policy;
 mod services;
 mod sockets;
+mod xdp;
 
 /// What every test here needs.
 pub(crate) const NEEDS: [&str; 4] = ["root", "bpf", "ip", "artifacts"];
