@@ -51,6 +51,16 @@ impl std::str::FromStr for Xdp {
     }
 }
 
+impl std::fmt::Display for Xdp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
 /// It is none of `auto`, `always` and `never`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("neither auto nor always nor never")]

@@ -79,5 +79,8 @@ fn modes_have_names() {
     ];
     for (text, expected) in rows {
         assert_eq!(text.parse::<Xdp>(), expected, "{text}");
+        if let Ok(mode) = expected {
+            assert_eq!(mode.to_string(), text);
+        }
     }
 }
