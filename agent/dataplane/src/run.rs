@@ -1,6 +1,7 @@
 //! The running dataplane: watches, synchronisation, devices.
 
 mod absorb;
+mod say;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
@@ -34,8 +35,10 @@ use crate::report::Report;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
 use crate::tables::{ServiceName, Tables};
 use crate::trouble::{self, Trouble};
+use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
+use self::say::Versions;
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
@@ -110,6 +113,9 @@ pub enum Error {
     /// The programs are not in place.
     #[error(transparent)]
     Programs(#[from] ProgramError),
+    /// The pods' edges could not be taken over.
+    #[error(transparent)]
+    Edges(#[from] policy::edges::EdgeError),
     /// The maps could not be read.
     #[error("cannot adopt the maps")]
     Adopt(#[from] MapError),
@@ -181,6 +187,7 @@ pub async fn run_with_metrics(
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
+        carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
         identity,
@@ -277,6 +284,7 @@ struct Dataplane {
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
     overlay: Overlay,
+    carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
     shared: Arc<Shared>,
@@ -298,14 +306,6 @@ struct Dataplane {
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
-}
-
-/// Resource versions of the Services that came.
-#[derive(Clone, Copy, Debug, Default)]
-struct Versions {
-    newest: u64,
-    /// The newest that changed what is to be programmed.
-    changed: u64,
 }
 
 /// The cluster's nodes, and which of them don't answer.
@@ -377,6 +377,7 @@ impl Dataplane {
         {
             tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
         }
+        self.tell_narrowest();
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
@@ -389,22 +390,19 @@ impl Dataplane {
         }
     }
 
-    /// Half a list says nothing of the rest.
-    fn report(&self) {
-        let Some(reports) = self.reports.as_ref().filter(|_| !self.relists.lists_services()) else { return };
-        let unprogrammed = self.reconciler.unprogrammed();
-        reports.send_if_modified(|report| {
-            let same = unprogrammed.len() == report.failing.len()
-                && unprogrammed.iter().all(|(name, state)| report.failing.get(name) == Some(&state.reason));
-            if !same {
-                report.failing =
-                    unprogrammed.iter().map(|(name, state)| (name.clone(), state.reason.clone())).collect();
+    /// Tells the programs what fits through every tunnel; what doesn't is the stack's.
+    fn tell_narrowest(&mut self) {
+        let narrowest_bytes = self.overlay.narrowest_bytes();
+        if self.identity.narrowest_bytes == narrowest_bytes {
+            return;
+        }
+        let identity = NodeConfig { narrowest_bytes, ..self.identity };
+        match self.programs.configure(identity) {
+            Ok(()) => self.identity = identity,
+            Err(error) => {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs do not know of a narrow way, will be told again");
             }
-            let news = !same || report.version != self.seen.newest || report.awaited != self.seen.changed;
-            (report.version, report.awaited) = (self.seen.newest, self.seen.changed);
-            report.nodes = self.peers.nodes.len();
-            news
-        });
+        }
     }
 
     fn sync_maps(&mut self) {
@@ -456,6 +454,10 @@ impl Dataplane {
         let mut devices = node::devices(self.pod_network.bridge())?;
         // An address of a family that pods lack answers no NodePort.
         devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
+        // Pods' devices come and go without a change of the node's own.
+        if let Err(error) = self.carrier.refresh(&self.programs, &devices) {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "XDP is behind, the tc program carries");
+        }
         if devices == self.devices {
             return Ok(());
         }

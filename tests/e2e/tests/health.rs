@@ -89,7 +89,8 @@ fn a_dead_nodes_endpoints_are_left_out_and_come_back() -> anyhow::Result<()> {
         assert_eq!(tally.answers.keys().map(String::as_str).collect::<Vec<_>>(), ["web-1", "web-3"]);
     }
     let address = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
-    let asked = format!("for i in $(seq 50); do timeout 60 wget -qO- http://{address}/hostname || exit 1; done");
+    let asked =
+        format!("for i in $(seq 50); do timeout 60 wget -qO- http://{address}/hostname || exit 1; done");
     let said = cluster.kubectl(&["exec", "client", "--", "sh", "-c", &asked])?;
     ensure!(!said.contains("web-2") && said.contains("web-3"), "{said}");
 
