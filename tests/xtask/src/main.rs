@@ -8,6 +8,7 @@ mod facts;
 mod images;
 mod layers;
 mod machine;
+mod musl;
 mod steps;
 mod up;
 
