@@ -44,6 +44,16 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
     /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
     pub kind: String,
+    /// Kind of the queue that packets wait in before it sends them: `noqueue` if they don't.
+    pub queue: String,
+}
+
+impl Link {
+    /// Whether packets may wait before the device sends them, and so its rate may be bounded.
+    #[must_use]
+    pub fn is_queued(&self) -> bool {
+        !matches!(self.queue.as_str(), "" | "noqueue")
+    }
 }
 
 /// One end of a new veth pair.
@@ -104,6 +114,20 @@ impl Netlink {
         })
     }
 
+    /// All devices of another namespace, by the number that this one has for it (Linux 4.16 on).
+    ///
+    /// # Errors
+    /// If there is no such namespace (any more).
+    pub fn links_of(&mut self, namespace: i32) -> Result<Vec<Link>, Error> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let request = RouteNetlinkMessage::GetLink(message);
+        self.dump("list the devices of a namespace", &request, |message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
+            _ => None,
+        })
+    }
+
     /// The device of a name.
     ///
     /// # Errors
@@ -125,6 +149,22 @@ impl Netlink {
         message.header.index = index;
         let subject = index.to_string();
         let about = About { op: "find the device", subject: &subject };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
+    /// The device of a number in another namespace, by the number that this one has for it ([`Link::peer_namespace`]).
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link_of(&mut self, namespace: i32, index: u32) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let subject = index.to_string();
+        let about = About { op: "find the other end", subject: &subject };
         match self.get(about, RouteNetlinkMessage::GetLink(message))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
@@ -306,8 +346,7 @@ pub(crate) fn without_own_address(index: u32) -> LinkMessage {
     message
 }
 
-/// Else the kernel makes a queue for each processor, and files below /sys for each queue. More than one are for XDP on the device,
-/// which no pod's has: otherwise no packet waits in any.
+/// Else the kernel makes a queue for each processor, and files below /sys for each, and then uses one of them.
 fn one_queue<T>(builder: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
     builder
         .append_extra_attribute(LinkAttribute::NumTxQueues(1))
@@ -335,6 +374,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         peer_index: None,
         peer_namespace: None,
         kind: String::new(),
+        queue: String::new(),
     };
     for attribute in &message.attributes {
         match attribute {
@@ -346,6 +386,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
             LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),
+            LinkAttribute::Qdisc(kind) => link.queue.clone_from(kind),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ipnetwork::IpNetwork;
 use weft_cni_ipam::{Acquired, Owner};
 use weft_cni_netlink::{
-    Batch, Class, Link, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, namespace, sysctl,
+    Batch, Class, Link, LinkChange, Mac, Neighbour, Netlink, Offloads, Route, VethEnd, namespace, sysctl,
 };
 use weft_cni_spec::{AddResult, Bandwidth, Call, Config, Fabric, Interface, IpConfig, Range};
 
@@ -157,9 +157,9 @@ impl Attachment<'_> {
     }
 
     fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
-        let mut pod = namespace::during(self.netns.as_fd(), || {
+        let (mut pod, offloads) = namespace::during(self.netns.as_fd(), || {
             self.switch_pod()?;
-            Netlink::open()
+            Ok::<_, weft_cni_netlink::Error>((Netlink::open()?, Offloads::open()?))
         })??;
         let index = match port.peer_index {
             Some(index) => index,
@@ -178,6 +178,8 @@ impl Attachment<'_> {
             batch = batch.put_route(&out);
         }
         let links = pod.apply(batch.link(&self.owner.ifname))?;
+        // Once it is up: earlier, the node's end would not know of it. XDP hands frames to no pod without.
+        offloads.receive_in_batches(&self.owner.ifname, true)?;
         for placed in &self.addresses {
             pod.await_address(placed.range.network(placed.address))?;
         }
