@@ -8,6 +8,7 @@
 )]
 
 mod address;
+mod batch;
 pub mod diag;
 mod error;
 mod event;
@@ -28,6 +29,7 @@ pub mod sysctl;
 mod unlink;
 
 pub use address::Address;
+pub use batch::Batch;
 pub use error::{Class, Error};
 pub use event::{Event, Events, NeighbourChange};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};

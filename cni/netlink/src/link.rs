@@ -10,8 +10,6 @@ use netlink_packet_route::link::{
     InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 
-use nix::errno::Errno;
-
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 
 use crate::error::ok_if_gone;
@@ -135,12 +133,8 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none.
     pub fn link(&mut self, name: &str) -> Result<Link, Error> {
-        let mut message = LinkMessage::default();
-        // Counters are the larger part of an answer, and take longest.
-        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         let about = About { op: "find the device", subject: name };
-        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+        match self.get(about, RouteNetlinkMessage::GetLink(question(name)))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
         }
@@ -217,13 +211,16 @@ impl Netlink {
         bridge: Option<u32>,
     ) -> Result<Option<Link>, Error> {
         let mut other = end(LinkUnspec::new_with_name(peer.name), peer);
+        if bridge.is_some() {
+            other = one_queue(other);
+        }
         if let Some(netns) = peer_netns {
             other = other.setns_by_fd(netns.as_raw_fd());
         }
         let pair = end(LinkVeth::new(host.name, peer.name), host);
         let mut pair = pair.set_info_data(InfoData::Veth(InfoVeth::Peer(other.build())));
         if let Some(bridge) = bridge {
-            pair = pair.controller(bridge);
+            pair = one_queue(pair.controller(bridge));
         }
         let echo = self.create("create the veth pair", host.name, pair.up().build())?;
         let mut made = echo.iter().filter_map(|message| match message {
@@ -262,18 +259,7 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none of this number.
     pub fn change_link(&mut self, index: u32, change: &LinkChange<'_>) -> Result<(), Error> {
-        let device = LinkUnspec::new_with_index(index);
-        let mut message = match change.up {
-            Some(true) => device.up(),
-            Some(false) => device.down(),
-            None => device,
-        }
-        .build();
-        message.attributes.extend(change.master.map(LinkAttribute::Controller));
-        message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
-        message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
-        message.attributes.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
-        message.attributes.extend(change.netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
+        let message = changing(index, change);
         let subject = index.to_string();
         self.request(
             About { op: "change the device", subject: &subject },
@@ -287,36 +273,9 @@ impl Netlink {
     /// # Errors
     /// If the device is no bridge's port.
     pub fn set_hairpin(&mut self, index: u32, on: bool) -> Result<(), Error> {
-        self.set_port(index, on, Vec::new())
-    }
-
-    /// The same, and gives the port no IPv6 address of its own: its packets are the bridge's to take, and each such address
-    /// would be announced to every pod.
-    ///
-    /// # Errors
-    /// If the device is no bridge's port.
-    pub fn make_pod_port(&mut self, index: u32) -> Result<(), Error> {
-        let no_address = vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)];
-        let family = vec![AfSpecUnspec::Inet6(no_address)];
-        match self.set_port(index, true, vec![LinkAttribute::AfSpecUnspec(family)]) {
-            // A kernel without IPv6 knows no such thing.
-            Err(Error::Refused { errno: Errno::EAFNOSUPPORT, .. }) => self.set_hairpin(index, true),
-            other => other,
-        }
-    }
-
-    fn set_port(&mut self, index: u32, on: bool, more: Vec<LinkAttribute>) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        message.attributes = more;
-        message.attributes.push(LinkAttribute::LinkInfo(vec![
-            LinkInfo::PortKind(InfoPortKind::Bridge),
-            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
-        ]));
         let subject = index.to_string();
         let about = About { op: "set hairpin of", subject: &subject };
-        // RTM_SETLINK takes the port's data without a word and does nothing with it; RTM_NEWLINK sets it.
-        self.request(about, RouteNetlinkMessage::NewLink(message), 0)
+        self.request(about, RouteNetlinkMessage::NewLink(hairpin(index, on)), 0)
     }
 
     /// Deletes a device, and the other end of a pair with it. One that is gone is no error.
@@ -341,6 +300,57 @@ impl Netlink {
         let about = About { op: "delete the device", subject: name };
         ok_if_gone(self.request(about, RouteNetlinkMessage::DelLink(message), 0))
     }
+}
+
+/// Asks for a device. Without its counters, which are the larger part of an answer and take longest.
+pub(crate) fn question(name: &str) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    message
+}
+
+pub(crate) fn changing(index: u32, change: &LinkChange<'_>) -> LinkMessage {
+    let device = LinkUnspec::new_with_index(index);
+    let mut message = match change.up {
+        Some(true) => device.up(),
+        Some(false) => device.down(),
+        None => device,
+    }
+    .build();
+    message.attributes.extend(change.master.map(LinkAttribute::Controller));
+    message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
+    message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
+    message.attributes.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
+    message.attributes.extend(change.netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
+    message
+}
+
+/// For RTM_NEWLINK: RTM_SETLINK takes a port's data without a word and does nothing with it.
+pub(crate) fn hairpin(index: u32, on: bool) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
+    ]));
+    message
+}
+
+/// Has the kernel give a device no IPv6 address of its own.
+pub(crate) fn without_own_address(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    let no_address = vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)];
+    message.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(no_address)]));
+    message
+}
+
+/// Else the kernel makes a queue for each processor, and files below /sys for each, and then uses one of them.
+fn one_queue<T>(builder: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
+    builder
+        .append_extra_attribute(LinkAttribute::NumTxQueues(1))
+        .append_extra_attribute(LinkAttribute::NumRxQueues(1))
 }
 
 fn end<T>(builder: LinkMessageBuilder<T>, end: &VethEnd<'_>) -> LinkMessageBuilder<T> {

@@ -106,7 +106,7 @@ impl Netlink {
     }
 }
 
-fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
+pub(crate) fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = match neighbour.address {
         IpAddr::V4(_) => AddressFamily::Inet,

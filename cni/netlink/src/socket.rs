@@ -27,7 +27,13 @@ pub struct Netlink {
     sequence: u32,
     /// How many messages came that no request had asked for.
     events: u64,
+    /// What the kernel sent last.
+    answer: Vec<u8>,
 }
+
+/// No datagram of the kernel's is longer: it sends an answer that is in parts of at most 32 KiB, and a device without
+/// virtual functions takes 5 KiB.
+const MAX_ANSWER_BYTES: usize = 64 << 10;
 
 /// What the kernel does in the background takes moments; on a machine that is overwhelmed, longer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -57,7 +63,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
-        Ok(Self { socket, sequence: 0, events: 0 })
+        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(MAX_ANSWER_BYTES) })
     }
 
     /// Opens a socket in another namespace, which the calling thread enters for that moment.
@@ -240,8 +246,7 @@ impl Netlink {
 
     fn send(&mut self, op: &'static str, message: RouteNetlinkMessage, flags: u16) -> Result<(), Error> {
         let bytes = self.encode(message, flags);
-        self.socket.send(&bytes, 0).map_err(|source| Error::Socket { op, source })?;
-        Ok(())
+        self.send_bytes(op, &bytes)
     }
 
     /// The next request's bytes.
@@ -257,12 +262,27 @@ impl Netlink {
         buffer
     }
 
+    /// Waits for a datagram. One call: to ask for its length first is to receive it twice.
     pub(crate) fn receive(
-        &self,
+        &mut self,
         op: &'static str,
     ) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
-        let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
-        parse(op, &datagram)
+        self.answer.clear();
+        let received = self.socket.recv(&mut self.answer, libc::MSG_TRUNC);
+        let length = received.map_err(|source| Error::Socket { op, source })?;
+        if length > self.answer.len() {
+            return Err(Error::Decode { op, reason: format!("{length} bytes are too many") });
+        }
+        parse(op, &self.answer)
+    }
+
+    pub(crate) fn send_bytes(&self, op: &'static str, bytes: &[u8]) -> Result<(), Error> {
+        self.socket.send(bytes, 0).map(|_| ()).map_err(|source| Error::Socket { op, source })
+    }
+
+    /// Notes a message that no request asked for.
+    pub(crate) fn note_event(&mut self) {
+        self.events += 1;
     }
 }
 

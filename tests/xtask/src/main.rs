@@ -9,6 +9,7 @@ mod fuzz;
 mod images;
 mod layers;
 mod machine;
+mod musl;
 mod steps;
 mod up;
 
