@@ -31,6 +31,7 @@ use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
 use crate::tables::{ServiceName, Tables};
 use crate::trouble::{self, Trouble};
+use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
 
@@ -166,6 +167,7 @@ pub async fn run_with_metrics(
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
+        carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
         identity,
@@ -252,6 +254,7 @@ struct Dataplane {
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
     overlay: Overlay,
+    carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
     shared: Arc<Shared>,
@@ -405,6 +408,10 @@ impl Dataplane {
         let mut devices = node::devices(self.pod_network.bridge())?;
         // An address of a family that pods lack answers no NodePort.
         devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
+        // Pods' devices come and go without a change of the node's own.
+        if let Err(error) = self.carrier.refresh(&self.programs, &devices) {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "XDP is behind, the tc program carries");
+        }
         if devices == self.devices {
             return Ok(());
         }

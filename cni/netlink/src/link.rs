@@ -50,6 +50,14 @@ pub struct Link {
     pub queue: String,
 }
 
+impl Link {
+    /// Whether packets may wait before the device sends them, and so its rate may be bounded.
+    #[must_use]
+    pub fn is_queued(&self) -> bool {
+        !matches!(self.queue.as_str(), "" | "noqueue")
+    }
+}
+
 /// One end of a new veth pair.
 #[derive(Clone, Debug)]
 pub struct VethEnd<'a> {
@@ -103,6 +111,20 @@ impl Netlink {
     pub fn links(&mut self) -> Result<Vec<Link>, Error> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
         self.dump("list the devices", &request, |message| match message {
+            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
+            _ => None,
+        })
+    }
+
+    /// All devices of another namespace, by the number that this one has for it (Linux 4.16 on).
+    ///
+    /// # Errors
+    /// If there is no such namespace (any more).
+    pub fn links_of(&mut self, namespace: i32) -> Result<Vec<Link>, Error> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let request = RouteNetlinkMessage::GetLink(message);
+        self.dump("list the devices of a namespace", &request, |message| match message {
             RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
             _ => None,
         })

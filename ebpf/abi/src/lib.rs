@@ -10,10 +10,12 @@ mod address;
 mod event;
 pub mod policy;
 mod reason;
+mod xdp;
 
 pub use address::{Address, Port};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
+pub use xdp::XdpPod;
 
 use core::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -66,8 +68,10 @@ pub mod names {
     pub const WOULD_DROP: &str = "weft_dry_2";
     /// [`Address`](super::Address) to [`LocalPod`](super::LocalPod): pods of this node whose edges have programs.
     pub const LOCAL_PODS: &str = "weft_local_2";
+    /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
+    pub const XDP_PODS: &str = "weft_xpod_2";
     /// All of them.
-    pub const ALL: [&str; 21] = [
+    pub const ALL: [&str; 22] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -89,6 +93,7 @@ pub mod names {
         TRACKED,
         WOULD_DROP,
         LOCAL_PODS,
+        XDP_PODS,
     ];
 }
 
@@ -127,6 +132,8 @@ pub mod sizes {
     pub const WOULD_DROP: u32 = 4_096;
     /// Addresses of this node's pods.
     pub const LOCAL_PODS: u32 = 8_192;
+    /// Addresses of pods of one node: two for each.
+    pub const XDP_PODS: u32 = 8_192;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }

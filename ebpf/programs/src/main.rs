@@ -11,6 +11,7 @@ mod reject;
 mod rewrite;
 mod sock;
 mod tc;
+mod xdp;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

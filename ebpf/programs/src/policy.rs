@@ -107,6 +107,13 @@ fn edge_at(ifindex: u32, way: u8) -> Option<Edge> {
     (pod.flags != 0).then_some(Edge { pod, ifindex, way })
 }
 
+/// Whether anything is asked of packets to the pod behind a device, be it on trial.
+#[inline(always)]
+pub fn is_checked(ifindex: u32) -> bool {
+    // SAFETY: as for identities.
+    unsafe { PODS.get(ifindex) }.is_some_and(|pod| pod.flags != 0)
+}
+
 #[inline(always)]
 fn room() -> Option<&'static mut Packet> {
     let packet = PACKET.get_ptr_mut(0)?;

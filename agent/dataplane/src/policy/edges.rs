@@ -101,7 +101,7 @@ impl Edges {
         self.prune(&there)?;
         for link in &links {
             if let Some(behind) = self.behind.get_mut(&link.index) {
-                behind.queued = is_queued(link);
+                behind.queued = link.is_queued();
             }
         }
         let missing: HashSet<Address> =
@@ -150,7 +150,7 @@ impl Edges {
         };
         let own = all.into_iter().filter(|one| one.index == peer && one.global);
         let own: Vec<Address> = own.map(|one| Address::from(one.network.ip())).collect();
-        let mut behind = Behind { addresses: own, mac: None, queued: is_queued(link) };
+        let mut behind = Behind { addresses: own, mac: None, queued: link.is_queued() };
         if behind.addresses.iter().any(|address| wanted.contains(address)) {
             behind.mac = match Netlink::open()?.link_of(namespace, peer) {
                 Ok(end) => end.mac,
@@ -192,11 +192,6 @@ impl Edges {
         }
         Ok(())
     }
-}
-
-/// Whether packets may wait before the device sends them.
-fn is_queued(link: &Link) -> bool {
-    !matches!(link.queue.as_str(), "" | "noqueue")
 }
 
 impl Programs {

@@ -16,6 +16,7 @@ mod podedge;
 mod policy;
 mod services;
 mod sockets;
+mod xdp;
 
 /// What every test here needs.
 pub(crate) const NEEDS: [&str; 4] = ["root", "bpf", "ip", "artifacts"];
