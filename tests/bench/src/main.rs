@@ -4,6 +4,7 @@
 mod cni;
 mod footprint;
 mod machine;
+mod pair;
 mod pods;
 mod report;
 mod service;
@@ -22,7 +23,7 @@ const ROUNDS: usize = 11;
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", about = "Measure weft against peers and floors")]
 struct Cli {
-    /// Which to run: F1 F2 F3 K1 C1 C2 D1 D2; all if none is named
+    /// Which to run: F1 F2 F3 K1 C1 C2 C3 C4 C5 C6 D1 D2; all if none is named
     names: Vec<String>,
     /// Rounds of every comparison
     #[arg(long, default_value_t = ROUNDS, value_parser = at_least_three)]
@@ -49,6 +50,9 @@ const BENCHES: &[Bench] = &[
     Bench { ids: &["F1", "F2"], needs: CLUSTER, run: footprint::start },
     Bench { ids: &["K1"], needs: CLUSTER, run: pods::run },
     Bench { ids: &["C1", "C2"], needs: &["root", "ip"], run: cni::run },
+    Bench { ids: &["C3", "C4"], needs: CLUSTER, run: pair::one_node },
+    Bench { ids: &["C5"], needs: &["root", "bpf", "kubectl", "ip", "bridge", "weft"], run: pair::two_nodes },
+    Bench { ids: &["C6"], needs: &["root", "bpf", "kubectl", "ip", "curl", "weft"], run: pair::policies },
     Bench {
         ids: &["D1", "D2"],
         needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"],

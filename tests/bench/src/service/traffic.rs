@@ -82,7 +82,10 @@ fn has(address: Ipv4Addr) -> anyhow::Result<bool> {
 }
 
 /// Runs something on a thread that has entered a network namespace.
-fn within<T: Send + 'static>(netns: &File, work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+pub(crate) fn within<T: Send + 'static>(
+    netns: &File,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
     let netns = netns.try_clone()?;
     let thread = std::thread::spawn(move || {
         setns(&netns, CloneFlags::CLONE_NEWNET).context("enter a network namespace")?;
