@@ -27,6 +27,7 @@ pub mod tables;
 mod trouble;
 mod watch;
 pub mod why;
+pub mod xdp;
 
 pub use metrics::Metrics;
 pub use run::{Config, Error, PodNetwork, cleanup, run, run_with_metrics};

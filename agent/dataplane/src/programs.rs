@@ -132,10 +132,13 @@ impl Programs {
         // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
         let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
         let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
-        for name in names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)) {
+        for name in
+            names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)).chain([crate::xdp::PROGRAM])
+        {
             let result = match ebpf.program_mut(name) {
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SchedClassifier(program)) => program.load(),
+                Some(Program::Xdp(program)) => program.load(),
                 _ => return Err(mismatch(name)),
             };
             result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
@@ -230,6 +233,7 @@ impl Programs {
         let fd = match self.ebpf.program(name) {
             Some(Program::CgroupSockAddr(program)) => program.fd(),
             Some(Program::SchedClassifier(program)) => program.fd(),
+            Some(Program::Xdp(program)) => program.fd(),
             _ => return Err(mismatch(name)),
         };
         fd.map(AsFd::as_fd).map_err(|source| ProgramError::Program { name, source: Box::new(source) })
@@ -254,6 +258,17 @@ pub(crate) fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, P
 
 /// Replaces the program of a pinned link, or makes the link and pins it.
 pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
+    attach_with(program, pin, target, attach_type, 0)
+}
+
+/// The same, with flags for a link that is made.
+pub(crate) fn attach_with(
+    program: BorrowedFd<'_>,
+    pin: &Path,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<()> {
     match sys::open_pin(pin) {
         Ok(link) => match sys::link_update(link.as_fd(), program) {
             Ok(()) => return Ok(()),
@@ -266,7 +281,7 @@ pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_ty
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let link = sys::link_create(program, target, attach_type)?;
+    let link = sys::link_create(program, target, attach_type, flags)?;
     sys::pin(link.as_fd(), pin)
 }
 

@@ -31,6 +31,7 @@ use crate::reconcile::Reconciler;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
 use crate::tables::{ServiceName, Tables};
 use crate::trouble::{self, Trouble};
+use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
 
@@ -103,6 +104,9 @@ pub enum Error {
     /// The programs are not in place.
     #[error(transparent)]
     Programs(#[from] ProgramError),
+    /// The pods' edges could not be taken over.
+    #[error(transparent)]
+    Edges(#[from] policy::edges::EdgeError),
     /// The maps could not be read.
     #[error("cannot adopt the maps")]
     Adopt(#[from] MapError),
@@ -163,6 +167,7 @@ pub async fn run_with_metrics(
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
+        carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
         identity,
@@ -249,6 +254,7 @@ struct Dataplane {
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
     overlay: Overlay,
+    carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
     shared: Arc<Shared>,
@@ -326,6 +332,7 @@ impl Dataplane {
         {
             tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
         }
+        self.tell_narrowest();
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
@@ -334,6 +341,21 @@ impl Dataplane {
         }
         if self.reconciler.is_settled() {
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
+        }
+    }
+
+    /// Tells the programs what fits through every tunnel; what doesn't is the stack's.
+    fn tell_narrowest(&mut self) {
+        let narrowest_bytes = self.overlay.narrowest_bytes();
+        if self.identity.narrowest_bytes == narrowest_bytes {
+            return;
+        }
+        let identity = NodeConfig { narrowest_bytes, ..self.identity };
+        match self.programs.configure(identity) {
+            Ok(()) => self.identity = identity,
+            Err(error) => {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs do not know of a narrow way, will be told again");
+            }
         }
     }
 
@@ -386,6 +408,10 @@ impl Dataplane {
         let mut devices = node::devices(self.pod_network.bridge())?;
         // An address of a family that pods lack answers no NodePort.
         devices.addresses.retain(|ip| self.families.contains(&ip.is_ipv6()));
+        // Pods' devices come and go without a change of the node's own.
+        if let Err(error) = self.carrier.refresh(&self.programs, &devices) {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "XDP is behind, the tc program carries");
+        }
         if devices == self.devices {
             return Ok(());
         }

@@ -192,9 +192,14 @@ pub(crate) fn read_all(
 }
 
 /// Attaches a program: `target` is a cgroup's descriptor or a device's index.
-pub(crate) fn link_create(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr =
-        LinkCreateAttr { prog_fd: number(program), target, attach_type, ..LinkCreateAttr::default() };
+        LinkCreateAttr { prog_fd: number(program), target, attach_type, flags, ..LinkCreateAttr::default() };
     bpf(LINK_CREATE, &mut attr).map(owned)
 }
 

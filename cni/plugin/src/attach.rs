@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use weft_cni_ipam::{Acquired, Owner};
-use weft_cni_netlink::{Class, Link, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, namespace, sysctl};
+use weft_cni_netlink::{
+    Class, Link, LinkChange, Mac, Neighbour, Netlink, Offloads, Route, VethEnd, namespace, sysctl,
+};
 use weft_cni_spec::{AddResult, Bandwidth, Call, Config, Fabric, Interface, IpConfig, Range};
 
 use crate::capabilities::{self, Ends};
@@ -149,9 +151,9 @@ impl Attachment<'_> {
     }
 
     fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
-        let mut pod = namespace::during(self.netns.as_fd(), || {
+        let (mut pod, offloads) = namespace::during(self.netns.as_fd(), || {
             self.switch_pod()?;
-            Netlink::open()
+            Ok::<_, weft_cni_netlink::Error>((Netlink::open()?, Offloads::open()?))
         })??;
         let index = match port.peer_index {
             Some(index) => index,
@@ -159,6 +161,8 @@ impl Attachment<'_> {
         };
         // The flags that a peer is made with don't set it up in another namespace.
         pod.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
+        // Once it is up: earlier, the node's end would not know of it. XDP hands frames to no pod without.
+        offloads.receive_in_batches(&self.owner.ifname, true)?;
         for placed in &self.addresses {
             let gateway = placed.range.gateway;
             pod.add_address(index, placed.range.network(placed.address))?;

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane as dataplane;
+use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dns as dns;
 use weft_agent_kubelet as kubelet;
 use weft_agent_runtime::Runtime;
@@ -42,6 +43,7 @@ pub(crate) struct Node {
     /// The kubelet's serving certificate.
     pub(crate) serving: Identity,
     pub(crate) authority: String,
+    pub(crate) xdp: Xdp,
 }
 
 impl Node {
@@ -179,6 +181,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
         programs: artifacts::unpack(&paths.bin())?,
         serving: Identity { certificate: read("serving.crt")?, key: read("serving.key")? },
         authority: read("ca.crt")?,
+        xdp: args.xdp,
     })
 }
 
@@ -249,7 +252,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
         gate: Some(dataplane::policy::Gate::default()),
-        proxy: dataplane::ProxyConfig::default(),
+        proxy: dataplane::ProxyConfig { xdp: node.xdp, ..dataplane::ProxyConfig::default() },
         balancer_pools: node.cluster.load_balancer_pools.clone(),
         pod_network: dataplane::PodNetwork::Own,
     }
