@@ -3,8 +3,12 @@
 //! One node, four pods, one client process in the node's network namespace. The three sides share pods, servers and client; they differ in
 //! the address that the client connects to. iptables' rules are loaded only while it is iptables' turn: a weft node has none.
 
-mod iptables;
+pub(crate) mod iptables;
+pub(crate) mod nftables;
+mod sizes;
 pub(crate) mod traffic;
+
+pub(crate) use sizes::run as run_sizes;
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
