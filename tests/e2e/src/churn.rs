@@ -17,8 +17,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 /// A connection or datagram without an answer by then is lost.
 const LOST_AFTER: Duration = Duration::from_secs(5);
-/// Between two datagrams of a socket.
-const DATAGRAM_PAUSE: Duration = Duration::from_millis(2);
+/// Between two requests of a client: the pods that come and go need the processors too.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Losses that are kept with their reason; all are counted.
 const MAX_KEPT: usize = 1_000;
 
@@ -147,6 +147,7 @@ fn connections(count: &Count, to: SocketAddr) -> anyhow::Result<()> {
     while count.goes_on() {
         let begun = Instant::now();
         count.record(begun, connection(to));
+        std::thread::park_timeout(PAUSE);
     }
     Ok(())
 }
@@ -177,7 +178,7 @@ fn datagrams(count: &Count, to: SocketAddr, connected: bool) -> anyhow::Result<(
             continue;
         }
         count.record(begun, outcome);
-        std::thread::park_timeout(DATAGRAM_PAUSE);
+        std::thread::park_timeout(PAUSE);
     }
     Ok(())
 }

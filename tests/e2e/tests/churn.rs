@@ -33,8 +33,6 @@ spec:
     metadata: {labels: {app: web}}
     spec:
       terminationGracePeriodSeconds: 5
-      topologySpreadConstraints:
-      - {maxSkew: 1, topologyKey: kubernetes.io/hostname, whenUnsatisfiable: DoNotSchedule, labelSelector: {matchLabels: {app: web}}}
       containers:
       - name: main
         image: weft-probe:1
@@ -60,8 +58,8 @@ fn nothing_is_lost_but_with_its_backend() -> anyhow::Result<()> {
     cluster.import(&image_archive("probe")?)?;
     cluster.apply(WORKLOAD)?;
     cluster.apply(&sleeper("client", Some(HERE)))?;
-    cluster.kubectl(&["wait", "pod/client", "--for=condition=Ready", "--timeout=60s"])?;
-    cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
+    cluster.kubectl(&["wait", "pod/client", "--for=condition=Ready", "--timeout=120s"])?;
+    rolled_out(&cluster)?;
     let address = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
     let load = Load::start(&cluster, SocketAddr::new(address.parse()?, 80))?;
     load.answers("the Service answers", 200)?;
@@ -133,10 +131,19 @@ fn scale(cluster: &Cluster, _round: usize) -> anyhow::Result<()> {
 
 fn roll(cluster: &Cluster, round: usize) -> anyhow::Result<()> {
     cluster.kubectl(&["set", "env", "deployment/web", &format!("ROUND={round}")])?;
-    cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
+    rolled_out(cluster)?;
     // Those that went have ended, so whoever still asked them would know by now.
     eventually(cluster, &["get", "pods", "-l", "app=web", "-o", "name"], |names| names.lines().count() == 6)?;
     Ok(())
+}
+
+fn rolled_out(cluster: &Cluster) -> anyhow::Result<()> {
+    let status = cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=120s"]);
+    status.map(|_| ()).with_context(|| {
+        let said = cluster.kubectl(&["describe", "pods", "-l", "app=web"]).unwrap_or_default();
+        let lines: Vec<&str> = said.lines().collect();
+        format!("{}\n{}", lines[lines.len().saturating_sub(60)..].join("\n"), cluster.log_tail())
+    })
 }
 
 /// The agents of the clients' node and of another, both at once, while the Deployment is scaled.

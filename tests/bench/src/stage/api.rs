@@ -78,6 +78,11 @@ impl Api {
         state.revision
     }
 
+    /// The watches so far were those of a process that has ended.
+    pub(crate) fn forget_watches(&self) {
+        self.state().watches.clear();
+    }
+
     /// Waits until somebody watches.
     pub(crate) fn wait_for_watch(&self, plural: &str) -> anyhow::Result<()> {
         wait_until(&format!("{plural} are watched"), PATIENCE, || {
@@ -143,13 +148,16 @@ impl Api {
             state.watches.push((plural.to_owned(), stream));
             return Ok(true);
         }
-        let body = self.render(plural);
+        let (body, is_last) = self.render(plural, query);
         respond(&mut stream, "200 OK", body.as_bytes())?;
-        self.state().listed.insert(plural.to_owned(), Instant::now());
+        if is_last {
+            self.state().listed.insert(plural.to_owned(), Instant::now());
+        }
         Ok(false)
     }
 
-    fn render(&self, plural: &str) -> String {
+    /// A list, or the page of it that is asked for; whether it is the last. As upstream's, a list from the cache comes whole.
+    fn render(&self, plural: &str, query: &str) -> (String, bool) {
         let state = self.state();
         let (version, kind) = match plural {
             "services" => ("v1", "ServiceList"),
@@ -158,11 +166,20 @@ impl Api {
             "servicecidrs" => ("networking.k8s.io/v1", "ServiceCIDRList"),
             _ => ("v1", "List"),
         };
-        let items = state.lists.get(plural).map(|list| list.join(",")).unwrap_or_default();
-        format!(
-            "{{\"kind\":\"{kind}\",\"apiVersion\":\"{version}\",\"metadata\":{{\"resourceVersion\":\"{}\"}},\"items\":[{items}]}}",
-            state.revision
-        )
+        let parameter = |name: &str| {
+            let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+            value.and_then(|value| value.parse::<usize>().ok())
+        };
+        let all = state.lists.get(plural).map_or(&[][..], Vec::as_slice);
+        let from = parameter("continue").unwrap_or(0).min(all.len());
+        let limit = parameter("limit").filter(|limit| *limit > 0 && parameter("resourceVersion") != Some(0));
+        let to = limit.map_or(all.len(), |limit| all.len().min(from + limit));
+        let next = if to < all.len() { format!(",\"continue\":\"{to}\"") } else { String::new() };
+        let (revision, items) = (state.revision, all[from..to].join(","));
+        let body = format!(
+            "{{\"kind\":\"{kind}\",\"apiVersion\":\"{version}\",\"metadata\":{{\"resourceVersion\":\"{revision}\"{next}}},\"items\":[{items}]}}"
+        );
+        (body, to == all.len())
     }
 }
 

@@ -123,6 +123,7 @@ impl Proxy {
             child.kill()?;
             child.wait()?;
         }
+        self.api.forget_watches();
         Ok(())
     }
 
