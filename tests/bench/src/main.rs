@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod cni;
+mod edge;
 mod footprint;
 mod machine;
 mod pods;
@@ -22,7 +23,7 @@ const ROUNDS: usize = 11;
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", about = "Measure weft against peers and floors")]
 struct Cli {
-    /// Which to run: F1 F2 F3 K1 C1 C2 D1 D2; all if none is named
+    /// Which to run: F1 F2 F3 K1 C1 C2 D1 D2 D5 D6; all if none is named
     names: Vec<String>,
     /// Rounds of every comparison
     #[arg(long, default_value_t = ROUNDS, value_parser = at_least_three)]
@@ -54,6 +55,7 @@ const BENCHES: &[Bench] = &[
         needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"],
         run: service::run,
     },
+    Bench { ids: &["D5", "D6"], needs: &["root", "bpf", "ip", "iptables", "artifacts"], run: edge::run },
 ];
 
 fn main() -> ExitCode {

@@ -3,7 +3,7 @@
 //! One node, four pods, one client process in the node's network namespace. The three sides share pods, servers and client; they differ in
 //! the address that the client connects to. iptables' rules are loaded only while it is iptables' turn: a weft node has none.
 
-mod iptables;
+pub(crate) mod iptables;
 mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddrV4};

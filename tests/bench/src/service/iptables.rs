@@ -11,7 +11,7 @@ use weft_tests_harness::netns::Netns;
 use crate::stats::as_f64;
 
 /// Rules in a namespace; gone when dropped.
-pub(super) struct Rules<'a> {
+pub(crate) struct Rules<'a> {
     netns: &'a Netns,
 }
 
@@ -23,13 +23,18 @@ impl<'a> Rules<'a> {
         pods: &[Ipv4Addr],
         port: u16,
     ) -> anyhow::Result<Self> {
+        Self::load_text(netns, &text(vip, pods, port))
+    }
+
+    /// Loads what iptables-restore reads.
+    pub(crate) fn load_text(netns: &'a Netns, text: &str) -> anyhow::Result<Self> {
         let rules = Self { netns };
         let mut restore = netns
             .command("iptables-restore")?
             .stdin(Stdio::piped())
             .spawn()
             .context("run iptables-restore")?;
-        restore.stdin.take().context("no input")?.write_all(text(vip, pods, port).as_bytes())?;
+        restore.stdin.take().context("no input")?.write_all(text.as_bytes())?;
         ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
         Ok(rules)
     }
@@ -96,7 +101,8 @@ fn text(vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> String {
     )
 }
 
-const FILTER: &str = "*filter
+/// The table that every packet passes.
+pub(crate) const FILTER: &str = "*filter
 :KUBE-SERVICES - [0:0]
 :KUBE-EXTERNAL-SERVICES - [0:0]
 :KUBE-NODEPORTS - [0:0]
