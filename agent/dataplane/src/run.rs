@@ -104,6 +104,9 @@ pub enum Error {
     /// The programs are not in place.
     #[error(transparent)]
     Programs(#[from] ProgramError),
+    /// The pods' edges could not be taken over.
+    #[error(transparent)]
+    Edges(#[from] policy::edges::EdgeError),
     /// The maps could not be read.
     #[error("cannot adopt the maps")]
     Adopt(#[from] MapError),
@@ -329,6 +332,7 @@ impl Dataplane {
         {
             tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
         }
+        self.tell_narrowest();
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
@@ -337,6 +341,21 @@ impl Dataplane {
         }
         if self.reconciler.is_settled() {
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
+        }
+    }
+
+    /// Tells the programs what fits through every tunnel; what doesn't is the stack's.
+    fn tell_narrowest(&mut self) {
+        let narrowest_bytes = self.overlay.narrowest_bytes();
+        if self.identity.narrowest_bytes == narrowest_bytes {
+            return;
+        }
+        let identity = NodeConfig { narrowest_bytes, ..self.identity };
+        match self.programs.configure(identity) {
+            Ok(()) => self.identity = identity,
+            Err(error) => {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs do not know of a narrow way, will be told again");
+            }
         }
     }
 

@@ -212,7 +212,7 @@ impl Carrier {
         self.ports.retain(|index, _| links.iter().any(|link| link.index == *index));
         let mut features = None;
         let mut ports = Vec::new();
-        for link in pods.filter(|link| link.unqueued && link.running) {
+        for link in pods.filter(|link| !link.is_queued() && link.running) {
             if !self.ports.contains_key(&link.index) {
                 let features = match &mut features {
                     Some(features) => features,

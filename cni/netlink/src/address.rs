@@ -101,7 +101,7 @@ fn message(index: u32, network: IpNetwork) -> AddressMessage {
     message
 }
 
-fn read(message: &AddressMessage) -> Option<Address> {
+pub(crate) fn read(message: &AddressMessage) -> Option<Address> {
     let mut address: Option<IpAddr> = None;
     for attribute in &message.attributes {
         match attribute {

@@ -11,6 +11,8 @@ mod address;
 pub mod diag;
 mod error;
 mod event;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hostport;
 mod link;
 mod lookup;

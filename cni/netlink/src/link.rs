@@ -46,8 +46,16 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
     /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
     pub kind: String,
-    /// Whether what it sends waits in no queue of its own, and so has no bound on its rate.
-    pub unqueued: bool,
+    /// Kind of the queue that packets wait in before it sends them: `noqueue` if they don't.
+    pub queue: String,
+}
+
+impl Link {
+    /// Whether packets may wait before the device sends them, and so its rate may be bounded.
+    #[must_use]
+    pub fn is_queued(&self) -> bool {
+        !matches!(self.queue.as_str(), "" | "noqueue")
+    }
 }
 
 /// One end of a new veth pair.
@@ -147,6 +155,22 @@ impl Netlink {
         message.header.index = index;
         let subject = index.to_string();
         let about = About { op: "find the device", subject: &subject };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
+    /// The device of a number in another namespace, by the number that this one has for it ([`Link::peer_namespace`]).
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link_of(&mut self, namespace: i32, index: u32) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let subject = index.to_string();
+        let about = About { op: "find the other end", subject: &subject };
         match self.get(about, RouteNetlinkMessage::GetLink(message))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
@@ -340,7 +364,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         peer_index: None,
         peer_namespace: None,
         kind: String::new(),
-        unqueued: false,
+        queue: String::new(),
     };
     for attribute in &message.attributes {
         match attribute {
@@ -349,10 +373,10 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(bytes) => link.mtu_bytes = *bytes,
             // Loopback and its like never say more than "unknown".
             LinkAttribute::OperState(state) => link.running = matches!(state, State::Up | State::Unknown),
-            LinkAttribute::Qdisc(kind) => link.unqueued = kind == "noqueue",
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
             LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),
+            LinkAttribute::Qdisc(kind) => link.queue.clone_from(kind),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

@@ -4,7 +4,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -271,14 +272,14 @@ fn borrowed(socket: &Socket) -> BorrowedFd<'_> {
 }
 
 /// The messages of one datagram.
-pub(crate) fn parse(
+pub(crate) fn parse<T: NetlinkDeserializable>(
     op: &'static str,
     datagram: &[u8],
-) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+) -> Result<Vec<NetlinkMessage<T>>, Error> {
     let mut messages = Vec::new();
     let mut rest = datagram;
     while !rest.is_empty() {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+        let message = NetlinkMessage::<T>::deserialize(rest)
             .map_err(|error| Error::Decode { op, reason: error.to_string() })?;
         let length = usize::try_from(message.header.length).unwrap_or(0);
         // Messages begin at multiples of four bytes.

@@ -10,6 +10,8 @@ mod chained;
 mod check;
 mod detach;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod names;
 
 use weft_cni_ipam::{Leases, Owner, Pool};

@@ -267,6 +267,19 @@ where
         self.handlers.write().push(Box::new(handler));
     }
 
+    /// As [`on_change`](Self::on_change), for an `owner` that itself holds this cache: it is held weakly, and told while it lives.
+    pub fn on_change_for<C>(&self, owner: &Arc<C>, handler: impl Fn(&C, &Change<K>) + Send + Sync + 'static)
+    where
+        C: Send + Sync + 'static,
+    {
+        let owner = Arc::downgrade(owner);
+        self.on_change(move |change| {
+            if let Some(owner) = owner.upgrade() {
+                handler(&owner, change);
+            }
+        });
+    }
+
     /// Fills the cache from the API until `shutdown`.
     pub async fn run(&self, api: Api<K>, selection: Selection, shutdown: CancellationToken)
     where

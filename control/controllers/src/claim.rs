@@ -1,11 +1,16 @@
 //! Owns adoption and release: which of a namespace's objects belong to an owner by controller reference and
 //! selector, and the patches that make it so.
 
+use crate::error::{Doing as _, SyncError};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
-use kube::Resource;
-use kube::core::{Selector, SelectorExt};
+use kube::api::{Api, Patch, PatchParams};
+use kube::core::{NamespaceResourceScope, Selector, SelectorExt};
+use kube::{Client, Resource, ResourceExt as _};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use std::fmt::Debug;
 use std::sync::Arc;
+use weft_control_client::found;
 
 /// What becomes of a candidate.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
@@ -52,6 +57,53 @@ pub(crate) struct Claims<K> {
     pub(crate) owned: Vec<Arc<K>>,
     pub(crate) adopt: Vec<Arc<K>>,
     pub(crate) release: Vec<Arc<K>>,
+}
+
+impl<K> Claims<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    /// Releases and adopts. Answers what is the owner's now; what was adopted has the resource version that the next patch must name.
+    pub(crate) async fn carry_out<O>(
+        self,
+        client: &Client,
+        owner: &O,
+        reference: &OwnerReference,
+    ) -> Result<Vec<Arc<K>>, SyncError>
+    where
+        O: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+    {
+        let namespace = owner.namespace().unwrap_or_default();
+        let api: Api<K> = Api::namespaced(client.clone(), &namespace);
+        for object in &self.release {
+            let patch = Patch::Strategic(release(&reference.uid, object.meta()));
+            let released = api.patch(&object.name_any(), &PatchParams::default(), &patch).await;
+            found(released).doing("release", named(object.as_ref()))?;
+        }
+        let mut owned = self.owned;
+        if !self.adopt.is_empty() && still_there(client, owner).await? {
+            for object in &self.adopt {
+                let patch = Patch::Strategic(adoption(reference, object.meta()));
+                let adopted = api.patch(&object.name_any(), &PatchParams::default(), &patch).await;
+                owned.extend(found(adopted).doing("adopt", named(object.as_ref()))?.map(Arc::new));
+            }
+        }
+        Ok(owned)
+    }
+}
+
+/// Asks the API itself, since a stale cache must not let a deleted owner adopt.
+async fn still_there<O>(client: &Client, owner: &O) -> Result<bool, SyncError>
+where
+    O: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + DeserializeOwned,
+{
+    let api: Api<O> = Api::namespaced(client.clone(), &owner.namespace().unwrap_or_default());
+    let fresh = found(api.get(&owner.name_any()).await).doing("get", named(owner))?;
+    Ok(fresh.is_some_and(|f| f.uid() == owner.uid() && f.meta().deletion_timestamp.is_none()))
+}
+
+fn named<K: Resource<DynamicType = ()>>(object: &K) -> String {
+    format!("{} {}", K::kind(&()), object.name_any())
 }
 
 /// Sorts candidates.

@@ -39,21 +39,12 @@ impl Controller {
     /// Made before the caches are filled, so that it misses no change.
     pub(crate) fn new(client: Client, shared: Arc<Shared>, recorder: Recorder) -> Arc<Self> {
         let controller = Arc::new(Self { client, shared, recorder, queue: Queue::default() });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.deployments.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.queue.add(ObjectKey::of(&change.object().metadata));
-            }
+        controller.shared.deployments.on_change_for(&controller, |controller, change| {
+            controller.queue.add(ObjectKey::of(&change.object().metadata));
         });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.replica_sets.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_replica_set(change);
-            }
-        });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.pods.on_change(move |change| {
-            if let (Some(controller), Change::Deleted(pod)) = (weak.upgrade(), change) {
+        controller.shared.replica_sets.on_change_for(&controller, Self::on_replica_set);
+        controller.shared.pods.on_change_for(&controller, |controller, change| {
+            if let Change::Deleted(pod) = change {
                 controller.on_pod_gone(pod);
             }
         });
@@ -145,28 +136,7 @@ impl Controller {
         let candidates = self.shared.replica_sets.by_index(BY_OWNER, uid).into_iter();
         let orphans = self.shared.replica_sets.by_index(BY_OWNER, &claim::orphans(&key.namespace));
         let claims = claim::sort(&d.metadata, selector, candidates.chain(orphans));
-        let mut owned = claims.owned;
-        let api: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
-        for rs in &claims.release {
-            let patch = Patch::Strategic(claim::release(uid, &rs.metadata));
-            found(api.patch(&rs.name_any(), &PatchParams::default(), &patch).await)
-                .doing("release replica set", rs.name_any())?;
-        }
-        if !claims.adopt.is_empty() && self.still_there(d, key).await? {
-            for rs in &claims.adopt {
-                let patch = Patch::Strategic(claim::adoption(&plan::owner_reference(d), &rs.metadata));
-                let adopted = api.patch(&rs.name_any(), &PatchParams::default(), &patch).await;
-                // The answer has the resource version that the next patch must name.
-                owned.extend(found(adopted).doing("adopt replica set", rs.name_any())?.map(Arc::new));
-            }
-        }
-        Ok(owned)
-    }
-
-    async fn still_there(&self, d: &Deployment, key: &ObjectKey) -> Result<bool, SyncError> {
-        let api: Api<Deployment> = Api::namespaced(self.client.clone(), &key.namespace);
-        let fresh = found(api.get(&key.name).await).doing("get deployment", key)?;
-        Ok(fresh.is_some_and(|f| f.metadata.uid == d.metadata.uid && f.metadata.deletion_timestamp.is_none()))
+        claims.carry_out(&self.client, d, &plan::owner_reference(d)).await
     }
 
     async fn apply(&self, d: &Deployment, key: &ObjectKey, mut plan: Plan) -> Result<Outcome, SyncError> {

@@ -35,8 +35,7 @@ use weft_control_client::recorder;
 pub const MANAGER: &str = "kube-controller-manager";
 
 /// The names for which [`run`] asks for a client besides [`MANAGER`]; each is the service account of that name in
-/// `kube-system`, with upstream's role.
-/// The shared caches are filled by controllers that may read the kind.
+/// `kube-system`, with upstream's role. The shared caches are filled by controllers that may read the kind.
 pub const CONTROLLERS: &[&str] = &[
     "deployment-controller",
     "replicaset-controller",

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{Api, DeleteParams, PostParams, Preconditions};
 use kube::{Client, ResourceExt};
 use plan::{Failure, Scaling};
 use std::sync::Arc;
@@ -46,18 +46,8 @@ impl Controller {
             queue: Queue::default(),
             expectations: Expectations::default(),
         });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.replica_sets.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_replica_set(change);
-            }
-        });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.pods.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_pod(change);
-            }
-        });
+        controller.shared.replica_sets.on_change_for(&controller, Self::on_replica_set);
+        controller.shared.pods.on_change_for(&controller, Self::on_pod);
         controller
     }
 
@@ -172,33 +162,9 @@ impl Controller {
         let uid = rs.metadata.uid.as_deref().unwrap_or_default();
         let candidates = self.shared.pods.by_index(BY_OWNER, uid).into_iter();
         let orphans = self.shared.pods.by_index(BY_OWNER, &claim::orphans(&key.namespace));
-        let claims = claim::sort(&rs.metadata, selector, candidates.chain(orphans));
-        let mut owned = claims.owned;
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
-        for pod in &claims.release {
-            let patch = Patch::Strategic(claim::release(uid, &pod.metadata));
-            found(api.patch(&pod.name_any(), &PatchParams::default(), &patch).await)
-                .doing("release pod", pod.name_any())?;
-        }
-        let adopt: Vec<_> = claims.adopt.iter().filter(|p| pod::is_active(p)).collect();
-        if !adopt.is_empty() && self.still_there(rs, key).await? {
-            for pod in adopt {
-                let patch = Patch::Strategic(claim::adoption(&plan::owner_reference(rs), &pod.metadata));
-                let adopted = api.patch(&pod.name_any(), &PatchParams::default(), &patch).await;
-                if found(adopted).doing("adopt pod", pod.name_any())?.is_some() {
-                    owned.push(pod.clone());
-                }
-            }
-        }
-        Ok(owned)
-    }
-
-    /// Asks the API itself, since a stale cache must not let a deleted ReplicaSet adopt.
-    async fn still_there(&self, rs: &ReplicaSet, key: &ObjectKey) -> Result<bool, SyncError> {
-        let api: Api<ReplicaSet> = Api::namespaced(self.client.clone(), &key.namespace);
-        let fresh = found(api.get(&key.name).await).doing("get replica set", key)?;
-        Ok(fresh
-            .is_some_and(|f| f.metadata.uid == rs.metadata.uid && f.metadata.deletion_timestamp.is_none()))
+        let mut claims = claim::sort(&rs.metadata, selector, candidates.chain(orphans));
+        claims.adopt.retain(|pod| pod::is_active(pod));
+        claims.carry_out(&self.client, rs, &plan::owner_reference(rs)).await
     }
 
     /// The pods of all ReplicaSets under the same Deployment.

@@ -61,6 +61,7 @@ pub(crate) fn command(args: &ProxyArgs, log: &str) -> anyhow::Result<()> {
         .map_err(|pid| anyhow::anyhow!("a proxy already runs with these pins, as process {pid:?}"))?;
     if args.cleanup {
         runtime.block_on(dataplane::cleanup(&config))?;
+        kube_proxy::remove_replacement()?;
         return remove_folder(&args.pin_dir);
     }
     runtime.block_on(async {

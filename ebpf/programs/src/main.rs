@@ -5,6 +5,7 @@
 mod events;
 mod family;
 mod maps;
+mod pod;
 mod policy;
 mod reject;
 mod rewrite;

@@ -57,7 +57,7 @@ fn build_static(programs: &[(&str, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn host_triple() -> anyhow::Result<String> {
+pub(crate) fn host_triple() -> anyhow::Result<String> {
     let version = quiet(std::process::Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc -vV names no host")

@@ -13,7 +13,7 @@ fn link(index: u32, name: &str, kind: &str) -> Link {
         peer_index: None,
         peer_namespace: None,
         kind: kind.to_owned(),
-        unqueued: true,
+        queue: String::new(),
     }
 }
 

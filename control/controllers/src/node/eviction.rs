@@ -30,15 +30,9 @@ impl Controller {
     /// Made before the caches are filled, so that it misses no change.
     pub(crate) fn new(client: Client, shared: Arc<Shared>, recorder: Recorder) -> Arc<Self> {
         let controller = Arc::new(Self { client, shared, recorder, queue: Queue::default() });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.nodes.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_node(change);
-            }
-        });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.pods.on_change(move |change| {
-            let (Some(controller), Change::Applied { new, .. }) = (weak.upgrade(), change) else { return };
+        controller.shared.nodes.on_change_for(&controller, Self::on_node);
+        controller.shared.pods.on_change_for(&controller, |controller, change| {
+            let Change::Applied { new, .. } = change else { return };
             let node = controller.shared.nodes.get("", pod::node_name(new));
             if node.is_some_and(|n| !no_execute(&n).is_empty()) {
                 controller.queue.add(ObjectKey::of(&new.metadata));

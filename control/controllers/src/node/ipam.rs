@@ -48,9 +48,7 @@ impl Controller {
         let queue = Queue::default();
         let controller =
             Arc::new(Self { client, shared, recorder, queue, cluster, services, given: Mutex::default() });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.nodes.on_change(move |change| {
-            let Some(controller) = weak.upgrade() else { return };
+        controller.shared.nodes.on_change_for(&controller, |controller, change| {
             let key = ObjectKey::of(&change.object().metadata);
             match change {
                 Change::Applied { .. } => controller.queue.add(key),

@@ -57,18 +57,8 @@ impl Controller {
     pub(crate) fn new(client: Client, shared: Arc<Shared>, recorder: Recorder, grace: Duration) -> Arc<Self> {
         let queue = Queue::default();
         let controller = Arc::new(Self { client, shared, recorder, queue, grace, signs: Mutex::default() });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.nodes.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_node(change);
-            }
-        });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.node_leases.on_change(move |change| {
-            if let Some(controller) = weak.upgrade() {
-                controller.on_lease(change);
-            }
-        });
+        controller.shared.nodes.on_change_for(&controller, Self::on_node);
+        controller.shared.node_leases.on_change_for(&controller, Self::on_lease);
         controller
     }
 

@@ -29,16 +29,14 @@ impl Controller {
     /// Made before the caches are filled, so that it misses no change.
     pub(crate) fn new(client: Client, shared: Arc<Shared>) -> Arc<Self> {
         let controller = Arc::new(Self { client, shared, queue: Queue::default() });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.nodes.on_change(move |change| {
-            let (Some(controller), Change::Deleted(node)) = (weak.upgrade(), change) else { return };
+        controller.shared.nodes.on_change_for(&controller, |controller, change| {
+            let Change::Deleted(node) = change else { return };
             for pod in controller.shared.pods.by_index(BY_NODE, &node.name_any()) {
                 controller.queue.add_after(ObjectKey::of(&pod.metadata), QUARANTINE);
             }
         });
-        let weak = Arc::downgrade(&controller);
-        controller.shared.pods.on_change(move |change| {
-            let (Some(controller), Change::Applied { new, .. }) = (weak.upgrade(), change) else { return };
+        controller.shared.pods.on_change_for(&controller, |controller, change| {
+            let Change::Applied { new, .. } = change else { return };
             if controller.is_orphan(new) {
                 controller.queue.add_after(ObjectKey::of(&new.metadata), QUARANTINE);
             } else if pod::node_name(new).is_empty() && pod::is_terminating(new) {

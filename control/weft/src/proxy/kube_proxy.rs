@@ -27,6 +27,14 @@ const CHAINS: [&str; 15] = [
     "KUBE-XLB-",
 ];
 
+/// Stay behind when kube-proxy's rules go, and do nothing but to be there, a table of nftables or a chain of iptables' nat.
+///
+/// The kernel tracks connections in a network namespace only while some rule of any kind needs it to, and translates those that
+/// it tracks only while there is a chain of type nat. With kube-proxy's rules these reasons may go, and then every connection
+/// that they once directed would break.
+const TABLE: &str = "weft-proxy";
+const CHAIN: &str = "WEFT-PROXY";
+
 /// Removes all of it; answers what there was. A program that is not installed has no rules.
 pub(super) fn remove() -> anyhow::Result<Vec<String>> {
     let mut removed = Vec::new();
@@ -38,12 +46,46 @@ pub(super) fn remove() -> anyhow::Result<Vec<String>> {
     }
     for family in ["ip", "ip6"] {
         let Some(tables) = output("nft", &["list", "tables", family])? else { continue };
-        if tables.lines().any(|line| line.trim() == format!("table {family} kube-proxy")) {
-            feed("nft", &["-f", "-"], &format!("delete table {family} kube-proxy\n"))?;
+        if has_table(&tables, family, "kube-proxy") {
+            feed("nft", &["-f", "-"], &replacement(family))?;
             removed.push(format!("nftables' table {family} kube-proxy"));
         }
     }
     Ok(removed)
+}
+
+/// Removes what [`remove`] left in place of kube-proxy's rules.
+pub(super) fn remove_replacement() -> anyhow::Result<()> {
+    for (save, restore) in [("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore")] {
+        let Some(saved) = output(save, &["-t", "nat"])? else { continue };
+        if saved.lines().any(|line| line.starts_with(&format!(":{CHAIN} "))) {
+            feed(restore, &["--noflush"], &format!("*nat\n-F {CHAIN}\n-X {CHAIN}\nCOMMIT\n"))?;
+        }
+    }
+    for family in ["ip", "ip6"] {
+        let Some(tables) = output("nft", &["list", "tables", family])? else { continue };
+        if has_table(&tables, family, TABLE) {
+            feed("nft", &["-f", "-"], &format!("delete table {family} {TABLE}\n"))?;
+        }
+    }
+    Ok(())
+}
+
+fn has_table(tables: &str, family: &str, name: &str) -> bool {
+    tables.lines().any(|line| line.trim() == format!("table {family} {name}"))
+}
+
+/// Input of `nft -f` that puts [`TABLE`] in the place of kube-proxy's, in one transaction.
+fn replacement(family: &str) -> String {
+    let mut script = format!("add table {family} {TABLE}\n");
+    // Empty; new connections pass it.
+    let _ = writeln!(script, "add chain {family} {TABLE} output {{ type nat hook output priority -100; }}");
+    // No packet gets here.
+    let _ = writeln!(script, "add chain {family} {TABLE} tracked");
+    let _ = writeln!(script, "flush chain {family} {TABLE} tracked");
+    let _ = writeln!(script, "add rule {family} {TABLE} tracked ct state invalid");
+    let _ = writeln!(script, "delete table {family} kube-proxy");
+    script
 }
 
 /// Standard output of a program; `None` if it is not installed.
@@ -98,12 +140,15 @@ fn removal(saved: &str) -> Option<String> {
     (!script.is_empty()).then_some(script)
 }
 
-/// First nothing leads into the chains, then they are empty, then they go.
+/// First nothing leads into the chains, then they are empty, then they go. No packet gets to the chain that stays.
 fn write_table(script: &mut String, table: &str, chains: &BTreeSet<&str>, jumps: &[&str]) {
     if chains.is_empty() {
         return;
     }
     let _ = writeln!(script, "*{table}");
+    if table == "nat" {
+        let _ = writeln!(script, ":{CHAIN} - [0:0]\n-A {CHAIN} -m conntrack --ctstate INVALID");
+    }
     for rule in jumps {
         let _ = writeln!(script, "-D {rule}");
     }
@@ -118,6 +163,15 @@ fn write_table(script: &mut String, table: &str, chains: &BTreeSet<&str>, jumps:
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn translation_never_stops() {
+        let script = replacement("ip6");
+        let lines: Vec<&str> = script.lines().collect();
+        assert_eq!(lines.first(), Some(&"add table ip6 weft-proxy"));
+        assert_eq!(lines.last(), Some(&"delete table ip6 kube-proxy"));
+        assert!(script.contains("tracked ct state invalid"), "{script}");
+    }
 
     #[test]
     fn only_its_own_is_removed_jumps_first() {
@@ -139,6 +193,8 @@ COMMIT
 COMMIT
 ";
         let expected = "*nat
+:WEFT-PROXY - [0:0]
+-A WEFT-PROXY -m conntrack --ctstate INVALID
 -D PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
 -F KUBE-SERVICES
 -F KUBE-SVC-AAAA

@@ -3,6 +3,7 @@
 
 mod adoption;
 mod agent;
+mod crossing;
 mod edge;
 mod entries;
 mod errors;
@@ -11,6 +12,7 @@ mod overlay;
 mod packets;
 mod paths;
 mod place;
+mod podedge;
 mod policy;
 mod services;
 mod sockets;
