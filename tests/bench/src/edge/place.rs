@@ -1,12 +1,13 @@
 //! A node with an uplink to a client and a pod on its bridge, with weft's programs loaded as the agent loads them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use serde_json::json;
 use weft_agent_dataplane::maps::kernel::KernelMaps;
+use weft_agent_dataplane::policy::edges::Edges;
 use weft_agent_dataplane::programs::{self, Programs};
 use weft_agent_dataplane::reconcile::Reconciler;
 use weft_agent_dataplane::tables::Tables;
@@ -127,11 +128,25 @@ impl Place {
         })?
     }
 
-    /// Attaches weft's tc programs to the node's devices, or takes them off.
+    /// Attaches weft's tc programs to the node's devices and the pod's, or takes them off.
     pub(super) fn tc(&self, on: bool) -> anyhow::Result<()> {
         within(&self.node.path(), || {
             let edges = if on { node::devices(Some(BRIDGE))?.edge } else { BTreeMap::new() };
-            Ok(self.programs.attach_edges(&edges)?)
+            self.programs.attach_edges(&edges)?;
+            if on {
+                let mut pods = Edges::new(&self.programs)?;
+                pods.refresh(&[Address::from(POD)])?;
+                ensure!(pods.attached().len() == 1, "the pod's edge is not found");
+                return Ok(pods.publish(&BTreeSet::new())?);
+            }
+            // Without its pin a link is gone.
+            for entry in std::fs::read_dir(self.pins.join("links"))? {
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with("pod_") {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+            Ok(())
         })?
     }
 
