@@ -3,6 +3,7 @@
 
 mod cni;
 mod convergence;
+mod edge;
 mod footprint;
 mod machine;
 mod pair;
@@ -73,6 +74,7 @@ const BENCHES: &[Bench] = &[
     Bench { ids: &["D8"], needs: PROXY, run: convergence::cost },
     Bench { ids: &["D9"], needs: PROXY, run: convergence::losses },
     Bench { ids: &["N1"], needs: CLUSTER, run: scale::run },
+    Bench { ids: &["D5", "D6"], needs: &["root", "bpf", "ip", "iptables", "artifacts"], run: edge::run },
 ];
 
 fn main() -> ExitCode {

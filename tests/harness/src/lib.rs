@@ -23,10 +23,7 @@ pub fn require(test: &str, needs: &[&str]) -> bool {
     for need in needs {
         let Err(reason) = present(need) else { continue };
         let forbidden = required.contains(need) || (required.contains(&"all") && !PEERS.contains(need));
-        assert!(
-            !forbidden,
-            "{test} needs {need}, and WEFT_REQUIRE forbids to skip it: {reason}"
-        );
+        assert!(!forbidden, "{test} needs {need}, and WEFT_REQUIRE forbids to skip it: {reason}");
         let line = format!("SKIP {test}: needs {need}: {reason}");
         eprintln!("{line}");
         if let Some(path) = std::env::var_os("WEFT_SKIP_LOG")

@@ -204,7 +204,9 @@ fn a_dead_node_is_noticed_by_all_and_so_is_its_return() -> anyhow::Result<()> {
     net.set(2, false)?;
     wait_until("the third is believed dead", PATIENCE, || Ok(net.agree(2).then_some(())))?;
     for node in &net.nodes {
-        node.nodes.send_modify(|nodes| drop(nodes.remove("node-2")));
+        node.nodes.send_modify(|nodes| {
+            nodes.remove("node-2");
+        });
     }
     net.all_well()?;
     net.nodes.iter_mut().try_for_each(Node::stop)

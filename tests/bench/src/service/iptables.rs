@@ -20,15 +20,19 @@ pub(crate) struct Backed {
 
 /// Loads the rules of these Services into a namespace, which they go with.
 pub(crate) fn load_all(netns: &Netns, services: &[Backed]) -> anyhow::Result<()> {
+    restore(netns, &text(services))
+}
+
+fn restore(netns: &Netns, text: &str) -> anyhow::Result<()> {
     let mut restore =
         netns.command("iptables-restore")?.stdin(Stdio::piped()).spawn().context("run iptables-restore")?;
-    restore.stdin.take().context("no input")?.write_all(text(services).as_bytes())?;
+    restore.stdin.take().context("no input")?.write_all(text.as_bytes())?;
     ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
     Ok(())
 }
 
 /// Rules in a namespace; gone when dropped.
-pub(super) struct Rules<'a> {
+pub(crate) struct Rules<'a> {
     netns: &'a Netns,
 }
 
@@ -40,8 +44,13 @@ impl<'a> Rules<'a> {
         pods: &[Ipv4Addr],
         port: u16,
     ) -> anyhow::Result<Self> {
+        Self::load_text(netns, &text(&[Backed { vip, pods: pods.to_vec(), port }]))
+    }
+
+    /// Loads what iptables-restore reads.
+    pub(crate) fn load_text(netns: &'a Netns, text: &str) -> anyhow::Result<Self> {
         let rules = Self { netns };
-        load_all(netns, &[Backed { vip, pods: pods.to_vec(), port }])?;
+        restore(netns, text)?;
         Ok(rules)
     }
 }
@@ -112,7 +121,8 @@ fn endpoints(declared: &mut String, chains: &mut String, number: usize, service:
     }
 }
 
-const FILTER: &str = "*filter
+/// The table that every packet passes.
+pub(crate) const FILTER: &str = "*filter
 :KUBE-SERVICES - [0:0]
 :KUBE-EXTERNAL-SERVICES - [0:0]
 :KUBE-NODEPORTS - [0:0]
