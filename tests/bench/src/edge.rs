@@ -98,12 +98,14 @@ impl Bench {
             .load(&object)
             .context("load the benchmark's programs")?;
         for (name, program) in ebpf.programs_mut() {
-            match program {
-                Program::Xdp(program) => program.load(),
-                Program::SchedClassifier(program) => program.load(),
-                _ => continue,
-            }
-            .with_context(|| format!("load {name}"))?;
+            let loaded = if let Program::Xdp(program) = program {
+                program.load()
+            } else if let Program::SchedClassifier(program) = program {
+                program.load()
+            } else {
+                continue;
+            };
+            loaded.with_context(|| format!("load {name}"))?;
         }
         let mut bench = Self(ebpf);
         let frame = place.frame(FIRST_PORT, (NODE, NODE_PORT));

@@ -80,17 +80,19 @@ fn run(
     repeat: u32,
 ) -> anyhow::Result<TestRunResult> {
     let options = TestRunOptions { data_in: Some(frame), data_out: out, repeat, ..TestRunOptions::new() };
-    match program {
-        Program::Xdp(program) => program.test_run(options),
-        Program::SchedClassifier(program) => program.test_run(options),
-        _ => anyhow::bail!("a program of another kind"),
-    }
-    .context("run a program")
+    let result = if let Program::Xdp(program) = program {
+        program.test_run(options)
+    } else if let Program::SchedClassifier(program) = program {
+        program.test_run(options)
+    } else {
+        anyhow::bail!("a program of another kind")
+    };
+    result.context("run a program")
 }
 
 /// Enters a flow of the client to the pod that translates to itself. Answers its frame.
 fn enter_flow(place: &Place, bench: &mut Bench) -> anyhow::Result<Vec<u8>> {
-    let [source, destination] = [CLIENT, POD].map(|ip| Address::from(ip));
+    let [source, destination] = [CLIENT, POD].map(Address::from);
     let ports = [FIRST_PORT, POD_PORT].map(Port::new);
     let key = FlowKey {
         source,
