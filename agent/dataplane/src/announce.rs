@@ -7,6 +7,8 @@
 pub(crate) mod answers;
 mod arp;
 mod election;
+#[doc(hidden)]
+pub mod fuzz;
 mod socket;
 
 use std::collections::BTreeSet;

@@ -78,6 +78,8 @@ pub struct Overlay {
     /// Its largest packet in bytes.
     mtu_bytes: u32,
     applied: BTreeSet<Peer>,
+    /// What the ways to peers take that are narrower than the device, by the peer's address.
+    narrow: BTreeMap<IpAddr, u32>,
     /// What an earlier agent left is looked through once.
     pruned: bool,
     dirty: bool,
@@ -102,6 +104,7 @@ impl Overlay {
             index: 0,
             mtu_bytes: 0,
             applied: BTreeSet::new(),
+            narrow: BTreeMap::new(),
             pruned: false,
             dirty: true,
         }
@@ -177,6 +180,12 @@ impl Overlay {
         self.dirty
     }
 
+    /// The largest packet that all routes to peers take, if one takes less than the device; else 0.
+    #[must_use]
+    pub fn narrowest_bytes(&self) -> u32 {
+        self.narrow.values().copied().min().unwrap_or(0)
+    }
+
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
     fn source(&self, v6: bool) -> Option<IpAddr> {
@@ -238,6 +247,7 @@ impl Overlay {
             self.applied.clear();
             self.pruned = false;
         }
+        self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
         let mut result = Ok(());
         for peer in self.applied.difference(&wanted).cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {
@@ -292,10 +302,14 @@ impl Overlay {
     }
 
     /// The routes last: a packet that takes one finds the rest.
-    fn put(&self, netlink: &mut Netlink, peer: &Peer) -> Result<(), Error> {
+    fn put(&mut self, netlink: &mut Netlink, peer: &Peer) -> Result<(), Error> {
         let entries = self.entries(peer);
         let way = netlink.route_to(peer.address)?.and_then(|way| way.mtu_bytes);
         let within = way.map(|mtu| mtu.saturating_sub(overhead_bytes(peer.address)));
+        match within.filter(|mtu| *mtu < self.mtu_bytes) {
+            Some(mtu) => drop(self.narrow.insert(peer.address, mtu)),
+            None => drop(self.narrow.remove(&peer.address)),
+        }
         netlink.put_fdb(&entries.fdb)?;
         for (mut route, neighbour) in entries.ranges {
             netlink.put_neighbour(&neighbour)?;

@@ -10,6 +10,7 @@
 
 pub mod edges;
 mod gate;
+pub mod local;
 pub mod maps;
 pub mod mirror;
 pub mod objects;

@@ -16,6 +16,7 @@ use zerocopy::IntoBytes;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Kind as _, Table};
 use crate::node::{NodeError, failed};
+use crate::peers::memory::Memory;
 use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
@@ -132,10 +133,13 @@ impl Programs {
         // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
         let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
         let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
-        for name in names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)) {
+        for name in
+            names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)).chain([crate::xdp::PROGRAM])
+        {
             let result = match ebpf.program_mut(name) {
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SchedClassifier(program)) => program.load(),
+                Some(Program::Xdp(program)) => program.load(),
                 _ => return Err(mismatch(name)),
             };
             result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
@@ -230,6 +234,7 @@ impl Programs {
         let fd = match self.ebpf.program(name) {
             Some(Program::CgroupSockAddr(program)) => program.fd(),
             Some(Program::SchedClassifier(program)) => program.fd(),
+            Some(Program::Xdp(program)) => program.fd(),
             _ => return Err(mismatch(name)),
         };
         fd.map(AsFd::as_fd).map_err(|source| ProgramError::Program { name, source: Box::new(source) })
@@ -254,6 +259,17 @@ pub(crate) fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, P
 
 /// Replaces the program of a pinned link, or makes the link and pins it.
 pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
+    attach_with(program, pin, target, attach_type, 0)
+}
+
+/// The same, with flags for a link that is made.
+pub(crate) fn attach_with(
+    program: BorrowedFd<'_>,
+    pin: &Path,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<()> {
     match sys::open_pin(pin) {
         Ok(link) => match sys::link_update(link.as_fd(), program) {
             Ok(()) => return Ok(()),
@@ -266,7 +282,7 @@ pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_ty
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let link = sys::link_create(program, target, attach_type)?;
+    let link = sys::link_create(program, target, attach_type, flags)?;
     sys::pin(link.as_fd(), pin)
 }
 
@@ -301,5 +317,5 @@ pub fn remove(pins: &Path) -> Result<(), NodeError> {
         }
         fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
     }
-    Ok(())
+    Memory::of(pins).remove()
 }

@@ -26,6 +26,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::health::ProxyHealth;
 use crate::metrics::Metrics;
+use crate::xdp::Xdp;
 
 /// First and longest wait before a port that is taken is tried again.
 const BIND_FIRST: Duration = Duration::from_millis(50);
@@ -40,6 +41,8 @@ pub struct ProxyConfig {
     pub health: Option<SocketAddr>,
     /// The address of `/metrics`; `None` if it is switched off.
     pub metrics: Option<SocketAddr>,
+    /// Where XDP carries packets from outside to this node's pods.
+    pub xdp: Xdp,
 }
 
 impl Default for ProxyConfig {
@@ -48,6 +51,7 @@ impl Default for ProxyConfig {
             node_port_addresses: Vec::new(),
             health: Some(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 10_256)),
             metrics: Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 10_249)),
+            xdp: Xdp::default(),
         }
     }
 }

@@ -66,7 +66,8 @@ impl Zone {
         if !index.is_complete() {
             return Answer::NotReady;
         }
-        let depth = usize::from(lower.num_labels() - self.origin.num_labels());
+        // `num_labels` does not count a leading `*`.
+        let depth = lower.iter().len() - self.origin.iter().len();
         let labels: Vec<String> =
             lower.iter().take(depth).map(|label| String::from_utf8_lossy(label).into_owned()).collect();
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();

@@ -10,6 +10,8 @@ mod index;
 mod server;
 mod watch;
 
+#[doc(hidden)]
+pub use server::fuzz;
 use std::net::SocketAddr;
 use std::sync::Arc;
 

@@ -1,5 +1,7 @@
 //! Takes queries over UDP and TCP and sends what `answer` decides.
 
+pub mod fuzz;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;

@@ -11,6 +11,8 @@ mod config;
 mod dns;
 mod env;
 mod events;
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod hooks;
 mod http_get;

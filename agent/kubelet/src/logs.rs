@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use rustix::fs::inotify;
 use tokio::fs::File;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncSeekExt};
 use tokio::sync::mpsc;
 
 /// So much is read at once, and at the most held for one line.
@@ -135,9 +135,8 @@ fn render(raw: &[u8], options: &Options, within: &mut bool, out: &mut Vec<u8>) {
     *within = line.partial;
 }
 
-/// The offset in `file` from which its last `lines` lines begin, or how many lines it lacks.
-async fn tail_offset(file: &mut File, lines: u64) -> io::Result<Result<u64, u64>> {
-    let size = file.metadata().await?.len();
+/// The offset from which the last `lines` lines of the file's first `size` bytes begin, or how many lines it lacks.
+async fn tail_offset(file: &mut File, size: u64, lines: u64) -> io::Result<Result<u64, u64>> {
     if lines == 0 {
         return Ok(Ok(size));
     }
@@ -175,11 +174,16 @@ pub(crate) async fn copy(
 ) -> io::Result<()> {
     let mut copier = Copier { options, sink, left: options.limit_bytes, rest: Vec::new(), within: false };
     let mut files = files(log).await;
-    let mut from = 0;
+    let (mut from, mut to) = (0, u64::MAX);
     if let Some(mut lines) = options.tail {
         for (index, path) in files.iter().enumerate().rev() {
             let Some(mut file) = open(path).await? else { continue };
-            match tail_offset(&mut file, lines).await? {
+            let size = file.metadata().await?.len();
+            // What is written from here on are further lines.
+            if index + 1 == files.len() {
+                to = size;
+            }
+            match tail_offset(&mut file, size, lines).await? {
                 Ok(offset) => {
                     files.drain(..index);
                     from = offset;
@@ -198,7 +202,15 @@ pub(crate) async fn copy(
             }
         }
     }
-    follow(present, from, &mut copier, ended).await
+    if options.follow {
+        return follow(present, from, &mut copier, ended).await;
+    }
+    if let Some(mut file) = open(present).await? {
+        file.seek(io::SeekFrom::Start(from)).await?;
+        // Whether the reader had enough makes no difference at the end.
+        let (Ok(()) | Err(Enough)) = drain(&mut file.take(to.saturating_sub(from)), &mut copier).await?;
+    }
+    Ok(())
 }
 
 async fn open(path: &Path) -> io::Result<Option<File>> {
@@ -209,7 +221,10 @@ async fn open(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-async fn drain(file: &mut File, copier: &mut Copier<'_>) -> io::Result<Result<(), Enough>> {
+async fn drain(
+    file: &mut (impl AsyncRead + Unpin),
+    copier: &mut Copier<'_>,
+) -> io::Result<Result<(), Enough>> {
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = file.read(&mut buffer).await?;
@@ -229,7 +244,7 @@ async fn follow(
     ended: impl Future<Output = ()>,
 ) -> io::Result<()> {
     // Watched before it is read: what is written in between wakes.
-    let watch = if copier.options.follow { Some(Watch::new(path)?) } else { None };
+    let watch = Watch::new(path)?;
     let mut file = match open(path).await? {
         Some(mut file) => {
             file.seek(io::SeekFrom::Start(from)).await?;
@@ -238,14 +253,16 @@ async fn follow(
         None => None,
     };
     let mut ended = std::pin::pin!(ended);
-    let mut last_round = watch.is_none();
+    let mut last_round = false;
     loop {
         if let Some(open) = &mut file
             && drain(open, copier).await?.is_err()
         {
             return Ok(());
         }
-        let Some(watch) = watch.as_ref().filter(|_| !last_round) else { return Ok(()) };
+        if last_round {
+            return Ok(());
+        }
         tokio::select! {
             () = &mut ended => last_round = true,
             () = copier.sink.closed() => return Ok(()),

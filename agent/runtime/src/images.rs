@@ -9,6 +9,8 @@
 //! ```
 
 mod archive;
+#[doc(hidden)]
+pub mod fuzz;
 mod index;
 mod layer;
 mod reference;

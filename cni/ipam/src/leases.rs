@@ -1,15 +1,18 @@
-//! Who holds which address: one symbolic link per lease, named by the address, pointing at `container/interface`.
+//! Who holds which address: a log of what was given, one line for each, in their order.
 //!
-//! symlink(2) makes the lease and its content in one step, and fails if the address is taken: there is no moment at which
-//! a kill leaves half a lease. What a killed ADD leaves is a whole lease of a known owner, which the next ADD of that owner
-//! takes over, and DEL or GC gives back. Nothing is synced: leases don't outlive a boot, because no namespace does. They lie
-//! in a folder named by the boot; folders of earlier boots are removed by the first ADD.
+//! A line begins with `+` while its address is held. It is written by one write(2) at the log's end, and a line without its end, as
+//! a kill may leave it, counts for nothing. Giving back overwrites the `+` in place: one byte, which needs no room on a full
+//! disk. So there is no moment at which a kill leaves half a lease. What a killed ADD leaves is a whole lease of a known owner, which
+//! the next ADD of that owner takes over, and DEL or GC gives back. Nothing is synced: leases don't outlive a boot, because no
+//! namespace does. The log lies in a folder named by the boot; folders of earlier boots are removed by the first ADD.
+//!
+//! Why no file for each lease: making and removing one costs some ten times as much, and reading them grows with their number.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{FileExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::dir::{Dir, Type};
@@ -18,17 +21,20 @@ use nix::fcntl::{Flock, FlockArg, OFlag, readlinkat};
 use nix::sys::stat::Mode;
 
 use crate::Pool;
+use log::{Book, Line};
+
+mod log;
 
 /// Names the boot that the kernel is in.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Held while an address is acquired. It says which of each family was given last: only a hint, and cheaper than a file of its own.
-const LOCK: &str = "lock";
+/// The log's name. It is locked for as long as it is read or changed.
+const LOG: &str = "leases";
 
-/// More than the text of an address of each family. Always as many, so that one write replaces all that was there.
-const HINT_BYTES: usize = 128;
+/// The log is written anew when it has more lines that are given back than others, and more than this of them.
+const DEAD_BYTES: usize = 16 << 10;
 
-/// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing as leases do.
+/// The folder of the addresses that ports of the node lead to: links named `address@device`, pointing at `container/interface`.
 const PORTS: &str = "ports";
 
 /// A container's interface.
@@ -38,13 +44,6 @@ pub struct Owner {
     pub container: String,
     /// The interface's name. Holds no `/`.
     pub ifname: String,
-}
-
-impl Owner {
-    /// As links point to it.
-    fn to_target(&self) -> String {
-        format!("{}/{}", self.container, self.ifname)
-    }
 }
 
 /// An address and who holds it.
@@ -104,7 +103,7 @@ pub struct Mapped {
     pub owner: Owner,
 }
 
-/// The leases of one network on this node. Reading and giving back take no lock: each lease changes in one step.
+/// The leases of one network on this node.
 #[derive(Clone, Debug)]
 pub struct Leases {
     state: PathBuf,
@@ -114,7 +113,7 @@ pub struct Leases {
 /// Keeps other processes from acquiring addresses and mapping ports for as long as it lives.
 #[derive(Debug)]
 pub struct Lock {
-    file: Flock<File>,
+    log: Flock<File>,
 }
 
 impl Leases {
@@ -131,41 +130,101 @@ impl Leases {
         Self { state: state.to_path_buf(), folder: state.join(format!("boot-{boot}")) }
     }
 
-    /// Locks the leases, and makes their folder if it is missing, in place of those of earlier boots.
+    /// Locks the leases, and makes their folder if it is missing, in place of those of earlier boots. Who reads or changes leases
+    /// waits for it, the holder of the lock too: it may only deal with ports.
     ///
     /// # Errors
     /// If the folder can't be made.
     pub fn lock(&self) -> Result<Lock, Error> {
-        let path = self.state.join(LOCK);
-        let open = || File::options().create(true).truncate(false).read(true).write(true).open(&path);
-        let file = match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(&self.state).map_err(failed("create", &self.state))?;
-                open()
-            }
-            other => other,
+        let open = || {
+            File::options().create(true).truncate(false).read(true).write(true).open(self.folder.join(LOG))
         };
-        let file = file.map_err(failed("open", &path))?;
-        let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| Error::Io {
-            op: "lock",
-            path: path.clone(),
-            source: errno.into(),
-        })?;
-        if !self.folder.is_dir() {
-            forget_earlier_boots(&self.state)?;
-            fs::create_dir(&self.folder).map_err(failed("create", &self.folder))?;
+        loop {
+            let log = match open() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.make_folder()?;
+                    open()
+                }
+                other => other,
+            };
+            let log = self.locked(log, FlockArg::LockExclusive)?;
+            if let Some(log) = log {
+                return Ok(Lock { log });
+            }
         }
-        Ok(Lock { file })
+    }
+
+    /// The log for reading; `None` if there is none.
+    fn shared(&self) -> Result<Option<Flock<File>>, Error> {
+        loop {
+            let log = match File::open(self.folder.join(LOG)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                other => other,
+            };
+            let log = self.locked(log, FlockArg::LockShared)?;
+            if log.is_some() {
+                return Ok(log);
+            }
+        }
+    }
+
+    /// Waits for the log's lock; `None` if it was written anew in the meantime, and this is the old one.
+    fn locked(&self, log: io::Result<File>, how: FlockArg) -> Result<Option<Flock<File>>, Error> {
+        let path = self.folder.join(LOG);
+        let log = log.map_err(failed("open", &path))?;
+        let log = Flock::lock(log, how).map_err(|(_, errno)| failed("lock", &path)(errno.into()))?;
+        let links = log.metadata().map_err(failed("read", &path))?.nlink();
+        Ok((links > 0).then_some(log))
+    }
+
+    fn make_folder(&self) -> Result<(), Error> {
+        fs::create_dir_all(&self.state).map_err(failed("create", &self.state))?;
+        for entry in fs::read_dir(&self.state).map_err(failed("read", &self.state))? {
+            let path = entry.map_err(failed("read", &self.state))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with("boot-") && path != self.folder {
+                match fs::remove_dir_all(&path) {
+                    // Another call's first.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    other => other.map_err(failed("remove", &path))?,
+                }
+            }
+        }
+        match fs::create_dir(&self.folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(failed("create", &self.folder)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a log says.
+    fn read(&self, log: &File) -> Result<String, Error> {
+        let failed = failed("read", &self.folder.join(LOG));
+        let length = log.metadata().map_err(&failed)?.len();
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+        log.read_exact_at(&mut bytes, 0).map_err(&failed)?;
+        String::from_utf8(bytes).or_else(|error| {
+            let whole = error.utf8_error().valid_up_to();
+            let mut bytes = error.into_bytes();
+            // What a kill left of a line may end within a character; it counts for nothing, whole or not.
+            if bytes[whole..].contains(&b'\n') {
+                return Err(failed(io::ErrorKind::InvalidData.into()));
+            }
+            bytes.truncate(whole);
+            String::from_utf8(bytes)
+                .map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))
+        })
     }
 
     /// All leases.
     ///
     /// # Errors
-    /// If the folder can't be read.
+    /// If the log can't be read.
     pub fn all(&self) -> Result<Vec<Lease>, Error> {
-        let named = entries(&self.folder)?;
-        let leases = named.into_iter().filter_map(|(name, owner)| Some((name.parse().ok()?, owner)));
-        Ok(leases.map(|(address, owner)| Lease { address, owner }).collect())
+        let Some(log) = self.shared()? else { return Ok(Vec::new()) };
+        let text = self.read(&log)?;
+        Ok(Book::read(&text).held().map(Line::lease).collect())
     }
 
     /// All addresses that ports of the node lead to.
@@ -194,7 +253,8 @@ impl Leases {
         }
         let path = self.mapped_path(mapped);
         remove(&path)?;
-        symlink(mapped.owner.to_target(), &path).map_err(failed("create", &path))
+        let target = format!("{}/{}", mapped.owner.container, mapped.owner.ifname);
+        symlink(target, &path).map_err(failed("create", &path))
     }
 
     /// Forgets that ports led to an address: after they do no more.
@@ -216,115 +276,119 @@ impl Leases {
     /// # Errors
     /// If a pool has none left, or a wanted one can't be had.
     pub fn acquire(&self, pools: &[Pool], owner: &Owner, wanted: &[IpAddr]) -> Result<Vec<Acquired>, Error> {
-        let lock = self.lock()?;
-        let last = lock.hint();
-        let leases = self.all()?;
         if let Some(stray) = wanted.iter().find(|wanted| !pools.iter().any(|pool| pool.holds(**wanted))) {
             return Err(Error::NotInPool(*stray));
         }
+        let lock = self.lock()?;
+        let text = self.read(&lock.log)?;
+        let book = Book::read(&text);
         let mut all: Vec<Acquired> = Vec::with_capacity(pools.len());
         for pool in pools {
             let offset = all.first().zip(pools.first()).and_then(|(one, first)| first.offset(one.address));
-            match self.acquire_one(pool, owner, wanted, &leases, (offset, &last)) {
-                Ok(acquired) => all.push(acquired),
-                Err(error) => {
-                    self.give_back(&all)?;
-                    return Err(error);
-                }
-            }
+            all.push(choose(pool, owner, wanted, &book, offset)?);
         }
-        if all.iter().any(|one| one.fresh) {
-            lock.remember(&all);
+        let fresh: String =
+            all.iter().filter(|one| one.fresh).map(|one| log::line(one.address, owner)).collect();
+        if book.dead_bytes > DEAD_BYTES.max(book.whole_bytes / 2) {
+            self.write_anew(&(book.kept() + &fresh))?;
+        } else if !fresh.is_empty() {
+            self.append(&lock.log, &fresh, book.whole_bytes)?;
         }
         Ok(all)
     }
 
-    fn acquire_one(
-        &self,
-        pool: &Pool,
-        owner: &Owner,
-        wanted: &[IpAddr],
-        leases: &[Lease],
-        (offset, last): (Option<u128>, &[IpAddr]),
-    ) -> Result<Acquired, Error> {
-        let holder = |address: IpAddr| leases.iter().find(|lease| lease.address == address).map(|l| &l.owner);
-        let mut wanted = wanted.iter().copied().filter(|wanted| pool.holds(*wanted));
-        if let Some(address) = wanted.next() {
-            if let Some(second) = wanted.next() {
-                return Err(Error::Second(second));
-            }
-            return match holder(address) {
-                None => self.write(address, owner).map(|()| Acquired { address, fresh: true }),
-                Some(holder) if holder == owner => Ok(Acquired { address, fresh: false }),
-                Some(_) => Err(Error::Taken(address)),
-            };
-        }
-        // A pool that was changed may no longer have what is held.
-        if let Some(held) = leases.iter().find(|lease| lease.owner == *owner && pool.holds(lease.address)) {
-            return Ok(Acquired { address: held.address, fresh: false });
-        }
-        let used: HashSet<IpAddr> = leases.iter().map(|lease| lease.address).collect();
-        let same = offset.and_then(|offset| pool.at(offset)).filter(|address| !used.contains(address));
-        let last = last.iter().copied().find(|last| pool.serves(*last));
-        let next = || pool.next(last, |address| used.contains(&address));
-        let address = same.or_else(next).ok_or(Error::Exhausted)?;
-        self.write(address, owner)?;
-        Ok(Acquired { address, fresh: true })
+    /// Writes lines behind those that are whole: over what a kill left of one, if that was the case.
+    fn append(&self, log: &File, lines: &str, at: usize) -> Result<(), Error> {
+        let failed = failed("write", &self.folder.join(LOG));
+        // No write_all: what is short is taken back whole.
+        let written = match log.write_at(lines.as_bytes(), at as u64) {
+            Ok(written) if written == lines.len() => return Ok(()),
+            Ok(_) => io::Error::from(io::ErrorKind::StorageFull),
+            Err(error) => error,
+        };
+        log.set_len(at as u64).map_err(&failed)?;
+        Err(failed(written))
+    }
+
+    /// Puts another log in the place of the one that is locked; who waits for that one's lock looks again.
+    fn write_anew(&self, text: &str) -> Result<(), Error> {
+        let (path, fresh) = (self.folder.join(LOG), self.folder.join("leases.new"));
+        fs::write(&fresh, text).map_err(failed("write", &fresh))?;
+        fs::rename(&fresh, &path).map_err(failed("replace", &path))
     }
 
     /// Gives back what was acquired fresh, and keeps what was held before.
     ///
     /// # Errors
-    /// If the folder can't be changed.
+    /// If the log can't be changed.
     pub fn give_back(&self, acquired: &[Acquired]) -> Result<(), Error> {
-        acquired.iter().filter(|one| one.fresh).try_for_each(|one| self.remove(one.address))
+        let fresh: BTreeSet<IpAddr> =
+            acquired.iter().filter(|one| one.fresh).map(|one| one.address).collect();
+        self.remove_those(|line| fresh.contains(&line.address))
     }
 
     /// Gives back everything that an owner holds; nothing held is no error.
     ///
     /// # Errors
-    /// If the folder can't be changed.
+    /// If the log can't be changed.
     pub fn release(&self, owner: &Owner) -> Result<(), Error> {
-        self.held(owner)?.into_iter().try_for_each(|address| self.remove(address))
+        self.remove_those(|line| line.is_of(owner))
     }
 
     /// What an owner holds.
     ///
     /// # Errors
-    /// If the folder can't be read.
+    /// If the log can't be read.
     pub fn held(&self, owner: &Owner) -> Result<Vec<IpAddr>, Error> {
-        let of_owner = self.all()?.into_iter().filter(|lease| lease.owner == *owner);
-        Ok(of_owner.map(|lease| lease.address).collect())
+        let Some(log) = self.shared()? else { return Ok(Vec::new()) };
+        let text = self.read(&log)?;
+        Ok(Book::read(&text).held().filter(|line| line.is_of(owner)).map(|line| line.address).collect())
     }
 
-    /// Gives an address back. One that nobody holds is no error.
-    ///
-    /// # Errors
-    /// If the folder can't be changed.
-    pub fn remove(&self, address: IpAddr) -> Result<(), Error> {
-        remove(&self.folder.join(address.to_string()))
-    }
-
-    fn write(&self, address: IpAddr, owner: &Owner) -> Result<(), Error> {
-        let path = self.folder.join(address.to_string());
-        symlink(owner.to_target(), &path).map_err(failed("create", &path))
+    fn remove_those(&self, goes: impl Fn(&Line<'_>) -> bool) -> Result<(), Error> {
+        // Nothing was ever given: nothing is made either.
+        if !self.folder.join(LOG).exists() {
+            return Ok(());
+        }
+        let lock = self.lock()?;
+        let text = self.read(&lock.log)?;
+        for line in Book::read(&text).held().filter(|line| goes(line)) {
+            let given_back = lock.log.write_all_at(log::GIVEN_BACK.as_bytes(), line.at as u64);
+            given_back.map_err(failed("write", &self.folder.join(LOG)))?;
+        }
+        Ok(())
     }
 }
 
-impl Lock {
-    /// The addresses that were given last; none if it isn't known.
-    fn hint(&self) -> Vec<IpAddr> {
-        let mut text = String::new();
-        // Read wrongly or not at all, it costs some addresses their rest, and nothing else.
-        let _ = (&*self.file).take(HINT_BYTES as u64).read_to_string(&mut text);
-        text.split_whitespace().filter_map(|address| address.parse().ok()).collect()
+/// The address of a pool for an owner.
+fn choose(
+    pool: &Pool,
+    owner: &Owner,
+    wanted: &[IpAddr],
+    book: &Book<'_>,
+    offset: Option<u128>,
+) -> Result<Acquired, Error> {
+    let mut wanted = wanted.iter().copied().filter(|wanted| pool.holds(*wanted));
+    if let Some(address) = wanted.next() {
+        if let Some(second) = wanted.next() {
+            return Err(Error::Second(second));
+        }
+        return match book.held().find(|line| line.address == address) {
+            None => Ok(Acquired { address, fresh: true }),
+            Some(line) if line.is_of(owner) => Ok(Acquired { address, fresh: false }),
+            Some(_) => Err(Error::Taken(address)),
+        };
     }
-
-    fn remember(&self, given: &[Acquired]) {
-        let text: Vec<String> = given.iter().map(|one| one.address.to_string()).collect();
-        let text = format!("{:<1$}\n", text.join(" "), HINT_BYTES - 1);
-        let _ = self.file.write_all_at(text.as_bytes(), 0);
+    // A pool that was changed may no longer have what is held.
+    if let Some(held) = book.held().find(|line| line.is_of(owner) && pool.holds(line.address)) {
+        return Ok(Acquired { address: held.address, fresh: false });
     }
+    let used: BTreeSet<IpAddr> = book.held().map(|line| line.address).collect();
+    let same = offset.and_then(|offset| pool.at(offset)).filter(|address| !used.contains(address));
+    let last = book.last().find(|last| pool.serves(*last));
+    let next = || pool.next(last, |address| used.contains(&address));
+    let address = same.or_else(next).ok_or(Error::Exhausted)?;
+    Ok(Acquired { address, fresh: true })
 }
 
 /// The links of a folder, each with the owner that it points to; none if the folder is missing.
@@ -366,17 +430,7 @@ fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-fn forget_earlier_boots(state: &Path) -> Result<(), Error> {
-    for entry in fs::read_dir(state).map_err(failed("read", state))? {
-        let entry = entry.map_err(failed("read", state))?;
-        if entry.file_name().to_string_lossy().starts_with("boot-") {
-            fs::remove_dir_all(entry.path()).map_err(failed("remove", &entry.path()))?;
-        }
-    }
-    Ok(())
-}
-
-fn failed(op: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+fn failed(op: &'static str, path: &Path) -> impl Fn(io::Error) -> Error + use<> {
     let path = path.to_path_buf();
     move |source| Error::Io { op, path: path.clone(), source }
 }

@@ -66,9 +66,18 @@ impl Netlink {
         let about = About { op: "add the address", subject: &subject };
         let message = RouteNetlinkMessage::NewAddress(message(index, network));
         ok_if_exists(self.request(about, message, NLM_F_CREATE | NLM_F_EXCL))?;
+        self.await_address(network)
+    }
+
+    /// Waits until packets to an address that was just given to a device are taken.
+    ///
+    /// # Errors
+    /// If the kernel takes none for seconds.
+    pub fn await_address(&mut self, network: IpNetwork) -> Result<(), Error> {
         if network.is_ipv4() {
             return Ok(());
         }
+        let subject = network.to_string();
         // The kernel puts the route that makes an IPv6 address its own in the background, although nothing has to be detected.
         let about = About { op: "wait for the address", subject: &subject };
         self.until(about, IPV6_ROUTES, |netlink| netlink.is_local(network.ip()))
@@ -85,7 +94,7 @@ impl Netlink {
     }
 }
 
-fn message(index: u32, network: IpNetwork) -> AddressMessage {
+pub(crate) fn message(index: u32, network: IpNetwork) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.index = index;
     message.header.prefix_len = network.prefix();
@@ -101,7 +110,7 @@ fn message(index: u32, network: IpNetwork) -> AddressMessage {
     message
 }
 
-fn read(message: &AddressMessage) -> Option<Address> {
+pub(crate) fn read(message: &AddressMessage) -> Option<Address> {
     let mut address: Option<IpAddr> = None;
     for attribute in &message.attributes {
         match attribute {

@@ -135,7 +135,7 @@ impl SocketDiag {
 }
 
 /// Kind, sequence number and body of the first message, and what is behind it.
-fn split(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
+pub(crate) fn split(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
     let header = bytes.first_chunk::<HEADER_BYTES>()?;
     let number = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let length = usize::try_from(number(0)).ok()?;
@@ -145,7 +145,7 @@ fn split(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
     Some((u16::from_ne_bytes([header[4], header[5]]), number(8), body, behind))
 }
 
-fn acknowledged(op: &'static str, body: &[u8]) -> Result<(), Error> {
+pub(crate) fn acknowledged(op: &'static str, body: &[u8]) -> Result<(), Error> {
     let Some(code) = body.first_chunk::<4>() else {
         return Err(Error::Decode { op, reason: "an acknowledgement without a code".to_owned() });
     };
@@ -163,7 +163,7 @@ fn request(family: u8, states: u32, id: &[u8; ID_BYTES]) -> Vec<u8> {
 }
 
 /// `struct inet_diag_msg`: family, state and timer in four bytes, then the id.
-fn read(body: &[u8]) -> Option<UdpSocket> {
+pub(crate) fn read(body: &[u8]) -> Option<UdpSocket> {
     let family = *body.first()?;
     let id = *body.get(4..)?.first_chunk::<ID_BYTES>()?;
     let address = |at: usize| -> Option<IpAddr> {

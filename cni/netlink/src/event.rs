@@ -84,7 +84,7 @@ impl Events {
             let mut guard = self.socket.readable().await.map_err(|source| Error::Socket { op, source })?;
             match guard.try_io(|socket| socket.get_ref().recv_from_full()) {
                 Ok(Ok((datagram, _))) => {
-                    let messages = parse(op, &datagram)?;
+                    let messages = parse::<RouteNetlinkMessage>(op, &datagram)?;
                     return Ok(messages.into_iter().filter_map(|message| event(message.payload)).collect());
                 }
                 Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => {
@@ -97,7 +97,7 @@ impl Events {
     }
 }
 
-fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
+pub(crate) fn event(payload: NetlinkPayload<RouteNetlinkMessage>) -> Option<Event> {
     let NetlinkPayload::InnerMessage(message) = payload else { return None };
     match message {
         RouteNetlinkMessage::NewLink(m) | RouteNetlinkMessage::DelLink(m) => {

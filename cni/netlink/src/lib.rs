@@ -8,9 +8,12 @@
 )]
 
 mod address;
+mod batch;
 pub mod diag;
 mod error;
 mod event;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod hostport;
 mod link;
 mod lookup;
@@ -18,6 +21,7 @@ pub mod masquerade;
 pub mod namespace;
 mod neighbour;
 mod nft;
+mod offload;
 mod route;
 mod shaping;
 mod socket;
@@ -25,11 +29,13 @@ pub mod sysctl;
 mod unlink;
 
 pub use address::Address;
+pub use batch::Batch;
 pub use error::{Class, Error};
 pub use event::{Event, Events, NeighbourChange};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use lookup::Destined;
 pub use neighbour::{FdbEntry, Neighbour};
+pub use offload::{Features, Offloads};
 pub use route::Route;
 pub use shaping::Shape;
 pub use socket::Netlink;

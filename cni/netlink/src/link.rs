@@ -10,8 +10,6 @@ use netlink_packet_route::link::{
     InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
 
-use nix::errno::Errno;
-
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 
 use crate::error::ok_if_gone;
@@ -46,6 +44,16 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
     /// `bridge`, `veth`, `vxlan` …; empty for a physical device.
     pub kind: String,
+    /// Kind of the queue that packets wait in before it sends them: `noqueue` if they don't.
+    pub queue: String,
+}
+
+impl Link {
+    /// Whether packets may wait before the device sends them, and so its rate may be bounded.
+    #[must_use]
+    pub fn is_queued(&self) -> bool {
+        !matches!(self.queue.as_str(), "" | "noqueue")
+    }
 }
 
 /// One end of a new veth pair.
@@ -111,12 +119,8 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none.
     pub fn link(&mut self, name: &str) -> Result<Link, Error> {
-        let mut message = LinkMessage::default();
-        // Counters are the larger part of an answer, and take longest.
-        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
         let about = About { op: "find the device", subject: name };
-        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+        match self.get(about, RouteNetlinkMessage::GetLink(question(name)))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
         }
@@ -131,6 +135,22 @@ impl Netlink {
         message.header.index = index;
         let subject = index.to_string();
         let about = About { op: "find the device", subject: &subject };
+        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
+            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
+        }
+    }
+
+    /// The device of a number in another namespace, by the number that this one has for it ([`Link::peer_namespace`]).
+    ///
+    /// # Errors
+    /// [`Class::NotFound`] if there is none.
+    pub fn link_of(&mut self, namespace: i32, index: u32) -> Result<Link, Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
+        let subject = index.to_string();
+        let about = About { op: "find the other end", subject: &subject };
         match self.get(about, RouteNetlinkMessage::GetLink(message))? {
             RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
             _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
@@ -177,13 +197,16 @@ impl Netlink {
         bridge: Option<u32>,
     ) -> Result<Option<Link>, Error> {
         let mut other = end(LinkUnspec::new_with_name(peer.name), peer);
+        if bridge.is_some() {
+            other = one_queue(other);
+        }
         if let Some(netns) = peer_netns {
             other = other.setns_by_fd(netns.as_raw_fd());
         }
         let pair = end(LinkVeth::new(host.name, peer.name), host);
         let mut pair = pair.set_info_data(InfoData::Veth(InfoVeth::Peer(other.build())));
         if let Some(bridge) = bridge {
-            pair = pair.controller(bridge);
+            pair = one_queue(pair.controller(bridge));
         }
         let echo = self.create("create the veth pair", host.name, pair.up().build())?;
         let mut made = echo.iter().filter_map(|message| match message {
@@ -222,18 +245,7 @@ impl Netlink {
     /// # Errors
     /// [`Class::NotFound`] if there is none of this number.
     pub fn change_link(&mut self, index: u32, change: &LinkChange<'_>) -> Result<(), Error> {
-        let device = LinkUnspec::new_with_index(index);
-        let mut message = match change.up {
-            Some(true) => device.up(),
-            Some(false) => device.down(),
-            None => device,
-        }
-        .build();
-        message.attributes.extend(change.master.map(LinkAttribute::Controller));
-        message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
-        message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
-        message.attributes.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
-        message.attributes.extend(change.netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
+        let message = changing(index, change);
         let subject = index.to_string();
         self.request(
             About { op: "change the device", subject: &subject },
@@ -247,36 +259,9 @@ impl Netlink {
     /// # Errors
     /// If the device is no bridge's port.
     pub fn set_hairpin(&mut self, index: u32, on: bool) -> Result<(), Error> {
-        self.set_port(index, on, Vec::new())
-    }
-
-    /// The same, and gives the port no IPv6 address of its own: its packets are the bridge's to take, and each such address
-    /// would be announced to every pod.
-    ///
-    /// # Errors
-    /// If the device is no bridge's port.
-    pub fn make_pod_port(&mut self, index: u32) -> Result<(), Error> {
-        let no_address = vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)];
-        let family = vec![AfSpecUnspec::Inet6(no_address)];
-        match self.set_port(index, true, vec![LinkAttribute::AfSpecUnspec(family)]) {
-            // A kernel without IPv6 knows no such thing.
-            Err(Error::Refused { errno: Errno::EAFNOSUPPORT, .. }) => self.set_hairpin(index, true),
-            other => other,
-        }
-    }
-
-    fn set_port(&mut self, index: u32, on: bool, more: Vec<LinkAttribute>) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        message.attributes = more;
-        message.attributes.push(LinkAttribute::LinkInfo(vec![
-            LinkInfo::PortKind(InfoPortKind::Bridge),
-            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
-        ]));
         let subject = index.to_string();
         let about = About { op: "set hairpin of", subject: &subject };
-        // RTM_SETLINK takes the port's data without a word and does nothing with it; RTM_NEWLINK sets it.
-        self.request(about, RouteNetlinkMessage::NewLink(message), 0)
+        self.request(about, RouteNetlinkMessage::NewLink(hairpin(index, on)), 0)
     }
 
     /// Deletes a device, and the other end of a pair with it. One that is gone is no error.
@@ -303,6 +288,57 @@ impl Netlink {
     }
 }
 
+/// Asks for a device. Without its counters, which are the larger part of an answer and take longest.
+pub(crate) fn question(name: &str) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    message
+}
+
+pub(crate) fn changing(index: u32, change: &LinkChange<'_>) -> LinkMessage {
+    let device = LinkUnspec::new_with_index(index);
+    let mut message = match change.up {
+        Some(true) => device.up(),
+        Some(false) => device.down(),
+        None => device,
+    }
+    .build();
+    message.attributes.extend(change.master.map(LinkAttribute::Controller));
+    message.attributes.extend(change.mtu_bytes.map(LinkAttribute::Mtu));
+    message.attributes.extend(change.mac.map(|mac| LinkAttribute::Address(mac.0.to_vec())));
+    message.attributes.extend(change.name.map(|name| LinkAttribute::IfName(name.to_owned())));
+    message.attributes.extend(change.netns.map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())));
+    message
+}
+
+/// For RTM_NEWLINK: RTM_SETLINK takes a port's data without a word and does nothing with it.
+pub(crate) fn hairpin(index: u32, on: bool) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(on)])),
+    ]));
+    message
+}
+
+/// Has the kernel give a device no IPv6 address of its own.
+pub(crate) fn without_own_address(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    let no_address = vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)];
+    message.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(no_address)]));
+    message
+}
+
+/// Else the kernel makes a queue for each processor, and files below /sys for each, and then uses one of them.
+fn one_queue<T>(builder: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
+    builder
+        .append_extra_attribute(LinkAttribute::NumTxQueues(1))
+        .append_extra_attribute(LinkAttribute::NumRxQueues(1))
+}
+
 fn end<T>(builder: LinkMessageBuilder<T>, end: &VethEnd<'_>) -> LinkMessageBuilder<T> {
     let builder = builder.mtu(end.mtu_bytes);
     match end.mac {
@@ -324,6 +360,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
         peer_index: None,
         peer_namespace: None,
         kind: String::new(),
+        queue: String::new(),
     };
     for attribute in &message.attributes {
         match attribute {
@@ -335,6 +372,7 @@ pub(crate) fn read(message: &LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::Link(index) => link.peer_index = Some(*index),
             LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),
+            LinkAttribute::Qdisc(kind) => link.queue.clone_from(kind),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

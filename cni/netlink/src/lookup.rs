@@ -52,7 +52,7 @@ fn refuses(errno: Errno) -> bool {
     [Errno::ENETUNREACH, Errno::EHOSTUNREACH, Errno::EACCES, Errno::EINVAL].contains(&errno)
 }
 
-fn read(message: &RouteMessage) -> Option<Destined> {
+pub(crate) fn read(message: &RouteMessage) -> Option<Destined> {
     let local = match message.header.kind {
         RouteType::Local => true,
         RouteType::Unicast => false,

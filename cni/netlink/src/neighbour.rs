@@ -106,7 +106,7 @@ impl Netlink {
     }
 }
 
-fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
+pub(crate) fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = match neighbour.address {
         IpAddr::V4(_) => AddressFamily::Inet,
@@ -135,7 +135,7 @@ fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {
     message
 }
 
-fn read_neighbour(message: &NeighbourMessage, index: u32) -> Option<Neighbour> {
+pub(crate) fn read_neighbour(message: &NeighbourMessage, index: u32) -> Option<Neighbour> {
     let ours = message.header.ifindex == index && message.header.state == NeighbourState::Permanent;
     if !ours || !matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6) {
         return None;
@@ -143,7 +143,7 @@ fn read_neighbour(message: &NeighbourMessage, index: u32) -> Option<Neighbour> {
     Some(Neighbour { index, address: destination(message)?, mac: mac(message)? })
 }
 
-fn read_fdb(message: &NeighbourMessage, index: u32) -> Option<FdbEntry> {
+pub(crate) fn read_fdb(message: &NeighbourMessage, index: u32) -> Option<FdbEntry> {
     if message.header.ifindex != index {
         return None;
     }

@@ -22,6 +22,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 
+use crate::socket::parse;
 use crate::{Class, Error};
 
 pub(crate) use expression::{
@@ -279,16 +280,7 @@ impl Nft {
     fn receive(&self) -> Result<Vec<NetlinkMessage<NetfilterMessage>>, Error> {
         let op = self.op;
         let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
-        let mut messages = Vec::new();
-        let mut rest = datagram.as_slice();
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest)
-                .map_err(|error| Error::Decode { op, reason: error.to_string() })?;
-            let length = usize::try_from(message.header.length).unwrap_or(0);
-            rest = &rest[length.next_multiple_of(4).clamp(4, rest.len())..];
-            messages.push(message);
-        }
-        Ok(messages)
+        parse(op, &datagram)
     }
 
     fn refused(&self, code: i32) -> Error {

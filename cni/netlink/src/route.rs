@@ -111,7 +111,7 @@ impl Netlink {
     }
 }
 
-fn message(route: &Route) -> RouteMessage {
+pub(crate) fn message(route: &Route) -> RouteMessage {
     let mut message = RouteMessage::default();
     let on_the_link = route.gateway.is_none();
     message.header = RouteHeader {

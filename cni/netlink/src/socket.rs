@@ -4,7 +4,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -26,7 +27,13 @@ pub struct Netlink {
     sequence: u32,
     /// How many messages came that no request had asked for.
     events: u64,
+    /// What the kernel sent last.
+    answer: Vec<u8>,
 }
+
+/// No datagram of the kernel's is longer: it sends an answer that is in parts of at most 32 KiB, and a device without
+/// virtual functions takes 5 KiB.
+const MAX_ANSWER_BYTES: usize = 64 << 10;
 
 /// What the kernel does in the background takes moments; on a machine that is overwhelmed, longer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -56,7 +63,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
-        Ok(Self { socket, sequence: 0, events: 0 })
+        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(MAX_ANSWER_BYTES) })
     }
 
     /// Opens a socket in another namespace, which the calling thread enters for that moment.
@@ -239,8 +246,7 @@ impl Netlink {
 
     fn send(&mut self, op: &'static str, message: RouteNetlinkMessage, flags: u16) -> Result<(), Error> {
         let bytes = self.encode(message, flags);
-        self.socket.send(&bytes, 0).map_err(|source| Error::Socket { op, source })?;
-        Ok(())
+        self.send_bytes(op, &bytes)
     }
 
     /// The next request's bytes.
@@ -256,12 +262,27 @@ impl Netlink {
         buffer
     }
 
+    /// Waits for a datagram. One call: to ask for its length first is to receive it twice.
     pub(crate) fn receive(
-        &self,
+        &mut self,
         op: &'static str,
     ) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
-        let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
-        parse(op, &datagram)
+        self.answer.clear();
+        let received = self.socket.recv(&mut self.answer, libc::MSG_TRUNC);
+        let length = received.map_err(|source| Error::Socket { op, source })?;
+        if length > self.answer.len() {
+            return Err(Error::Decode { op, reason: format!("{length} bytes are too many") });
+        }
+        parse(op, &self.answer)
+    }
+
+    pub(crate) fn send_bytes(&self, op: &'static str, bytes: &[u8]) -> Result<(), Error> {
+        self.socket.send(bytes, 0).map(|_| ()).map_err(|source| Error::Socket { op, source })
+    }
+
+    /// Notes a message that no request asked for.
+    pub(crate) fn note_event(&mut self) {
+        self.events += 1;
     }
 }
 
@@ -271,14 +292,14 @@ fn borrowed(socket: &Socket) -> BorrowedFd<'_> {
 }
 
 /// The messages of one datagram.
-pub(crate) fn parse(
+pub(crate) fn parse<T: NetlinkDeserializable>(
     op: &'static str,
     datagram: &[u8],
-) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+) -> Result<Vec<NetlinkMessage<T>>, Error> {
     let mut messages = Vec::new();
     let mut rest = datagram;
     while !rest.is_empty() {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+        let message = NetlinkMessage::<T>::deserialize(rest)
             .map_err(|error| Error::Decode { op, reason: error.to_string() })?;
         let length = usize::try_from(message.header.length).unwrap_or(0);
         // Messages begin at multiples of four bytes.

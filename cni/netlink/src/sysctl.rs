@@ -56,6 +56,15 @@ pub fn refuse_routers(device: &str) -> Result<(), Error> {
     ok_if_gone(set(&Path::new(IPV6).join(device).join("accept_ra"), b"0"))
 }
 
+/// The same for a device that is new, which takes them by default: not read before it is written.
+///
+/// # Errors
+/// If the switch can't be written.
+pub fn refuse_routers_anew(device: &str) -> Result<(), Error> {
+    let path = Path::new(IPV6).join(device).join("accept_ra");
+    ok_if_gone(fs::write(&path, b"0").map_err(failed("write", &path)))
+}
+
 /// Readies a device for IPv6 addresses: IPv6 is on, and no address waits for duplicate address detection, the kernel's own
 /// included.
 ///

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use weft_cni_ipam::{Acquired, Owner};
-use weft_cni_netlink::{Class, Link, LinkChange, Mac, Neighbour, Netlink, Route, VethEnd, namespace, sysctl};
+use weft_cni_netlink::{
+    Batch, Class, Link, LinkChange, Mac, Neighbour, Netlink, Offloads, Route, VethEnd, namespace, sysctl,
+};
 use weft_cni_spec::{AddResult, Bandwidth, Call, Config, Fabric, Interface, IpConfig, Range};
 
 use crate::capabilities::{self, Ends};
@@ -96,21 +98,27 @@ impl Attachment<'_> {
             Some(port) => port,
             None => host.link(&self.host_name)?,
         };
-        host.make_pod_port(port.index)?;
+        let mut pod = self.configure_pod(&port, &bridge)?;
+        self.configure_port(&mut host, &port, &bridge)?;
+        self.add_capabilities(&mut host, &port, &mut pod, made)?;
+        Ok(self.result(&bridge, &port))
+    }
+
+    /// The host's end, behind the pod's: it carries nothing before that one does.
+    fn configure_port(&self, host: &mut Netlink, port: &Link, bridge: &Link) -> Result<(), PluginError> {
+        let mut batch = Batch::default().make_pod_port(port.index);
         // Both sides know each other from the start: no packet waits for an answer, and none is lost.
         for placed in &self.addresses {
             let pod = Neighbour { index: bridge.index, address: placed.address, mac: self.mac };
-            host.put_neighbour(&pod)?;
+            batch = batch.put_neighbour(&pod);
         }
-        let mut pod = self.configure_pod(&port, &bridge)?;
-        self.add_capabilities(&mut host, &port, &mut pod, made)?;
-        // From the pod outwards, as each depends on the one before.
-        wait_until_running(&mut host, &self.host_name)?;
+        batch = batch.link(&self.host_name);
         // One that ran before has other ports.
         if !bridge.running {
-            wait_until_running(&mut host, &self.fabric.bridge)?;
+            batch = batch.link(&bridge.name);
         }
-        Ok(self.result(&bridge, &port))
+        let links = host.apply(batch)?;
+        links.into_iter().try_for_each(|link| wait_until_running(host, &link))
     }
 
     /// The node's bridge, made if it is missing, with the gateways' addresses on it.
@@ -149,25 +157,33 @@ impl Attachment<'_> {
     }
 
     fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
-        let mut pod = namespace::during(self.netns.as_fd(), || {
+        let (mut pod, offloads) = namespace::during(self.netns.as_fd(), || {
             self.switch_pod()?;
-            Netlink::open()
+            Ok::<_, weft_cni_netlink::Error>((Netlink::open()?, Offloads::open()?))
         })??;
         let index = match port.peer_index {
             Some(index) => index,
             None => pod.link(&self.owner.ifname)?.index,
         };
         // The flags that a peer is made with don't set it up in another namespace.
-        pod.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
+        let up = LinkChange { up: Some(true), ..LinkChange::default() };
+        let mut batch = Batch::default().change_link(index, &up);
         for placed in &self.addresses {
             let gateway = placed.range.gateway;
-            pod.add_address(index, placed.range.network(placed.address))?;
+            batch = batch.add_address(index, placed.range.network(placed.address));
             if let Some(mac) = bridge.mac {
-                pod.put_neighbour(&Neighbour { index, address: gateway, mac })?;
+                batch = batch.put_neighbour(&Neighbour { index, address: gateway, mac });
             }
-            pod.put_route(&Route { gateway: Some(gateway), ..Route::new(placed.everywhere(), index) })?;
+            let out = Route { gateway: Some(gateway), ..Route::new(placed.everywhere(), index) };
+            batch = batch.put_route(&out);
         }
-        wait_until_running(&mut pod, &self.owner.ifname)?;
+        let links = pod.apply(batch.link(&self.owner.ifname))?;
+        // Once it is up: earlier, the node's end would not know of it. XDP hands frames to no pod without.
+        offloads.receive_in_batches(&self.owner.ifname, true)?;
+        for placed in &self.addresses {
+            pod.await_address(placed.range.network(placed.address))?;
+        }
+        links.into_iter().try_for_each(|link| wait_until_running(&mut pod, &link))?;
         Ok(pod)
     }
 
@@ -194,7 +210,7 @@ impl Attachment<'_> {
     fn switch_pod(&self) -> Result<(), weft_cni_netlink::Error> {
         let name = &self.owner.ifname;
         // On IPv4 too: else another pod's announcements give this one an address and a route.
-        sysctl::refuse_routers(name)?;
+        sysctl::refuse_routers_anew(name)?;
         if self.addresses.iter().any(|placed| placed.address.is_ipv6()) {
             sysctl::use_ipv6(name)?;
         }
@@ -246,19 +262,21 @@ impl Attachment<'_> {
 /// Waits until a device carries packets. Before that it drops them, and a pod's first ones would be lost.
 ///
 /// Linux since 6.8 does what is missing when it is asked; an older one takes up to a second.
-fn wait_until_running(netlink: &mut Netlink, name: &str) -> Result<(), PluginError> {
+fn wait_until_running(netlink: &mut Netlink, found: &Link) -> Result<(), PluginError> {
     const DEADLINE: Duration = Duration::from_secs(3);
     const PAUSE: Duration = Duration::from_millis(2);
     let begun = Instant::now();
-    while !netlink.link(name)?.running {
+    let mut running = found.running;
+    while !running {
         if begun.elapsed() > DEADLINE {
-            return Err(PluginError::NotRunning(name.to_owned()));
+            return Err(PluginError::NotRunning(found.name.clone()));
         }
         #[expect(
             clippy::disallowed_methods,
             reason = "the only thread of a short process, and nothing else to do"
         )]
         std::thread::sleep(PAUSE);
+        running = netlink.link(&found.name)?.running;
     }
     Ok(())
 }

@@ -91,7 +91,7 @@ impl Attached {
 }
 
 /// The addresses of a result that are of a container, not of the host.
-fn addresses(result: &Value) -> Vec<IpAddr> {
+pub(crate) fn addresses(result: &Value) -> Vec<IpAddr> {
     let of_container = |ip: &Value| {
         let interface = ip.get("interface").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
         let interface = interface.and_then(|n| result.get("interfaces")?.get(n));

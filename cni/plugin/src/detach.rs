@@ -17,7 +17,7 @@ pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
     let Some(fabric) = &config.fabric else { return Ok(()) };
     let held = leases.held(owner)?;
     unlink(config, fabric, owner, &held)?;
-    held.into_iter().try_for_each(|address| Ok(leases.remove(address)?))
+    Ok(leases.release(owner)?)
 }
 
 /// Removes every attachment that isn't among the valid ones.

@@ -10,6 +10,8 @@ mod chained;
 mod check;
 mod detach;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod names;
 
 use weft_cni_ipam::{Leases, Owner, Pool};
@@ -99,7 +101,7 @@ fn status(config: &Config) -> Result<(), PluginError> {
     let unavailable = |source: PluginError| PluginError::Unavailable { source: Box::new(source) };
     let taken = leases(config).and_then(|leases| {
         // As ADD would.
-        let _locked = leases.lock()?;
+        drop(leases.lock()?);
         Ok(leases.all()?)
     });
     let taken = taken.map_err(unavailable)?;

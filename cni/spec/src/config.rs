@@ -142,6 +142,9 @@ impl Config {
         if !is_identifier(&name) {
             return Err(invalid("name", "letters, digits, '_', '.' and '-' only"));
         }
+        if raw.prev_result.as_ref().is_some_and(|result| !result.is_object()) {
+            return Err(invalid("prevResult", "not an object"));
+        }
         let fabric = Fabric::read(raw.bridge, raw.mtu, raw.ipam)?;
         let state_dir = raw.state_dir.filter(|path| path.is_absolute());
         let runtime = raw.runtime_config.check()?;

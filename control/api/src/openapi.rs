@@ -1,12 +1,14 @@
 //! OpenAPI v3: an index, and a document per group and version, made from the facts when asked for and not kept.
 //!
-//! The documents carry what clients act on: types, list and merge keys, the type and parameters of each operation.
-//! Descriptions are left out, since the facts have none.
+//! The documents carry what clients act on: types, list and merge keys, the type and parameters of each operation; and what
+//! upstream says of each type and field.
+mod descriptions;
 pub mod gnostic;
 pub mod v2;
 
 use std::{collections::BTreeSet, sync::LazyLock};
 
+use descriptions::Descriptions;
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -16,7 +18,7 @@ use crate::{
 };
 
 /// Raise it when the documents change while the facts don't.
-const RENDERING: &str = "1";
+const RENDERING: &str = "2";
 
 const BODY_TYPES: [&str; 2] = ["application/json", "application/yaml"];
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.";
@@ -25,7 +27,8 @@ const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.";
 pub fn hash() -> &'static str {
     static HASH: LazyLock<String> = LazyLock::new(|| {
         // FNV-1a: the name must change with the content, and needn't resist anybody.
-        let bytes = facts::table().bytes().chain(RENDERING.bytes());
+        let bytes =
+            facts::table().bytes().chain(RENDERING.bytes()).chain(descriptions::packed().iter().copied());
         let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
         });
@@ -47,8 +50,17 @@ pub fn index<'k>(kinds: impl IntoIterator<Item = &'k Kind>) -> Value {
 
 /// `/openapi/v3/api/v1` and `/openapi/v3/apis/<group>/<version>`; none if no served kind is in it.
 pub fn document<'k>(kinds: impl IntoIterator<Item = &'k Kind>, group: &str, version: &str) -> Option<Value> {
+    described(kinds, group, version, &Descriptions::unpack())
+}
+
+fn described<'k>(
+    kinds: impl IntoIterator<Item = &'k Kind>,
+    group: &str,
+    version: &str,
+    descriptions: &Descriptions,
+) -> Option<Value> {
     let schema = Schema::builtin();
-    let mut rendering = Rendering { schema, used: BTreeSet::new(), group, version };
+    let mut rendering = Rendering { schema, used: BTreeSet::new(), descriptions, group, version };
     let mut paths = Map::new();
     for kind in kinds.into_iter().filter(|kind| kind.group == group && kind.version == version) {
         rendering.kind_paths(&mut paths, kind);
@@ -77,6 +89,7 @@ struct Rendering<'a> {
     schema: &'static Schema,
     /// Definitions that the document must have.
     used: BTreeSet<DefinitionId>,
+    descriptions: &'a Descriptions,
     group: &'a str,
     version: &'a str,
 }
@@ -250,11 +263,14 @@ impl Rendering<'_> {
 
     fn render(&self, definition: &Definition) -> Value {
         let mut schema = shape(definition.shape);
+        if let Some(said) = self.descriptions.of(&definition.name, "") {
+            schema["description"] = said.into();
+        }
         if !definition.fields.is_empty() {
             let properties: Map<String, Value> = definition
                 .fields
                 .iter()
-                .map(|field| (field.name.to_string(), self.property(field)))
+                .map(|field| (field.name.to_string(), self.property(definition, field)))
                 .collect();
             schema["properties"] = properties.into();
         }
@@ -280,8 +296,11 @@ impl Rendering<'_> {
         schema
     }
 
-    fn property(&self, field: &Field) -> Value {
+    fn property(&self, definition: &Definition, field: &Field) -> Value {
         let mut property = self.value(&field.ty);
+        if let Some(said) = self.descriptions.of(&definition.name, &field.name) {
+            property["description"] = said.into();
+        }
         let list_type = match field.list_type {
             ListType::None => None,
             ListType::Atomic => Some("atomic"),
@@ -410,7 +429,10 @@ mod tests {
         assert_eq!(containers["x-kubernetes-list-map-keys"], json!(["name"]));
         assert_eq!(
             schemas["io.k8s.api.apps.v1.Deployment"]["properties"]["spec"],
-            json!({"allOf": [{"$ref": "#/components/schemas/io.k8s.api.apps.v1.DeploymentSpec"}]})
+            json!({
+                "allOf": [{"$ref": "#/components/schemas/io.k8s.api.apps.v1.DeploymentSpec"}],
+                "description": "Specification of the desired behavior of the Deployment.",
+            })
         );
         assert!(super::document(kinds::served(), "apps", "v9").is_none());
     }

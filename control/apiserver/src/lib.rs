@@ -14,6 +14,8 @@ mod body;
 mod bootstrap;
 mod cache;
 mod config;
+#[doc(hidden)]
+pub mod fuzz;
 mod handler;
 mod identity;
 mod kubelet;

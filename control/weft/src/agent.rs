@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane as dataplane;
+use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dns as dns;
 use weft_agent_kubelet as kubelet;
 use weft_agent_runtime::Runtime;
@@ -42,6 +43,7 @@ pub(crate) struct Node {
     /// The kubelet's serving certificate.
     pub(crate) serving: Identity,
     pub(crate) authority: String,
+    pub(crate) xdp: Xdp,
 }
 
 impl Node {
@@ -179,6 +181,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
         programs: artifacts::unpack(&paths.bin())?,
         serving: Identity { certificate: read("serving.crt")?, key: read("serving.key")? },
         authority: read("ca.crt")?,
+        xdp: args.xdp,
     })
 }
 
@@ -193,10 +196,20 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
     let (programmed, is_programmed) = watch::channel(false);
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    let (config, stop) = (dataplane_config(&node, &paths), shutdown.clone());
-    let gate = config.gate.clone();
+    let (reports, to_report) = watch::channel(dataplane::report::Report::default());
+    let mut config = dataplane_config(&node, &paths);
+    config.reports = Some(reports);
+    let (gate, stop) = (config.gate.clone(), shutdown.clone());
     tasks.spawn(async move {
         dataplane::run(config, clients.proxy, programmed, stop).await.context("the data plane failed")
+    });
+    let keeping =
+        dataplane::report::keep(clients.kubelet.clone(), node.name.clone(), to_report, shutdown.clone());
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        keeping.await;
+        stop.cancelled().await;
+        Ok(())
     });
     let (path, observer) = (paths.control_socket(), Arc::new(observer(&node, &paths)));
     let stop = shutdown.clone();
@@ -249,9 +262,10 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
         gate: Some(dataplane::policy::Gate::default()),
-        proxy: dataplane::ProxyConfig::default(),
+        proxy: dataplane::ProxyConfig { xdp: node.xdp, ..dataplane::ProxyConfig::default() },
         balancer_pools: node.cluster.load_balancer_pools.clone(),
         pod_network: dataplane::PodNetwork::Own,
+        reports: None,
     }
 }
 

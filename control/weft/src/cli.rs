@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
+use weft_agent_dataplane::xdp::Xdp;
 
 use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
@@ -66,6 +67,9 @@ pub(crate) struct UpArgs {
     /// How many nodes the cluster has; more than one get network namespaces of their own
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) nodes: Option<u8>,
+    /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    pub(crate) xdp: Xdp,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
 }
@@ -119,6 +123,9 @@ pub(crate) struct AgentArgs {
     /// Folder with the files ns/net, ns/mnt and ns/uts of the namespaces to enter first
     #[arg(long, value_name = "DIR")]
     pub(crate) enter: Option<PathBuf>,
+    /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    pub(crate) xdp: Xdp,
     /// Stop the node's pods instead of running it
     #[arg(long, hide = true)]
     pub(crate) stop: bool,

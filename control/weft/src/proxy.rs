@@ -10,6 +10,7 @@ use clap::Args;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dataplane::{self as dataplane, PodNetwork, ProxyConfig};
 
 use crate::{artifacts, lock, logging, network};
@@ -35,6 +36,9 @@ pub(crate) struct ProxyArgs {
     /// Where /metrics is served
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10249")]
     metrics_bind_address: SocketAddr,
+    /// Where XDP carries packets from outside to this node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    xdp: Xdp,
     /// Serve only processes below this cgroup, for a node that is itself a container [default: all]
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
@@ -101,9 +105,12 @@ fn config(args: &ProxyArgs) -> anyhow::Result<dataplane::Config> {
             node_port_addresses: args.nodeport_addresses.clone(),
             health: Some(args.healthz_bind_address),
             metrics: Some(args.metrics_bind_address),
+            xdp: args.xdp,
         },
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Others { bridge: args.pod_bridge_interface.clone() },
+        // A proxy alone has no Lease to write to.
+        reports: None,
     })
 }
 

@@ -55,13 +55,14 @@ impl Address {
     #[inline(always)]
     #[must_use]
     pub const fn words(&self) -> [u32; 4] {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
-        [
-            u32::from_ne_bytes([a, b, c, d]),
-            u32::from_ne_bytes([e, f, g, h]),
-            u32::from_ne_bytes([i, j, k, l]),
-            u32::from_ne_bytes([m, n, o, p]),
-        ]
+        zerocopy::transmute!(*self)
+    }
+
+    /// From such words.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        zerocopy::transmute!(words)
     }
 
     /// The last four bytes, which are the address if it is IPv4.

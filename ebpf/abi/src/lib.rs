@@ -10,10 +10,12 @@ mod address;
 mod event;
 pub mod policy;
 mod reason;
+mod xdp;
 
 pub use address::{Address, Port};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use reason::DropReason;
+pub use xdp::XdpPod;
 
 use core::mem::{offset_of, size_of};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -64,8 +66,12 @@ pub mod names {
     pub const TRACKED: &str = "weft_track_2";
     /// Set of rules on trial to `u64` per CPU: packets that it does not cover.
     pub const WOULD_DROP: &str = "weft_dry_2";
+    /// [`Address`](super::Address) to [`LocalPod`](super::LocalPod): pods of this node whose edges have programs.
+    pub const LOCAL_PODS: &str = "weft_local_2";
+    /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
+    pub const XDP_PODS: &str = "weft_xpod_2";
     /// All of them.
-    pub const ALL: [&str; 20] = [
+    pub const ALL: [&str; 22] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -86,6 +92,8 @@ pub mod names {
         RULES,
         TRACKED,
         WOULD_DROP,
+        LOCAL_PODS,
+        XDP_PODS,
     ];
 }
 
@@ -122,6 +130,10 @@ pub mod sizes {
     pub const EVENT_BYTES: u32 = 262_144;
     /// Sets of rules on trial that have met a packet they do not cover.
     pub const WOULD_DROP: u32 = 4_096;
+    /// Addresses of this node's pods.
+    pub const LOCAL_PODS: u32 = 8_192;
+    /// Addresses of pods of one node: two for each.
+    pub const XDP_PODS: u32 = 8_192;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }
@@ -401,10 +413,35 @@ pub struct NodeConfig {
     pub overlay_ifindex: u32,
     /// [`LAYOUT`]; the programs do nothing while it is 0.
     pub layout: u32,
-    /// Zero.
-    pub pad: u32,
+    /// The largest packet that every route into the overlay takes, if one takes less than its device; else 0.
+    pub narrowest_bytes: u32,
 }
 const _: () = assert!(size_of::<NodeConfig>() == 32);
+
+/// Packets to the pod wait in a queue at its device (a bound on its bandwidth): they are not handed to it past that.
+pub const LOCAL_QUEUED: u32 = 1;
+/// The node's ports lead to the pod by the stack's own translation, which its answers must not go past.
+pub const LOCAL_HOST_PORTS: u32 = 2;
+
+/// A pod of this node with programs at its edge, by each of its addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LocalPod {
+    /// The host's end of its pair.
+    pub ifindex: u32,
+    /// `LOCAL_…`.
+    pub flags: u32,
+    /// Hardware address of the pod's end.
+    pub mac: [u8; 6],
+    /// Not 0 once a flow of the pod was translated at its edge: answers to it may have to be translated back. Set by the
+    /// programs, kept by the agent.
+    pub translated: [u8; 2],
+}
+const _: () = assert!(size_of::<LocalPod>() == 16 && offset_of!(LocalPod, mac) == 8);
+
+/// Mark on a packet that a pod's edge has looked up and left to the stack: the node's edge need not look again. It is taken off
+/// there.
+pub const SEEN_MARK: u32 = 1 << 30;
 
 /// First port of the range that packets to Services leave the node with. It lies above the kernel's
 /// default range for local sockets (32768 to 60999).

@@ -60,6 +60,14 @@ impl PodDevices {
     }
 }
 
+/// Whether a client whose packets are translated at its own edge keeps its address towards a pod of the same bridge: if that pod's
+/// edge has programs too, which translate the answers back. Not towards itself: nobody takes packets from his own address.
+#[inline(always)]
+#[must_use]
+pub fn keep_source_at_edge(client: &Address, backend: &Address, backend_has_edge: bool) -> bool {
+    backend_has_edge && client != backend
+}
+
 /// Whether answers that become this go to the sender of `key`, from what it asked.
 #[inline(always)]
 #[must_use]

@@ -87,7 +87,7 @@ pub fn check<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, peer: &P
             tables.would_drop(trial);
         }
         if !packet.error {
-            remember(tables, &forward_key(edge, packet), packet, now);
+            remember(tables, edge, packet, now);
         }
     }
     if packet.fragments {
@@ -109,8 +109,10 @@ pub fn check_fragment<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet)
     matches!(tables.tracked(&key), Some(value) if now.wrapping_sub(value.last_seen) <= ICMP_SECONDS)
 }
 
+// What follows is not inlined where it has keys of its own: together they are more than a program's stack holds.
+
 /// Whether the rules of a set cover a packet of or to this peer. A pod can't keep itself out.
-#[inline(always)]
+#[inline(never)]
 pub fn covers<T: PolicyTables>(tables: &T, set: u64, peer: &Address, packet: &Packet) -> bool {
     if packet.source == packet.destination {
         return true;
@@ -157,7 +159,7 @@ fn answered_key(edge: &Edge, packet: &Packet) -> TrackKey {
 }
 
 /// Whether a packet answers a flow that was let through the other way.
-#[inline(always)]
+#[inline(never)]
 fn is_answer<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, now: u32) -> bool {
     if packet.begins {
         return false;
@@ -172,8 +174,9 @@ fn is_answer<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, now: u32
     true
 }
 
-#[inline(always)]
-fn remember<T: PolicyTables>(tables: &T, key: &TrackKey, packet: &Packet, now: u32) {
+#[inline(never)]
+fn remember<T: PolicyTables>(tables: &T, edge: &Edge, packet: &Packet, now: u32) {
+    let key = &forward_key(edge, packet);
     let closing = if packet.tcp_flags & (FIN | RST) != 0 { TRACK_CLOSING } else { 0 };
     match tables.tracked(key) {
         // A SYN after the end begins anew, with the same ports.

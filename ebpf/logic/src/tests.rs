@@ -313,6 +313,15 @@ fn who_keeps_its_address() {
     }
     let alone = flow::PodDevices { bridge, overlay: 0 };
     assert!(!alone.keep_source(bridge, 0, 0) && !alone.has(0), "no device is no overlay");
+    let [a, b] = [Address::v4([10, 42, 0, 2]), Address::v4([10, 42, 0, 3])];
+    let rows = [
+        ("to a pod whose edge translates the answers", a, b, true, true),
+        ("to one whose edge doesn't", a, b, false, false),
+        ("to itself", a, a, true, false),
+    ];
+    for (name, client, backend, has_edge, wanted) in rows {
+        assert_eq!(flow::keep_source_at_edge(&client, &backend, has_edge), wanted, "{name}");
+    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! What differs between IPv4 and IPv6 towards the kernel: routes, and how a header is rewritten.
 
-use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
+use aya_ebpf::bindings::{BPF_F_RECOMPUTE_CSUM, bpf_fib_lookup as FibLookup};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::Address;
-use weft_ebpf_logic::packet::{self, Bytes, V4, V6};
+use weft_ebpf_logic::packet::{self, Bytes, ETHERNET_BYTES, V4, V6};
 
 /// BPF_F_IPV6 of linux/bpf.h (6.16): the checksum in the packet and the addresses cancel out, because the header has no
 /// checksum of its own.
@@ -30,6 +30,10 @@ pub trait Family: packet::Family {
     fn set_destination(fib: &mut FibLookup, destination: &Address);
     /// The source that the routes give.
     fn source(fib: &FibLookup) -> Address;
+    /// Source and destination of a packet.
+    fn addresses(ctx: &TcContext) -> Option<[Address; 2]>;
+    /// Takes one off the hops that a packet has left, as a router does; `None` if it has none for that.
+    fn hop(ctx: &TcContext) -> Option<()>;
     /// Sets both addresses in the header at `at`, and its checksum if it has one. `difference` is that of their words.
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()>;
 }
@@ -46,6 +50,22 @@ impl Family for V4 {
     fn source(fib: &FibLookup) -> Address {
         // SAFETY: a lookup of this family filled it in.
         Address::v4(unsafe { fib.__bindgen_anon_3.ipv4_src }.to_ne_bytes())
+    }
+    #[inline(always)]
+    fn addresses(ctx: &TcContext) -> Option<[Address; 2]> {
+        let [a, b]: [[u8; 4]; 2] = ctx.load(ETHERNET_BYTES + 12).ok()?;
+        Some([Address::v4(a), Address::v4(b)])
+    }
+    #[inline(always)]
+    fn hop(ctx: &TcContext) -> Option<()> {
+        let at = ETHERNET_BYTES + 8;
+        let [ttl, protocol]: [u8; 2] = ctx.load(at).ok()?;
+        if ttl <= 1 {
+            return None;
+        }
+        let (from, to) = (u16::from_ne_bytes([ttl, protocol]), u16::from_ne_bytes([ttl - 1, protocol]));
+        ctx.l3_csum_replace(ETHERNET_BYTES + 10, from.into(), to.into(), 2).ok()?;
+        ctx.store(at, &(ttl - 1), 0).ok()
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()> {
@@ -75,6 +95,20 @@ impl Family for V6 {
             bytes[i * 4 + 3] = word[3];
         }
         Address(bytes)
+    }
+    #[inline(always)]
+    fn addresses(ctx: &TcContext) -> Option<[Address; 2]> {
+        ctx.load(ETHERNET_BYTES + 8).ok()
+    }
+    #[inline(always)]
+    fn hop(ctx: &TcContext) -> Option<()> {
+        let at = ETHERNET_BYTES + 7;
+        let hops: u8 = ctx.load(at).ok()?;
+        if hops <= 1 {
+            return None;
+        }
+        // No checksum of its own makes up for the change.
+        ctx.store(at, &(hops - 1), BPF_F_RECOMPUTE_CSUM.into()).ok()
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], _: u64) -> Option<()> {

@@ -5,11 +5,13 @@
 mod events;
 mod family;
 mod maps;
+mod pod;
 mod policy;
 mod reject;
 mod rewrite;
 mod sock;
 mod tc;
+mod xdp;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

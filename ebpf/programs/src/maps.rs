@@ -34,6 +34,8 @@ static DROPS: PerCpuArray<u64> = PerCpuArray::pinned(DropReason::COUNT, 0);
 static SOURCES: LpmTrie<SourceData, u32> = LpmTrie::pinned(sizes::SOURCES, NO_PREALLOC);
 #[map(name = "weft_frag_2")]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(sizes::FRAGMENTS, 0);
+#[map(name = "weft_local_2")]
+pub static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL_PODS, NO_PREALLOC);
 /// Not pinned: nothing in it outlives a packet.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -47,6 +49,43 @@ pub struct Work {
     pub entry: FlowValue,
     /// The way of a flow that begins.
     pub route: Route,
+    /// The device that it came in by; the bridge for what a pod's edge sees.
+    pub came_by: u32,
+    /// Whether it is looked at where its pod sends it.
+    pub at_pod: bool,
+    /// Whether its destination is a pod of this node, and the marks that it had. (In registers each would double the states that the
+    /// verifier goes through.)
+    pub near: bool,
+    /// See above.
+    pub mark: u32,
+    /// What an ICMP error quotes.
+    pub quoted: Packet,
+    /// Its source and destination as it came.
+    pub ends: [Address; 2],
+    /// The pod that it is for, if that is to be handed to it directly.
+    pub pod: LocalPod,
+}
+
+impl Work {
+    /// Looks for a pod of this node, by the source or destination that the packet came with.
+    #[inline(always)]
+    pub fn find_end(&mut self, which: usize) -> bool {
+        let end = self.ends[which];
+        self.find_pod(end)
+    }
+
+    /// Looks for a pod of this node.
+    #[inline(always)]
+    pub fn find_pod(&mut self, address: Address) -> bool {
+        // SAFETY: without preallocation an element is freed by RCU only; it is copied before the program ends.
+        match unsafe { LOCAL_PODS.get(address) } {
+            Some(pod) => {
+                self.pod = *pod;
+                true
+            }
+            None => false,
+        }
+    }
 }
 
 /// This CPU's. A packet program is not interrupted by another one: both run with softirqs off.

@@ -97,10 +97,21 @@ impl Bytes for Frame<'_> {
 #[inline(always)]
 fn edge(ctx: &TcContext, way: u8) -> Option<Edge> {
     // SAFETY: the kernel hands in a valid context.
-    let ifindex = unsafe { (*raw(ctx)).ifindex };
+    edge_at(unsafe { (*raw(ctx)).ifindex }, way)
+}
+
+#[inline(always)]
+fn edge_at(ifindex: u32, way: u8) -> Option<Edge> {
     // SAFETY: as for identities.
     let pod = unsafe { PODS.get(ifindex).copied() }?;
     (pod.flags != 0).then_some(Edge { pod, ifindex, way })
+}
+
+/// Whether anything is asked of packets to the pod behind a device, be it on trial.
+#[inline(always)]
+pub fn is_checked(ifindex: u32) -> bool {
+    // SAFETY: as for identities.
+    unsafe { PODS.get(ifindex) }.is_some_and(|pod| pod.flags != 0)
 }
 
 #[inline(always)]
@@ -132,17 +143,34 @@ pub fn weft_from_pod(ctx: TcContext) -> i32 {
 /// Packets that go to a pod.
 #[classifier]
 pub fn weft_to_pod(ctx: TcContext) -> i32 {
-    let Some(edge) = edge(&ctx, TRACK_IN) else { return NEXT };
+    match edge(&ctx, TRACK_IN) {
+        Some(edge) => into_pod(&ctx, &edge, is_own(&ctx)),
+        None => NEXT,
+    }
+}
+
+/// Asks a pod's policies about a packet that is about to be handed to it past its device, whose program never sees it.
+/// Not inlined: the stack of the program that asks has no room for more keys.
+#[inline(never)]
+pub fn admits(ctx: &TcContext, ifindex: u32) -> bool {
+    match edge_at(ifindex, TRACK_IN) {
+        Some(edge) => into_pod(ctx, &edge, false) == NEXT,
+        None => true,
+    }
+}
+
+#[inline(always)]
+fn into_pod(ctx: &TcContext, edge: &Edge, is_own: bool) -> i32 {
     let Some(packet) = room() else { return DROP };
-    let allowed = match parse(&Frame(&ctx), packet) {
+    let allowed = match parse(&Frame(ctx), packet) {
         Parsed::Free => return NEXT,
         Parsed::Broken => {
             return verdict(edge.pod.flags & POLICY_INGRESS == 0, DropReason::PolicyIngress, None);
         }
-        Parsed::Fragment => is_own(&ctx) || check_fragment(&Kernel, &edge, packet),
+        Parsed::Fragment => is_own || check_fragment(&Kernel, edge, packet),
         Parsed::Packet => {
-            let peer = source(&ctx, packet);
-            check(&Kernel, &edge, packet, &peer)
+            let peer = if is_own { Peer::Exempt } else { source(packet) };
+            check(&Kernel, edge, packet, &peer)
         }
     };
     verdict(allowed, DropReason::PolicyIngress, Some(packet))
@@ -194,10 +222,7 @@ fn destination(ctx: &TcContext, edge: &Edge, packet: &Packet) -> Peer {
 
 /// Who sent a packet to a pod. One that the node translated has the node's address: the flow knows the client.
 #[inline(always)]
-fn source(ctx: &TcContext, packet: &Packet) -> Peer {
-    if is_own(ctx) {
-        return Peer::Exempt;
-    }
+fn source(packet: &Packet) -> Peer {
     if !Kernel.is_node_address(&packet.source) {
         return Peer::At(packet.source);
     }
@@ -218,13 +243,13 @@ fn source(ctx: &TcContext, packet: &Packet) -> Peer {
     }
 }
 
-/// Takes the mark of an isolated pod's packet to a Service off it.
+/// Takes the marks of a pod's edge off a packet: that of an isolated pod's packet to a Service, and [`SEEN_MARK`].
 #[inline(always)]
 pub fn take_mark(ctx: &TcContext) -> u32 {
     // SAFETY: the context is valid, and a program of this type may write the mark.
     unsafe {
         let mark = (*raw(ctx)).mark;
-        if mark & POLICY_MARK != 0 {
+        if mark & (POLICY_MARK | SEEN_MARK) != 0 {
             (*raw(ctx)).mark = 0;
         }
         mark
@@ -239,7 +264,7 @@ pub fn may_reach(mark: u32, flow: &FlowValue, protocol: u8) -> bool {
         return true;
     }
     // SAFETY: as for identities.
-    let Some(pod) = (unsafe { PODS.get(mark & !POLICY_MARK).copied() }) else { return true };
+    let Some(pod) = (unsafe { PODS.get(mark & !(POLICY_MARK | SEEN_MARK)).copied() }) else { return true };
     if Kernel.is_node_address(&flow.destination) {
         return true;
     }

@@ -63,7 +63,7 @@ pub fn rewrite<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -
 
 /// Makes an ICMP error what `entry` says, which is the entry of packets that go its way; the packet it quotes went the
 /// other. The quoted transport checksum stays: nobody verifies it, and often it is cut off.
-#[inline(always)]
+#[inline(never)]
 pub fn rewrite_error<F: Family>(
     ctx: &TcContext,
     error: &Packet,

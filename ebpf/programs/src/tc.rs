@@ -16,24 +16,46 @@ use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is
 
 use crate::events;
 use crate::family::{Family, Frame};
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, Work, config, count, work};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, work};
+use crate::pod;
 use crate::policy;
 use crate::reject::{reject, too_big};
 use crate::rewrite::{rewrite, rewrite_error};
 
 const PASS: i32 = TC_ACT_OK as i32;
 const DROP: i32 = TC_ACT_SHOT as i32;
+/// No verdict yet: the packet is nobody's.
+pub const NOBODYS: i32 = -2;
+/// No verdict yet: the packet is to be handed to [`Work::pod`].
+pub const TO_POD: i32 = -3;
+/// No verdict yet: the packet was translated, and is the stack's.
+pub const TO_STACK: i32 = -4;
 const LEAST_MTU_BYTES: u32 = 1_280;
 
 /// Packets that enter the node: from outside, from its pods, from the overlay.
 #[classifier]
 pub fn weft_ingress(ctx: TcContext) -> i32 {
     let mark = policy::take_mark(&ctx);
-    match ethertype(&ctx) {
-        V4::ETHERTYPE => ingress::<V4>(&ctx, mark),
-        V6::ETHERTYPE => ingress::<V6>(&ctx, mark),
-        _ => PASS,
+    if mark & SEEN_MARK != 0 {
+        return PASS;
     }
+    let Some(work) = work() else { return PASS };
+    (work.came_by, work.at_pod, work.mark) = (ingress_ifindex(&ctx), false, mark);
+    let done = match ethertype(&ctx) {
+        V4::ETHERTYPE => ingress::<V4>(&ctx, work),
+        V6::ETHERTYPE => ingress::<V6>(&ctx, work),
+        _ => PASS,
+    };
+    match done {
+        TO_POD => pod::hand_over(&ctx, &work.pod),
+        NOBODYS | TO_STACK => PASS,
+        verdict => verdict,
+    }
+}
+
+#[inline(always)]
+fn ingress<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    if pod::arrives::<F>(ctx, work) { TO_POD } else { serve::<F>(ctx, work) }
 }
 
 /// Packets that the node's own processes send: answers of a backend that is the node itself.
@@ -47,7 +69,7 @@ pub fn weft_egress(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn ethertype(ctx: &TcContext) -> [u8; 2] {
+pub fn ethertype(ctx: &TcContext) -> [u8; 2] {
     // SAFETY: the kernel hands in a valid context. The low half holds the type in network order.
     let [a, b, _, _] = unsafe { (*raw(ctx)).protocol }.to_ne_bytes();
     [a, b]
@@ -67,36 +89,54 @@ enum Outcome {
     Dropped(DropReason),
 }
 
+/// Translates a packet to a Service, and the answer to one. Returns a verdict, or [`NOBODYS`], [`TO_POD`], [`TO_STACK`].
 #[inline(always)]
-fn ingress<F: Family>(ctx: &TcContext, mark: u32) -> i32 {
-    let Some(work) = work() else { return PASS };
+pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if read::<F>(ctx, &mut work.packet).is_none() {
-        return PASS;
+        work.packet.key.protocol = 0;
+        return NOBODYS;
     }
     if work.packet.key.protocol == F::ICMP {
-        return error::<F>(ctx, &work.packet, &mut work.entry, true);
+        return error::<F>(ctx, work, true);
     }
     let outcome = match judge::<F>(ctx, work) {
         Outcome::Goes | Outcome::Begins
-            if !policy::may_reach(mark, &work.entry, work.packet.key.protocol) =>
+            if !policy::may_reach(work.mark, &work.entry, work.packet.key.protocol) =>
         {
             Outcome::Dropped(DropReason::PolicyEgress)
         }
         outcome => outcome,
     };
-    let Work { packet, entry, route } = work;
     match outcome {
-        Outcome::Pass => PASS,
-        Outcome::Goes => go::<F>(ctx, packet, entry),
-        Outcome::Begins => match record(&packet.key, route, ingress_ifindex(ctx), entry) {
-            Ok(()) => {
-                events::packet(&packet.key, &flow::backend(entry, packet.key.protocol));
-                go::<F>(ctx, packet, entry)
+        Outcome::Pass => NOBODYS,
+        Outcome::Goes => go::<F>(ctx, work),
+        Outcome::Begins => {
+            let Work { packet, entry, route, came_by, .. } = work;
+            match record(&packet.key, route, *came_by, entry) {
+                Ok(()) => {
+                    if work.at_pod {
+                        note_translated(&work.packet.key.source);
+                    }
+                    events::packet(
+                        &work.packet.key,
+                        &flow::backend(&work.entry, work.packet.key.protocol),
+                    );
+                    go::<F>(ctx, work)
+                }
+                Err(reason) => told(packet, reason),
             }
-            Err(reason) => told(packet, reason),
-        },
-        Outcome::Refused(reason) => reject::<F>(ctx, packet, reason),
-        Outcome::Dropped(reason) => told(packet, reason),
+        }
+        Outcome::Refused(reason) => reject::<F>(ctx, &work.packet, reason),
+        Outcome::Dropped(reason) => told(&work.packet, reason),
+    }
+}
+
+/// Notes that answers to a pod may have to be translated back, before the first one can come.
+#[inline(always)]
+fn note_translated(client: &Address) {
+    if let Some(pod) = LOCAL_PODS.get_ptr_mut(client) {
+        // SAFETY: aligned bytes of an element, which only ever become 1.
+        unsafe { (*pod).translated = [1, 0] };
     }
 }
 
@@ -109,25 +149,27 @@ fn told(packet: &Packet, reason: DropReason) -> i32 {
 
 /// Sends a packet on as what it becomes, if it fits.
 #[inline(always)]
-fn go<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> i32 {
-    if let Some(mtu_bytes) = too_big_for(ctx, packet, entry.ifindex) {
-        return too_big::<F>(ctx, packet, mtu_bytes);
+fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    if let Some(mtu_bytes) = too_big_for(ctx, work.packet.total_bytes, work.entry.ifindex) {
+        return too_big::<F>(ctx, &work.packet, mtu_bytes);
     }
-    match translate::<F>(ctx, packet, entry) {
-        Ok(()) => leave(entry.ifindex),
+    match translate::<F>(ctx, &work.packet, &work.entry) {
+        Ok(()) => leave(work),
         Err(reason) => dropped(reason),
     }
 }
 
 #[inline(always)]
 fn egress<F: Family>(ctx: &TcContext) -> i32 {
-    let Some(Work { packet, entry, .. }) = work() else { return PASS };
-    if read::<F>(ctx, packet).is_none() {
+    let Some(work) = work() else { return PASS };
+    if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
-    if packet.key.protocol == F::ICMP {
-        return error::<F>(ctx, packet, entry, false);
+    if work.packet.key.protocol == F::ICMP {
+        let done = error::<F>(ctx, work, false);
+        return if done < 0 { PASS } else { done };
     }
+    let Work { packet, entry, .. } = work;
     if known(&packet.key, entry).is_none() || entry.flags & FLOW_REPLY == 0 {
         return PASS;
     }
@@ -156,7 +198,7 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
 fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
-    let Work { packet, entry, route } = work;
+    let Work { packet, entry, .. } = work;
     if known(&packet.key, entry).is_some() {
         match established(packet, entry) {
             Known::Goes => return Outcome::Goes,
@@ -167,7 +209,7 @@ fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
             Known::Anew => forget(&packet.key, entry),
         }
     }
-    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, packet, entry, route) }
+    if packet.part == Part::Later { Outcome::Pass } else { begin::<F>(ctx, work) }
 }
 
 /// Copies the entry of a flow.
@@ -180,17 +222,23 @@ fn known(key: &FlowKey, entry: &mut FlowValue) -> Option<()> {
 
 /// An ICMP error about a packet that was translated on this node goes on to the other end of the flow, and quotes what
 /// that end sent. One that the node itself sends goes on by the stack.
-#[inline(never)]
-fn error<F: Family>(ctx: &TcContext, error: &Packet, entry: &mut FlowValue, came_in: bool) -> i32 {
-    let Some(quoted) = packet::parse_quote::<F, _>(&Frame(ctx), error) else { return PASS };
-    if known(&flow::reversed(&quoted.key), entry).is_none() {
-        return PASS;
+#[inline(always)]
+fn error<F: Family>(ctx: &TcContext, work: &mut Work, came_in: bool) -> i32 {
+    if quoted::<F>(ctx, work).is_none() {
+        return NOBODYS;
     }
-    match rewrite_error::<F>(ctx, error, &quoted, entry) {
-        Some(()) if came_in => leave(entry.ifindex),
-        Some(()) => PASS,
+    match rewrite_error::<F>(ctx, &work.packet, &work.quoted, &work.entry) {
+        Some(()) if came_in => leave(work),
+        Some(()) => TO_STACK,
         None => dropped(DropReason::RewriteFailed),
     }
+}
+
+/// Reads what an error quotes, and finds the entry of its flow.
+#[inline(never)]
+fn quoted<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
+    work.quoted = packet::parse_quote::<F, _>(&Frame(ctx), &work.packet)?;
+    known(&flow::reversed(&work.quoted.key), &mut work.entry)
 }
 
 enum Known {
@@ -248,9 +296,10 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 
 /// A packet of no known flow: one to a Service begins one.
 #[inline(always)]
-fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, route: &mut Route) -> Outcome {
+fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
-    let ifindex = ingress_ifindex(ctx);
+    let Work { packet, entry, route, came_by: ifindex, at_pod, .. } = work;
+    let ifindex = *ifindex;
     let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
     let key = &packet.key;
     let to = Destination {
@@ -279,16 +328,20 @@ fn begin<F: Family>(ctx: &TcContext, packet: &Packet, entry: &mut FlowValue, rou
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
-    if find_route::<F>(ctx, packet, &backend, route).is_none() {
+    if find_route::<F>(ctx, ifindex, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
     }
     route.keeps_source |= pods.keep_source(ifindex, route.ifindex, service.flags);
+    if *at_pod && route.ifindex == config.bridge_ifindex {
+        let has_edge = LOCAL_PODS.get_ptr(backend.address).is_some();
+        route.keeps_source |= flow::keep_source_at_edge(&key.source, &backend.address, has_edge);
+    }
     *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
     Outcome::Begins
 }
 
 #[inline(always)]
-fn ingress_ifindex(ctx: &TcContext) -> u32 {
+pub fn ingress_ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the kernel hands in a valid context.
     unsafe { (*ctx.skb.skb).ifindex }
 }
@@ -297,7 +350,7 @@ fn ingress_ifindex(ctx: &TcContext) -> u32 {
 #[inline(always)]
 fn find_route<F: Family>(
     ctx: &TcContext,
-    packet: &Packet,
+    ifindex: u32,
     backend: &BackendKey,
     route: &mut Route,
 ) -> Option<()> {
@@ -308,8 +361,8 @@ fn find_route<F: Family>(
     // SAFETY: all zeros are a valid value.
     let mut fib: FibLookup = unsafe { core::mem::zeroed() };
     fib.family = F::NUMBER;
-    fib.l4_protocol = packet.key.protocol;
-    fib.ifindex = ingress_ifindex(ctx);
+    fib.l4_protocol = backend.protocol;
+    fib.ifindex = ifindex;
     F::set_destination(&mut fib, &backend.address);
     // SAFETY: context and parameters are valid for the length given.
     let result = unsafe {
@@ -335,18 +388,26 @@ fn record(key: &FlowKey, route: &Route, ifindex: u32, entry: &mut FlowValue) -> 
     entry.last_seen = Kernel.now_seconds();
     let mut reply = flow::reply(key, ifindex, entry.generation);
     reply.last_seen = entry.last_seen;
-    // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's.
+    // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's. A pod never
+    // keeps it: it may use the same port towards the same backend directly, past any table of flows.
     let mut entered = false;
-    if route.keeps_source {
-        (entry.source, entry.source_port) = (key.source, key.source_port);
+    entry.source = if route.keeps_source { key.source } else { route.source };
+    if route.keeps_source && !is_from_pods(ifindex) {
+        entry.source_port = key.source_port;
         entered = enter_own(key, entry, &reply);
-    } else {
-        entry.source = route.source;
     }
     if !entered && !enter_free(key, entry, &reply) {
         return Err(DropReason::NatPortsExhausted);
     }
     FLOWS.insert(key, *entry, 0).map_err(|_| DropReason::FlowTableFull)
+}
+
+#[inline(always)]
+fn is_from_pods(ifindex: u32) -> bool {
+    match config() {
+        Some(config) => ifindex == config.bridge_ifindex || ifindex == config.overlay_ifindex,
+        None => false,
+    }
 }
 
 /// Enters the answers to the client's own port. Those of this very flow, whose other half was forgotten, are taken over.
@@ -388,9 +449,9 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
 
 /// The MTU of the next device, if the packet exceeds it.
 #[inline(always)]
-fn too_big_for(ctx: &TcContext, packet: &Packet, ifindex: u32) -> Option<u16> {
+fn too_big_for(ctx: &TcContext, total_bytes: u32, ifindex: u32) -> Option<u16> {
     // Every link takes what IPv6 demands of it (RFC 8200 §5): small packets cost nothing here.
-    if packet.total_bytes <= LEAST_MTU_BYTES || ifindex == 0 {
+    if total_bytes <= LEAST_MTU_BYTES || ifindex == 0 {
         return None;
     }
     let mut mtu = 0_u32;
@@ -401,15 +462,18 @@ fn too_big_for(ctx: &TcContext, packet: &Packet, ifindex: u32) -> Option<u16> {
     (result > 0).then_some(mtu as u16)
 }
 
-/// Out of a device; 0 leaves the packet to the stack. Routing it there would drop it: its source is now an address of
-/// this node ("martian source").
+/// The way of a translated packet: to a pod of this node, or out of a device; 0 leaves it to the stack. Routing it there would drop
+/// it: its source is now an address of this node ("martian source").
 #[inline(always)]
-fn leave(ifindex: u32) -> i32 {
-    if ifindex == 0 {
-        return PASS;
+fn leave(work: &mut Work) -> i32 {
+    if work.find_pod(work.entry.destination) && work.pod.flags & LOCAL_QUEUED == 0 {
+        return TO_POD;
+    }
+    if work.entry.ifindex == 0 {
+        return TO_STACK;
     }
     // SAFETY: no parameters are given; the kernel looks the neighbour up by the packet's destination.
-    unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    unsafe { bpf_redirect_neigh(work.entry.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// The raw context, for helpers that aya does not wrap.

@@ -244,6 +244,14 @@ spec:
 fn ask(cluster: &Cluster) -> anyhow::Result<()> {
     let explained = cluster.kubectl(&["explain", "deployment.spec.replicas"])?;
     assert!(explained.contains("FIELD: replicas <integer>"), "{explained}");
+    let explained = cluster.kubectl(&["explain", "pod.spec.containers"])?;
+    for part in [
+        "List of containers belonging to the pod.",
+        "A single application container",
+        "imagePullPolicy\t<string>",
+    ] {
+        assert!(explained.contains(part), "{part} in {explained}");
+    }
     let resources = cluster.kubectl(&["api-resources"])?;
     for kind in ["deployments", "networkpolicies", "leases", "poddisruptionbudgets"] {
         assert!(resources.contains(kind), "{kind} in {resources}");

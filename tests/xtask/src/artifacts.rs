@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::steps::{cargo, loud, quiet, step, target};
-use crate::{ebpf, machine};
+use crate::{ebpf, machine, musl};
 
 const STATIC_PROGRAMS: [(&str, &str); 2] =
     [("weft-agent-runtime-init", "weft-init"), ("weft-cni-plugin", "weft-cni")];
@@ -15,7 +15,7 @@ const PROBE: (&str, &str) = ("weft-tests-probe", "weft-probe");
 
 /// Builds everything; answers the path of `weft`.
 pub(crate) fn build_all(release: bool) -> anyhow::Result<PathBuf> {
-    step("build weft-init and weft-cni", || build_static(&STATIC_PROGRAMS))?;
+    step("build weft-init and weft-cni", || build_static(&STATIC_PROGRAMS, release))?;
     build_ebpf()?;
     let artifacts = target("artifacts")?;
     let (profile, folder) = if release { ("release", "release") } else { ("dev", "debug") };
@@ -39,14 +39,24 @@ pub(crate) fn build_ebpf() -> anyhow::Result<PathBuf> {
 
 /// Builds the program that the network tests run in pods.
 pub(crate) fn build_probe() -> anyhow::Result<()> {
-    step("build weft-probe", || build_static(&[PROBE]))
+    step("build weft-probe", || build_static(&[PROBE], false))
 }
 
-fn build_static(programs: &[(&str, &str)]) -> anyhow::Result<()> {
+/// A release's `weft-cni` is on musl, where that can be had: it takes minutes the first time.
+fn build_static(programs: &[(&str, &str)], release: bool) -> anyhow::Result<()> {
     let host = host_triple()?;
     let folder = target("static")?;
     let artifacts = target("artifacts")?;
     for (package, program) in programs {
+        if release && *program == "weft-cni" {
+            if let Some(built) = musl::build(package, program)? {
+                place(&built, &artifacts.join(program))?;
+                continue;
+            }
+            eprintln!(
+                "weft-cni starts slower: it is on glibc, as neither rustup's musl target nor musl-tools is here"
+            );
+        }
         // The host's triple is named so that build scripts and macros keep their own flags.
         let mut command =
             cargo(&["build", "-p", package, "--profile", "tiny", "--target", &host, "--target-dir"]);
@@ -57,7 +67,7 @@ fn build_static(programs: &[(&str, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn host_triple() -> anyhow::Result<String> {
+pub(crate) fn host_triple() -> anyhow::Result<String> {
     let version = quiet(std::process::Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     host.map(str::to_owned).context("rustc -vV names no host")

@@ -7,9 +7,17 @@ use anyhow::{bail, ensure};
 
 use crate::steps::{cargo, quiet, root, step};
 
-/// To build: a C compiler for the crates that need one, protoc for the etcd client, the eBPF toolchain.
-const BUILD_PACKAGES: &[&str] =
-    &["gcc", "libc6-dev", "protobuf-compiler", "libprotobuf-dev", "rustc-web", "cargo-web", "rust-web-src"];
+/// To build: a C compiler for the crates that need one, protoc for the etcd client, the eBPF toolchain, a C library for `weft-cni`.
+const BUILD_PACKAGES: &[&str] = &[
+    "gcc",
+    "libc6-dev",
+    "protobuf-compiler",
+    "libprotobuf-dev",
+    "rustc-web",
+    "cargo-web",
+    "rust-web-src",
+    "musl-tools",
+];
 /// To run the sample and the tests.
 const RUN_PACKAGES: &[&str] = &["iproute2", "apt-utils"];
 /// Only the tests use these: the reference store, peers to compare with, a second image builder, what looks on.
@@ -20,6 +28,7 @@ const TEST_PACKAGES: &[&str] = &[
     "iptables",
     "nftables",
     "containernetworking-plugins",
+    "containerd",
     "python3",
     "python3-venv",
     "conntrack",

@@ -5,9 +5,11 @@ mod checks;
 mod deadline;
 mod ebpf;
 mod facts;
+mod fuzz;
 mod images;
 mod layers;
 mod machine;
+mod musl;
 mod steps;
 mod up;
 
@@ -52,6 +54,14 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Fuzz what reads foreign input, led by coverage (libFuzzer); all targets if none is named
+    Fuzz {
+        /// The target: a folder of tests/fuzz/corpus
+        target: Option<String>,
+        /// Seconds for each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Make the API's table of facts anew from a published OpenAPI document and discovery documents
     Facts {
         /// The OpenAPI v2 document
@@ -82,6 +92,7 @@ fn main() -> ExitCode {
         Task::Ebpf => artifacts::build_ebpf().map(|_| ()),
         Task::Images => images::build_all().and_then(|_| images::build_for_tests()),
         Task::Bench { args } => checks::bench(&args),
+        Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
         Task::Layers => layers::check(),
         Task::RunTest { command } => deadline::run(&command),

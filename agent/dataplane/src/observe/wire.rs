@@ -1,5 +1,6 @@
 //! Questions to a node and its answers, as they stand on the socket and in `-o json`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -53,6 +54,8 @@ pub enum Request {
     },
     /// What the dataplane stands on.
     Health,
+    /// Which other nodes don't answer this one.
+    Silent,
     /// Flows, from now until the connection ends.
     Flows {
         /// Only what is refused or dropped.
@@ -80,6 +83,8 @@ pub enum Answer {
     Probed(Probed),
     /// To [`Request::Health`].
     Health(Health),
+    /// To [`Request::Silent`]: their addresses.
+    Silent(BTreeSet<IpAddr>),
     /// To [`Request::Flows`], again and again.
     Seen(Seen),
 }
@@ -100,7 +105,7 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict);
+    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

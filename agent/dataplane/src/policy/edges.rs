@@ -1,26 +1,28 @@
 //! The edges of this node's pods: which device leads to which address, and the programs there.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData, PerCpuHashMap};
-use weft_cni_netlink::{Class, Link, Netlink};
+use weft_cni_netlink::{Class, Link, Mac, Netlink};
 use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
-use weft_ebpf_abi::{Address, names};
+use weft_ebpf_abi::{Address, LOCAL_HOST_PORTS, LOCAL_QUEUED, LocalPod, names};
 
+use super::local::{LocalPods, LocalTable};
 use super::maps::PolicyTable;
 use super::rules::Trial;
-use crate::maps::Kind as _;
 use crate::maps::kernel::KernelMaps;
+use crate::maps::{Kind as _, MapError};
 use crate::node::failed;
 use crate::programs::{self, ProgramError, Programs};
 
 /// Program, attach type on the host's device (linux/bpf.h, `enum bpf_attach_type`), suffix of the pin. What comes in there is
-/// what the pod sends.
-pub(crate) const HOOKS: [(&str, u32, &str); 2] = [("weft_from_pod", 46, "out"), ("weft_to_pod", 47, "in")];
+/// what the pod sends. Of two on one hook the first is asked first: policy, then the ways.
+pub(crate) const HOOKS: [(&str, u32, &str); 3] =
+    [("weft_from_pod", 46, "out"), ("weft_pod_edge", 46, "way"), ("weft_to_pod", 47, "in")];
 /// Pins of links are named after it and the device's index.
 const PIN: &str = "pod_";
 
@@ -33,35 +35,50 @@ pub enum EdgeError {
     /// Programs could not be attached or let go of.
     #[error(transparent)]
     Programs(#[from] ProgramError),
+    /// The map of the node's pods could not be changed.
+    #[error(transparent)]
+    Local(#[from] MapError),
+}
+
+/// What is at the other end of a device.
+#[derive(Debug)]
+struct Behind {
+    addresses: Vec<Address>,
+    /// The other end's.
+    mac: Option<Mac>,
+    /// Packets wait in a queue at the device.
+    queued: bool,
 }
 
 /// Devices of pods, with programs attached.
 #[derive(Debug)]
 pub struct Edges {
-    programs: [OwnedFd; 2],
+    programs: [OwnedFd; HOOKS.len()],
     links: PathBuf,
-    /// Addresses behind each device that was looked at.
-    behind: BTreeMap<u32, Vec<Address>>,
+    /// Behind each device that was looked at.
+    behind: BTreeMap<u32, Behind>,
     attached: HashMap<Address, u32>,
+    local: LocalPods<KernelMaps<LocalTable>>,
 }
 
 impl Edges {
     /// With the programs as loaded.
     ///
     /// # Errors
-    /// If the object has no such programs.
-    pub fn new(programs: &Programs) -> Result<Self, ProgramError> {
+    /// If the object has no such programs, or the map of the node's pods can't be read.
+    pub fn new(programs: &Programs) -> Result<Self, EdgeError> {
         let own = |name: &'static str| {
             let fd = programs.program_fd(name)?;
             let own = fd.try_clone_to_owned().map_err(failed("duplicate program", Path::new(name)));
             own.map_err(ProgramError::from)
         };
-        let [(out, ..), (into, ..)] = HOOKS;
+        let [(out, ..), (way, ..), (into, ..)] = HOOKS;
         Ok(Self {
-            programs: [own(out)?, own(into)?],
+            programs: [own(out)?, own(way)?, own(into)?],
             links: programs.links.clone(),
             behind: BTreeMap::new(),
             attached: HashMap::new(),
+            local: LocalPods::adopt(programs.local_map()?)?,
         })
     }
 
@@ -82,6 +99,11 @@ impl Edges {
         self.behind.retain(|index, _| there.contains(index));
         self.attached.retain(|_, index| there.contains(index));
         self.prune(&there)?;
+        for link in &links {
+            if let Some(behind) = self.behind.get_mut(&link.index) {
+                behind.queued = link.is_queued();
+            }
+        }
         let missing: HashSet<Address> =
             wanted.iter().filter(|address| !self.attached.contains_key(*address)).copied().collect();
         if missing.is_empty() {
@@ -99,6 +121,24 @@ impl Edges {
         Ok(())
     }
 
+    /// Brings the map of the node's pods up to date with what [`Edges::refresh`] found: packets may then be handed to them past the
+    /// bridge. The answers of those with ports of the node stay with the stack, which translates them.
+    ///
+    /// # Errors
+    /// If the kernel refuses; the rest is to be done again.
+    pub fn publish(&mut self, host_ports: &BTreeSet<Address>) -> Result<(), EdgeError> {
+        let entry = |(address, index): (&Address, &u32)| {
+            let behind = self.behind.get(index)?;
+            let mut flags = if behind.queued { LOCAL_QUEUED } else { 0 };
+            if behind.addresses.iter().any(|address| host_ports.contains(address)) {
+                flags |= LOCAL_HOST_PORTS;
+            }
+            Some((*address, LocalPod { ifindex: *index, flags, mac: behind.mac?.0, translated: [0, 0] }))
+        };
+        let wanted = self.attached.iter().filter_map(entry).collect();
+        Ok(self.local.sync(&wanted)?)
+    }
+
     fn look_behind(&mut self, link: &Link, wanted: &HashSet<Address>) -> Result<(), EdgeError> {
         let (Some(namespace), Some(peer)) = (link.peer_namespace, link.peer_index) else { return Ok(()) };
         // A socket that checks strictly is good for nothing else.
@@ -110,11 +150,17 @@ impl Edges {
         };
         let own = all.into_iter().filter(|one| one.index == peer && one.global);
         let own: Vec<Address> = own.map(|one| Address::from(one.network.ip())).collect();
-        if own.iter().any(|address| wanted.contains(address)) {
+        let mut behind = Behind { addresses: own, mac: None, queued: link.is_queued() };
+        if behind.addresses.iter().any(|address| wanted.contains(address)) {
+            behind.mac = match Netlink::open()?.link_of(namespace, peer) {
+                Ok(end) => end.mac,
+                Err(error) if error.class() != Class::Retry => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
             self.attach(link)?;
-            self.attached.extend(own.iter().map(|address| (*address, link.index)));
+            self.attached.extend(behind.addresses.iter().map(|address| (*address, link.index)));
         }
-        self.behind.insert(link.index, own);
+        self.behind.insert(link.index, behind);
         Ok(())
     }
 
@@ -149,6 +195,17 @@ impl Edges {
 }
 
 impl Programs {
+    /// The map of the node's pods.
+    fn local_map(&self) -> Result<KernelMaps<LocalTable>, ProgramError> {
+        let name = names::LOCAL_PODS;
+        let Some(Map::HashMap(data)) = self.ebpf.map(name) else { return Err(programs::mismatch(name)) };
+        let (key_bytes, value_bytes) = (size_of::<Address>(), size_of::<LocalPod>());
+        programs::check_layout(data, name, key_bytes, value_bytes)?;
+        let mut maps = KernelMaps::default();
+        maps.insert(LocalTable, programs::duplicate(data, name)?, key_bytes, value_bytes);
+        Ok(maps)
+    }
+
     /// The maps of policy.
     ///
     /// # Errors

@@ -65,6 +65,8 @@ pub struct Pod {
     pub addresses: Vec<Address>,
     /// Ports that policies may name.
     pub ports: BTreeSet<NamedPort>,
+    /// Ports of its node lead to it.
+    pub host_ports: bool,
     /// It runs on this node.
     pub local: bool,
 }
@@ -86,7 +88,9 @@ impl Pod {
             ips.filter(|_| !ended).filter_map(|ip| ip.parse::<IpAddr>().ok()).map(Address::from).collect();
         // An init container that goes on beside the others (a sidecar) has ports too.
         let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
-        let ports = containers.flat_map(|c| c.ports.iter().flatten()).filter_map(|port| {
+        let ports = containers.flat_map(|c| c.ports.iter().flatten());
+        let host_ports = ports.clone().any(|port| port.host_port.is_some_and(|number| number != 0));
+        let ports = ports.filter_map(|port| {
             Some(NamedPort {
                 protocol: protocol(port.protocol.as_deref())?,
                 name: port.name.clone()?,
@@ -98,6 +102,7 @@ impl Pod {
             labels: object.metadata.labels.clone().unwrap_or_default(),
             addresses: addresses.into_iter().collect(),
             ports: ports.collect(),
+            host_ports,
             local: !ended && spec.node_name.as_deref() == Some(node),
         })
     }

@@ -285,6 +285,13 @@ impl Planner {
         addresses.filter(|address| !self.devices.contains_key(*address)).copied().collect()
     }
 
+    /// Addresses of this node's pods that ports of the node lead to.
+    #[must_use]
+    pub fn with_host_ports(&self) -> BTreeSet<Address> {
+        let pods = self.local.iter().filter_map(|name| self.pods.get(name)).filter(|pod| pod.host_ports);
+        pods.flat_map(|pod| pod.addresses.iter().copied()).collect()
+    }
+
     /// Pods' names, for a relist.
     #[must_use]
     pub fn pod_names(&self) -> Vec<Name> {

@@ -21,7 +21,7 @@ use super::objects::{self, Name, Policy};
 use super::planner::Planner;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
-use crate::programs::{ProgramError, Programs};
+use crate::programs::Programs;
 use crate::watch::{Relist, source};
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
@@ -42,7 +42,7 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    pub(crate) fn new(programs: &Programs) -> Result<Self, ProgramError> {
+    pub(crate) fn new(programs: &Programs) -> Result<Self, crate::Error> {
         Ok(Self {
             edges: Edges::new(programs)?,
             maps: programs.policy_maps()?,
@@ -202,7 +202,8 @@ impl Runner {
         let missing = self.planner.without_device();
         // A pod whose device can't be found is no reason to look again at every event.
         if self.devices_changed || missing != self.missing {
-            match self.edges.refresh(&missing) {
+            let found = self.edges.refresh(&missing);
+            match found.and_then(|()| self.edges.publish(&self.planner.with_host_ports())) {
                 Ok(()) => self.devices_changed = false,
                 Err(error) => {
                     tracing::warn!(%error, source = ?std::error::Error::source(&error), "pods' devices are not all known, will be retried");

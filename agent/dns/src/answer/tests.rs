@@ -103,6 +103,7 @@ fn names_of_the_cluster() {
         ("default.svc.cluster.local.", A, ""),
         ("other.svc.cluster.local.", A, "no such name"),
         ("cluster.local.", A, ""),
+        ("*.cluster.local.", A, "no such name"),
         ("10-42-0-9.default.pod.cluster.local.", A, "10.42.0.9"),
         ("name.default.pod.cluster.local.", A, "no such name"),
         ("dns-version.cluster.local.", TXT, "1.1.0"),

@@ -61,6 +61,34 @@ async fn tail_since_limit_and_timestamps() {
     );
 }
 
+#[test]
+fn a_tail_stays_one_while_the_log_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("0.log");
+    std::fs::write(&log, entry(0, "F", "x").repeat(10)).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let mut file = std::fs::OpenOptions::new().append(true).open(&log).unwrap();
+    let mut counts = Vec::new();
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            // Bounded, so that a failed read can't leave it behind.
+            for _ in 0..1_000_000 {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    break;
+                }
+                file.write_all(entry(1, "F", "x").as_bytes()).unwrap();
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for _ in 0..100 {
+            let options = Options { tail: Some(5), ..Options::default() };
+            counts.push(runtime.block_on(read(&log, options)).lines().count());
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(counts, [5; 100]);
+}
+
 #[tokio::test]
 async fn following_sees_writes_and_rotation_and_ends_with_the_container() {
     let dir = tempfile::tempdir().unwrap();

@@ -147,9 +147,86 @@ fn addresses_that_ports_lead_to_are_noted_and_forgotten() {
     let mut found = leases.mapped().unwrap();
     found.sort_by_key(|one| one.address);
     assert_eq!(found, [a.clone(), mapped("fd00:42::2", "c")]);
+    drop(locked);
     assert_eq!(leases.all().unwrap(), [], "notes are no leases");
+    let locked = leases.lock().unwrap();
     for _ in 0..2 {
         leases.forget_mapped(&a, &locked).unwrap();
     }
     assert_eq!(leases.mapped().unwrap(), [mapped("fd00:42::2", "c")]);
+}
+
+fn text(leases: &Leases) -> String {
+    fs::read_to_string(leases.folder.join(LOG)).unwrap()
+}
+
+/// What a kill leaves of a line: nothing of it counts, and the next one takes its place.
+#[test]
+fn a_line_without_its_end_is_no_lease() {
+    let state = tempfile::tempdir().unwrap();
+    let leases = Leases::open(state.path()).unwrap();
+    leases.acquire(&[pool()], &owner("a"), &[]).unwrap();
+    let whole = text(&leases);
+    let torn = format!("+10.42.1.3 {}\u{fc}/eth0", "b".repeat(80));
+    for length in 1..torn.len() {
+        let log = File::options().write(true).open(leases.folder.join(LOG)).unwrap();
+        log.set_len(0).unwrap();
+        log.write_all_at(&[whole.as_bytes(), &torn.as_bytes()[..length]].concat(), 0).unwrap();
+        assert_eq!(leases.all().unwrap().len(), 1, "{length}");
+        assert_eq!(addresses(&leases.acquire(&[pool()], &owner("c"), &[]).unwrap()), [ip("10.42.1.3")]);
+        assert_eq!(leases.held(&owner("c")).unwrap(), [ip("10.42.1.3")], "{length}");
+        leases.release(&owner("c")).unwrap();
+        assert_eq!(leases.all().unwrap().len(), 1, "{length}");
+    }
+}
+
+#[test]
+fn the_log_is_as_long_as_what_is_held() {
+    let state = tempfile::tempdir().unwrap();
+    let leases = Leases::open(state.path()).unwrap();
+    let pools = [pool(), pool6()];
+    leases.acquire(&pools, &owner("stays"), &[]).unwrap();
+    let mut longest = 0;
+    let mut given = Vec::new();
+    for n in 0..2_000 {
+        let name = format!("{n:064}");
+        given.push(leases.acquire(&pools, &owner(&name), &[]).unwrap()[0].address);
+        leases.release(&owner(&name)).unwrap();
+        longest = longest.max(text(&leases).len());
+    }
+    assert!((DEAD_BYTES..DEAD_BYTES + 400).contains(&longest), "{longest}");
+    assert_eq!(leases.held(&owner("stays")).unwrap().len(), 2);
+    // One address of five is held; the others take turns, whether the log was written anew or not.
+    assert!(
+        given.windows(5).all(|five| five.iter().collect::<BTreeSet<_>>().len() == 4 && five[0] == five[4])
+    );
+}
+
+/// While one process writes the log anew, others wait for the lock of the old one.
+#[test]
+fn no_lease_is_lost_while_the_log_is_written_anew() {
+    let state = tempfile::tempdir().unwrap();
+    let pools = [Pool::new("10.42.0.0/20".parse().unwrap(), ip("10.42.0.1"))];
+    let kept: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|thread| {
+                let (state, pools) = (state.path(), &pools);
+                scope.spawn(move || {
+                    for n in 0..300 {
+                        let leases = Leases::open(state).unwrap();
+                        let name = owner(&format!("{thread}-{n:060}"));
+                        leases.acquire(pools, &name, &[]).unwrap();
+                        if n % 10 > 0 {
+                            leases.release(&name).unwrap();
+                        }
+                    }
+                    30
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    let all = Leases::open(state.path()).unwrap().all().unwrap();
+    assert_eq!(all.len(), kept);
+    assert_eq!(all.iter().map(|lease| lease.address).collect::<BTreeSet<_>>().len(), kept);
 }

@@ -20,8 +20,8 @@ pub(crate) struct Node {
 }
 
 /// System calls that change something outside of the plugin, or ask the kernel about it.
-pub(crate) const STEPS: [&str; 8] =
-    ["mkdir", "flock", "symlink", "unlink", "sendto", "setns", "write", "clone"];
+pub(crate) const STEPS: [&str; 10] =
+    ["mkdir", "flock", "pwrite64", "rename", "symlink", "unlink", "sendto", "setns", "write", "clone"];
 
 /// The configuration as the agent writes it, for one plugin.
 pub(crate) fn conf(node: &Node) -> Value {
@@ -185,11 +185,7 @@ impl Node {
     /// How many addresses are held.
     pub(crate) fn leases(&self) -> usize {
         let network = self.folder.path().join("weft");
-        let Ok(boots) = std::fs::read_dir(network) else { return 0 };
-        let folders = boots.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
-        let names =
-            folders.flat_map(|boot| std::fs::read_dir(boot).unwrap()).map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_str().unwrap().parse::<IpAddr>().is_ok()).count()
+        weft_cni_ipam::Leases::open(&network).unwrap().all().unwrap().len()
     }
 }
 

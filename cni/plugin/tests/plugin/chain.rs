@@ -1,7 +1,10 @@
 //! A list of plugins, called as libcni calls them (CNI 1.1.0 §3): the result handed on, kept, and given to CHECK and DEL; capabilities
 //! to those that name them; DEL in reverse; GC and STATUS for each.
 
+use std::net::TcpListener;
+
 use serde_json::{Map, Value, json};
+use weft_cni_netlink::namespace;
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
 
@@ -123,6 +126,46 @@ fn reference_plugins_come_behind_it() {
         list.del(&a);
         assert_eq!((node.leases(), node.state()), (0, before), "{version}");
     }
+}
+
+/// Those that most lists have behind the one that attaches: they find the host's end, and the address that host ports lead to, in our
+/// result.
+#[test]
+fn portmap_and_bandwidth_come_behind_it() {
+    let reference = ["/usr/lib/cni/portmap", "/usr/lib/cni/bandwidth"];
+    if !require("cni::chain_portmap", &["root", "ip", "tc", "iptables", reference[0], reference[1]]) {
+        return;
+    }
+    let (node, a) = (Node::new(), pod());
+    node.warm_up();
+    let before = node.state();
+    let named = |plugin: &str, capability: &str| json!({"type": plugin, "capabilities": {capability: true}});
+    let mut list = List {
+        node: &node,
+        version: "1.0.0",
+        plugins: vec![
+            first(&node, json!({"ips": true})),
+            named("portmap", "portMappings"),
+            named("bandwidth", "bandwidth"),
+        ],
+        capabilities: ports(),
+        cached: None,
+    };
+    let result = list.add(&a);
+    assert_eq!(addresses_of(&result), ["10.42.1.50"]);
+    let port = result["interfaces"][1]["name"].as_str().unwrap();
+    let shown = node.netns.command("tc").unwrap().args(["qdisc", "show", "dev", port]).output().unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("tbf") && shown.contains("rate 8Mbit"), "{shown}");
+    // From the node itself, by the address of its bridge.
+    let listener = namespace::within(&a.path(), || TcpListener::bind("10.42.1.50:80").unwrap()).unwrap();
+    assert!(calls::reaches(&node.netns, "10.42.1.1:8080"));
+    assert!(!calls::reaches(&node.netns, "10.42.1.1:8081"));
+    drop(listener);
+    // Not CHECK: this portmap looks for rules of IPv6, whether the pod has such an address or not.
+    list.del(&a);
+    assert!(!calls::reaches(&node.netns, "10.42.1.1:8080"));
+    assert_eq!((node.leases(), node.state()), (0, before));
 }
 
 /// The plugin twice: once to attach, once for the capabilities, as a list of somebody else's may have it.

@@ -114,6 +114,7 @@ fn each_mistake_has_its_code() {
     assert_eq!(Config::read(b"[]").unwrap_err().code(), Code::Decode);
     let with = |pointer: &str, value: Value| {
         let mut config = good();
+        config["prevResult"] = json!({});
         *config.pointer_mut(pointer).unwrap() = value;
         read(&config).unwrap_err().code()
     };
@@ -131,6 +132,8 @@ fn each_mistake_has_its_code() {
         ("/ipam/gateway", json!("10.42.2.1")),
         ("/ipam/gateway", json!("10.42.1.255")),
         ("/stateDir", json!("relative")),
+        ("/prevResult", json!("text")),
+        ("/prevResult", json!([1])),
     ] {
         assert_eq!(with(pointer, value.clone()), Code::InvalidConfig, "{pointer} {value}");
     }

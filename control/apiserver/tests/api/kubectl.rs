@@ -99,6 +99,12 @@ async fn documents_and_access() {
     let explained = k("explain deployment.spec.replicas").await;
     assert!(explained.contains("FIELD: replicas <integer>"), "{explained}");
     assert!(k("explain pod").await.contains("VERSION:    v1"));
+    let explained = k("explain pod.spec.containers").await;
+    for part in
+        ["List of containers belonging to the pod.", "A single application container", "Image pull policy."]
+    {
+        assert!(explained.contains(part), "{part} in {explained}");
+    }
     assert_eq!(k("auth can-i create pods").await, "yes\n");
     assert!(k("auth whoami").await.contains("system:masters"));
     cluster.kubeconfig("jane", &["people"]);

@@ -109,7 +109,7 @@ fn ipv4<B: Bytes + ?Sized>(bytes: &B, out: &mut Packet) -> Option<Parsed> {
     }
     out.fragments = fragment & 0x2000 != 0;
     out.protocol = protocol;
-    transport(bytes, ETHERNET_BYTES + header_bytes, out)
+    transport(bytes, ETHERNET_BYTES + header_bytes, ICMP, out)
 }
 
 #[inline(always)]
@@ -140,7 +140,7 @@ fn ipv6<B: Bytes + ?Sized>(bytes: &B, out: &mut Packet) -> Option<Parsed> {
             }
             _ => {
                 out.protocol = next;
-                return transport(bytes, at, out);
+                return transport(bytes, at, ICMPV6, out);
             }
         }
     }
@@ -148,7 +148,12 @@ fn ipv6<B: Bytes + ?Sized>(bytes: &B, out: &mut Packet) -> Option<Parsed> {
 }
 
 #[inline(always)]
-fn transport<B: Bytes + ?Sized>(bytes: &B, at: usize, out: &mut Packet) -> Option<Parsed> {
+fn transport<B: Bytes + ?Sized>(
+    bytes: &B,
+    at: usize,
+    icmp_of_family: u8,
+    out: &mut Packet,
+) -> Option<Parsed> {
     match out.protocol {
         TCP | UDP | SCTP => {
             let [a, b, c, d]: [u8; 4] = bytes.load(at)?;
@@ -160,7 +165,8 @@ fn transport<B: Bytes + ?Sized>(bytes: &B, at: usize, out: &mut Packet) -> Optio
                 out.begins = flags & (SYN | ACK) == SYN;
             }
         }
-        ICMP | ICMPV6 => return icmp(bytes, at, out),
+        // The other family's is a protocol like any: no host takes it for neighbour discovery.
+        protocol if protocol == icmp_of_family => return icmp(bytes, at, out),
         _ => {}
     }
     Some(Parsed::Packet)

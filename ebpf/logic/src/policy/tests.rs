@@ -94,7 +94,7 @@ fn passes(fake: &Fake, flags: u32, way: u8, frame: &[u8]) -> bool {
 
 #[test]
 fn frames_are_told_apart() {
-    let rows: [(&str, Parsed, Vec<u8>); 10] = [
+    let rows: [(&str, Parsed, Vec<u8>); 12] = [
         ("ARP", Parsed::Free, [vec![0; 12], vec![8, 6], vec![0; 28]].concat()),
         ("neighbour solicitation", Parsed::Free, ipv6(ICMPV6, 1, 2, &[135, 0, 0, 0, 0, 0])),
         (
@@ -113,6 +113,8 @@ fn frames_are_told_apart() {
         ("later fragment", Parsed::Fragment, ipv4(UDP, A, B, 0x2010, &[])),
         ("later fragment of IPv6", Parsed::Fragment, ipv6(44, 1, 2, &[UDP, 0, 0, 8, 1, 2, 3, 4])),
         ("another protocol", Parsed::Packet, ipv4(47, A, B, 0, &[])),
+        ("ICMPv6 within IPv4", Parsed::Packet, ipv4(ICMPV6, A, B, 0, &[135, 0, 0, 0, 0, 0])),
+        ("ICMP within IPv6", Parsed::Packet, ipv6(ICMP, 1, 2, &[3, 0, 0, 0, 0, 0, 0, 0])),
     ];
     for (name, wanted, frame) in rows {
         assert_eq!(read(&frame).0, wanted, "{name}");

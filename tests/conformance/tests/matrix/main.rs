@@ -11,7 +11,7 @@ use anyhow::ensure;
 use weft_tests_conformance::{Bed, Outcome, Request, Site};
 
 use crate::bed::Stage;
-use crate::rules::{Cell, Client, Entry, Expected, Node, Source};
+use crate::rules::{Cell, Client, Expected, Source};
 
 /// Rounds of questions for cells that aren't right yet: the first may come before the last Service is everywhere.
 const ROUNDS: u32 = 8;
@@ -29,8 +29,7 @@ fn every_cell() -> anyhow::Result<()> {
     let Some(bed) = Bed::start("conformance::matrix", "matrix", &FLAGS)? else { return Ok(()) };
     bed.run("matrix", async |site| {
         let stage = Stage::build(&bed, &site).await?;
-        let (excused, mut left): (Vec<_>, Vec<_>) =
-            Cell::all().into_iter().partition(|cell| not_yet(cell).is_some());
+        let mut left = Cell::all();
         let (count, mut wrong) = (left.len(), BTreeMap::new());
         for _ in 0..ROUNDS {
             wrong = ask(&site, &stage, &left).await?;
@@ -39,36 +38,12 @@ fn every_cell() -> anyhow::Result<()> {
                 break;
             }
         }
-        report_not_yet(&excused, &ask(&site, &stage, &excused).await?);
         stage.clear(&site).await?;
         eprintln!("{} of {count} cells are right", count - wrong.len());
         let report: Vec<String> = wrong.into_values().collect();
         ensure!(report.is_empty(), "{} of {count} cells are wrong:\n{}", report.len(), report.join("\n"));
         Ok(())
     })
-}
-
-/// Why a cell is known to be wrong.
-fn not_yet(cell: &Cell) -> Option<&'static str> {
-    let translated = cell.client == Client::Unhooked && cell.entry == Entry::Cluster;
-    let Expected::By(names, Source::Kept) = cell.expected() else { return None };
-    let near =
-        cell.backends.endpoints().iter().any(|(name, node, _)| *node == Node::One && names.contains(name));
-    (translated && near)
-        .then_some("packets that no socket hook saw reach a pod of their own node from the node's address")
-}
-
-/// Says which cells are left out, and which of them needn't be any more.
-fn report_not_yet(excused: &[Cell], wrong: &BTreeMap<Cell, String>) {
-    let mut reasons = BTreeMap::<&str, (u32, u32)>::new();
-    for cell in excused {
-        let (all, right) = reasons.entry(not_yet(cell).unwrap_or_default()).or_default();
-        *all += 1;
-        *right += u32::from(!wrong.contains_key(cell));
-    }
-    for (reason, (all, right)) in reasons {
-        eprintln!("NOT YET {all} cells: {reason}; {right} of them are right by now");
-    }
 }
 
 /// Asks all cells, each client's at once; answers the wrong ones with what was seen.

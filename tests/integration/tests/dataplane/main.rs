@@ -3,6 +3,7 @@
 
 mod adoption;
 mod agent;
+mod crossing;
 mod edge;
 mod entries;
 mod errors;
@@ -11,9 +12,11 @@ mod overlay;
 mod packets;
 mod paths;
 mod place;
+mod podedge;
 mod policy;
 mod services;
 mod sockets;
+mod xdp;
 
 /// What every test here needs.
 pub(crate) const NEEDS: [&str; 4] = ["root", "bpf", "ip", "artifacts"];

@@ -25,7 +25,7 @@ fn node_object(name: &str, number: u8, underlay: &str) -> serde_json::Value {
         "status": {"addresses": [{"type": "InternalIP", "address": format!("{underlay}{number}")}]}})
 }
 
-fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) -> Overlay {
+pub(crate) fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) -> Overlay {
     let address: IpAddr = format!("{underlay}{number}").parse().unwrap();
     let mut overlay = Overlay::new(format!("node-{number}"), address);
     for (name, n) in nodes {
@@ -39,7 +39,7 @@ fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) 
 }
 
 /// Two nodes with a pod each, and a link between the nodes.
-fn two_nodes() -> (Vec<Netns>, Vec<Netns>) {
+pub(crate) fn two_nodes() -> (Vec<Netns>, Vec<Netns>) {
     let netns: Vec<Netns> = (0..2).map(|_| Netns::new("ov").unwrap()).collect();
     let pods: Vec<Netns> = (0..2).map(|_| Netns::new("op").unwrap()).collect();
     let run = |command: String| ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
@@ -127,7 +127,7 @@ fn reach_each_other(underlay: &str, mtu_bytes: u32) {
 }
 
 /// What the dataplane does with the kernel's events, without the rest of it.
-fn repair(overlay: &mut Overlay, netns: &Netns, what: &str, damage: impl FnOnce() + Send) {
+pub(crate) fn repair(overlay: &mut Overlay, netns: &Netns, what: &str, damage: impl FnOnce() + Send) {
     within(netns, || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
@@ -203,6 +203,11 @@ fn a_narrow_way_to_a_peer_is_found() {
     let _second = overlay(2, (&netns[1], "192.168.79."), &both);
     let narrow = ["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "1400"];
     repair(&mut first, &netns[0], "a narrow way", || ip(&narrow).unwrap());
+    bodies_get_through_a_narrow_way(&pods);
+}
+
+/// And the pod's kernel was told what fits.
+pub(crate) fn bodies_get_through_a_narrow_way(pods: &[Netns]) {
     for address in ["10.42.2.2", "fd42:0:0:2::2"] {
         let address: IpAddr = address.parse().unwrap();
         let listener = within(&pods[1], || TcpListener::bind((address, 0)).unwrap());

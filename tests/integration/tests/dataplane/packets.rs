@@ -12,14 +12,14 @@ use crate::frames::{ACK, RST, SYN, error, ethernet, frame, packet, read, read_fr
 use crate::place::{Place, Running, within};
 
 const PASS: u32 = 0;
-const DROP: u32 = 2;
-const REDIRECT: u32 = 7;
+pub(crate) const DROP: u32 = 2;
+pub(crate) const REDIRECT: u32 = 7;
 
 fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
     run_program(running, place, "weft_ingress", packet)
 }
 
-fn run_program(running: &Running, place: &Place, name: &str, packet: &[u8]) -> (u32, Vec<u8>) {
+pub(crate) fn run_program(running: &Running, place: &Place, name: &str, packet: &[u8]) -> (u32, Vec<u8>) {
     let Some(Program::SchedClassifier(program)) = running.programs.program(name) else { panic!("not there") };
     within(&place.node, || {
         let mut out = vec![0; 2_048];
@@ -318,9 +318,17 @@ fn programs_stay_far_from_the_verifiers_limit() {
         Some(Program::CgroupSockAddr(program)) => program.info().unwrap(),
         _ => panic!("{name} is not there"),
     };
-    for name in
-        ["weft_ingress", "weft_egress", "weft_connect4", "weft_connect6", "weft_sendmsg6", "weft_recvmsg6"]
-    {
+    for name in [
+        "weft_ingress",
+        "weft_egress",
+        "weft_pod_edge",
+        "weft_from_pod",
+        "weft_to_pod",
+        "weft_connect4",
+        "weft_connect6",
+        "weft_sendmsg6",
+        "weft_recvmsg6",
+    ] {
         let Some(verified) = info(name).verified_instruction_count() else { continue };
         println!("{name}: {verified} instructions verified");
         assert!(verified <= BOUND, "{name}: {verified}");

@@ -98,36 +98,51 @@ impl Place {
 
     /// Loads, attaches and adopts, as the agent does.
     pub(crate) fn start(&self) -> anyhow::Result<Running> {
-        let object = std::fs::read(artifact("weft.bpf.o").map_err(anyhow::Error::msg)?)?;
-        within(&self.node, || {
-            let mut programs = Programs::load(&object, &self.pins)?;
-            let devices = node::devices(Some(weft_agent_dataplane::BRIDGE))?;
-            programs.configure(NodeConfig {
-                netns_cookie: node::netns_cookie()?,
-                cgroup_id: node::cgroup_id(&self.cgroup)?,
-                bridge_ifindex: devices.bridge,
-                overlay_ifindex: devices.overlay,
-                ..NodeConfig::default()
-            })?;
-            programs.attach_sockets(&node::cgroup2_mount()?)?;
-            programs.attach_edges(&devices.edge)?;
-            let mut reconciler = Reconciler::adopt(Tables::new("node-a", Vec::new()), programs.maps()?)?;
-            let addresses = devices.addresses.into_iter().map(Address::from);
-            let v6 = [NODE6, GATEWAY6].map(|ip| Address::from(IpAddr::V6(ip)));
-            reconciler.set_node_addresses(addresses.chain(v6).collect());
-            Ok(Running { programs, reconciler })
-        })
+        start(&self.node, &self.pins, &self.cgroup)
     }
+}
+
+/// What the node is, asked from its namespace.
+pub(crate) fn identity(devices: &node::Devices, cgroup: &Path) -> anyhow::Result<NodeConfig> {
+    Ok(NodeConfig {
+        netns_cookie: node::netns_cookie()?,
+        cgroup_id: node::cgroup_id(cgroup)?,
+        bridge_ifindex: devices.bridge,
+        overlay_ifindex: devices.overlay,
+        ..NodeConfig::default()
+    })
+}
+
+/// Loads, attaches and adopts in a node's namespace.
+pub(crate) fn start(node: &Netns, pins: &Path, cgroup: &Path) -> anyhow::Result<Running> {
+    let object = std::fs::read(artifact("weft.bpf.o").map_err(anyhow::Error::msg)?)?;
+    within(node, || {
+        let mut programs = Programs::load(&object, pins)?;
+        let devices = node::devices(Some(weft_agent_dataplane::BRIDGE))?;
+        programs.configure(identity(&devices, cgroup)?)?;
+        programs.attach_sockets(&node::cgroup2_mount()?)?;
+        programs.attach_edges(&devices.edge)?;
+        let mut reconciler = Reconciler::adopt(Tables::new("node-a", Vec::new()), programs.maps()?)?;
+        let addresses = devices.addresses.into_iter().map(Address::from);
+        let v6 = [NODE6, GATEWAY6].map(|ip| Address::from(IpAddr::V6(ip)));
+        reconciler.set_node_addresses(addresses.chain(v6).collect());
+        Ok(Running { programs, reconciler })
+    })
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = programs::remove(&self.pins);
-        let _ = nix::mount::umount2(&self.pins, nix::mount::MntFlags::MNT_DETACH);
-        let _ = std::fs::remove_dir(&self.cgroup);
-        // Stays while another node of the machine has its cgroup there.
-        let _ = self.cgroup.parent().map(std::fs::remove_dir);
+        remove(&self.pins, &self.cgroup);
     }
+}
+
+/// Removes what [`start`] leaves.
+pub(crate) fn remove(pins: &Path, cgroup: &Path) {
+    let _ = programs::remove(pins);
+    let _ = nix::mount::umount2(pins, nix::mount::MntFlags::MNT_DETACH);
+    let _ = std::fs::remove_dir(cgroup);
+    // Stays while another node of the machine has its cgroup there.
+    let _ = cgroup.parent().map(std::fs::remove_dir);
 }
 
 impl Running {

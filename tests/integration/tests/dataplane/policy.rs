@@ -415,7 +415,7 @@ async fn late_pod(agent: &Agent, config: &Config, place: &Place, other: &Netns) 
         let all = std::fs::read_dir(place.pins.join("links")).unwrap().flatten();
         all.filter(|entry| entry.file_name().to_string_lossy().starts_with("pod_")).count()
     };
-    assert_eq!(pins(place), 6);
+    assert_eq!(pins(place), 9);
     ip(&["-n", n, "link", "del", "late0"]).unwrap();
-    eventually("removal of the pins", || pins(place) == 4).await;
+    eventually("removal of the pins", || pins(place) == 6).await;
 }

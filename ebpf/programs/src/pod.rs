@@ -1,0 +1,183 @@
+//! Pod edge: Services that no socket hook saw, and the short ways: to a pod of this node, and to and from the overlay.
+//!
+//! Behind the program of policy on the same hook. What has no short way is the plain one's: bridge, routes, VXLAN device.
+
+use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, bpf_fib_lookup as FibLookup};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_peer, bpf_skb_change_type};
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use weft_ebpf_abi::*;
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, Family as _, V4, V6};
+
+use crate::family::Family;
+use crate::maps::{Work, config, count, work};
+use crate::policy;
+use crate::tc::{NOBODYS, TO_POD, TO_STACK, ethertype, ingress_ifindex, raw, serve};
+
+const NEXT: i32 = -1;
+const DROP: i32 = TC_ACT_SHOT as i32;
+/// Places in [`Work::ends`].
+const SOURCE: usize = 0;
+const DESTINATION: usize = 1;
+/// PACKET_HOST of linux/if_packet.h.
+const PACKET_HOST: u32 = 0;
+
+/// Packets that a pod sends, after its policies.
+#[classifier]
+pub fn weft_pod_edge(ctx: TcContext) -> i32 {
+    let mark = policy::take_mark(&ctx);
+    let (Some(config), Some(work)) = (config(), work()) else { return NEXT };
+    (work.came_by, work.at_pod, work.mark) = (config.bridge_ifindex, true, mark);
+    let done = match ethertype(&ctx) {
+        V4::ETHERTYPE => edge::<V4>(&ctx, work),
+        V6::ETHERTYPE => edge::<V6>(&ctx, work),
+        _ => return NEXT,
+    };
+    match done {
+        TO_POD => hand_over(&ctx, &work.pod),
+        NOBODYS | TO_STACK => {
+            // SAFETY: the context is valid, and a program of this type may write the mark.
+            unsafe { (*raw(&ctx)).mark = SEEN_MARK };
+            NEXT
+        }
+        verdict => verdict,
+    }
+}
+
+#[inline(always)]
+fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    if read_ends::<F>(ctx, work).is_none() {
+        return NEXT;
+    }
+    work.near = work.find_end(DESTINATION);
+    // An isolated pod's packet to a Service is marked, and is always asked about.
+    if work.near && work.mark == 0 && work.pod.translated[0] == 0 {
+        return if work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
+    }
+    let done = serve::<F>(ctx, work);
+    if done != NOBODYS || work.mark != 0 {
+        return done;
+    }
+    if work.near {
+        // Looking for the way of a translated packet may have overwritten it.
+        return if work.find_end(DESTINATION) && work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
+    }
+    if work.find_end(SOURCE)
+        && work.pod.ifindex == ingress_ifindex(ctx)
+        && work.pod.flags & LOCAL_HOST_PORTS == 0
+    {
+        return depart::<F>(ctx, work);
+    }
+    NOBODYS
+}
+
+/// Not inlined, as the stack of all that follows has no room for what it reads.
+#[inline(never)]
+fn read_ends<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
+    work.ends = F::addresses(ctx)?;
+    Some(())
+}
+
+/// Whether a packet comes from the overlay, for a pod of this node that it can be handed to. What may have to be translated back
+/// can not.
+#[inline(always)]
+pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
+    match config() {
+        Some(config) if config.overlay_ifindex == work.came_by => {}
+        _ => return false,
+    }
+    read_ends::<F>(ctx, work).is_some()
+        && work.find_end(DESTINATION)
+        && work.pod.translated[0] == 0
+        && work.pod.flags & LOCAL_QUEUED == 0
+        && F::hop(ctx).is_some()
+}
+
+/// Hands a packet to a pod: past the bridge, and past the pod's device, whose program would have asked its policies.
+#[inline(never)]
+pub fn hand_over(ctx: &TcContext, pod: &LocalPod) -> i32 {
+    let ifindex = pod.ifindex;
+    if !policy::admits(ctx, ifindex) {
+        return DROP;
+    }
+    if address_to(ctx, pod).is_none() {
+        count(DropReason::RewriteFailed);
+        return DROP;
+    }
+    // SAFETY: the context is valid; the helper takes numbers. Linux before 6.16 does not do this for a packet that is handed over,
+    // and the pod's stack would take it for somebody else's.
+    unsafe {
+        if (*raw(ctx)).pkt_type != PACKET_HOST {
+            bpf_skb_change_type(raw(ctx), PACKET_HOST);
+        }
+        bpf_redirect_peer(ifindex, 0) as i32
+    }
+}
+
+/// Writes the pod's hardware address into a frame that was sent to a router's, and the router's as that of the sender.
+#[inline(always)]
+fn address_to(ctx: &TcContext, pod: &LocalPod) -> Option<()> {
+    let [a, b, c]: [u16; 3] = ctx.load(0).ok()?;
+    let [d, e, f, g, h, i] = pod.mac;
+    let mac = [u16::from_ne_bytes([d, e]), u16::from_ne_bytes([f, g]), u16::from_ne_bytes([h, i])];
+    if mac == [a, b, c] {
+        return Some(());
+    }
+    ctx.store(0, &[mac[0], mac[1], mac[2], a, b, c], 0).ok()
+}
+
+/// Sends a packet to a pod of another node straight into the overlay, if the node's routes lead there: what the stack would do with
+/// it, without the bridge, the hooks of its firewall and a second look at the route.
+#[inline(never)]
+fn depart<F: Family>(ctx: &TcContext, work: &Work) -> i32 {
+    let (Some(config), Some(bytes)) = (config(), longest::<F>(ctx, work)) else { return NOBODYS };
+    // The kernel's answer to the question below heeds a route's own size for IPv6 only.
+    let too_large = config.narrowest_bytes != 0 && u32::from(bytes) > config.narrowest_bytes;
+    if config.overlay_ifindex == 0 || too_large {
+        return NOBODYS;
+    }
+    // SAFETY: all zeros are a valid value.
+    let mut fib: FibLookup = unsafe { core::mem::zeroed() };
+    fib.family = F::NUMBER;
+    fib.ifindex = work.came_by;
+    fib.__bindgen_anon_1.tot_len = bytes;
+    F::set_destination(&mut fib, &work.ends[DESTINATION]);
+    // SAFETY: context and parameters are valid for the length given.
+    let result =
+        unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut fib, size_of::<FibLookup>() as i32, 0) };
+    // What is too big for the route is the stack's too, which says so to the sender.
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) || fib.ifindex != config.overlay_ifindex {
+        return NOBODYS;
+    }
+    if F::hop(ctx).is_none() {
+        return NOBODYS;
+    }
+    if ctx.store(0, &[fib.dmac, fib.smac], 0).is_err() {
+        count(DropReason::RewriteFailed);
+        return DROP;
+    }
+    // SAFETY: a helper with numbers.
+    unsafe { bpf_redirect(fib.ifindex, 0) as i32 }
+}
+
+/// Bytes of the longest IP packet that a frame will be on the wire: of a segment, if it is to be cut into such.
+#[inline(always)]
+fn longest<F: Family>(ctx: &TcContext, work: &Work) -> Option<u16> {
+    // SAFETY: the context is valid.
+    let (length, segment) = unsafe { ((*raw(ctx)).len, (*raw(ctx)).gso_size) };
+    let bytes = if segment == 0 {
+        length - ETHERNET_BYTES as u32
+    } else {
+        let packet = &work.packet;
+        let header = match packet.key.protocol {
+            UDP => 8,
+            TCP => {
+                let words: u8 = ctx.load(packet.transport() + 12).ok()?;
+                u32::from(words >> 4) * 4
+            }
+            _ => return None,
+        };
+        packet.header_bytes + header + segment
+    };
+    u16::try_from(bytes).ok()
+}
