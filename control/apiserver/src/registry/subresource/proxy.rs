@@ -75,18 +75,16 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
     };
     let target = Target::parse(&call.info.name).ok_or_else(invalid)?;
     let request = request(call, path, body)?;
-    let mut hosts: Vec<String> = request
-        .headers()
-        .get(HOST)
-        .and_then(|host| host.to_str().ok())
-        .map(str::to_owned)
-        .into_iter()
-        .collect();
+    let mut way = Way {
+        prefix: call.head.uri.path().strip_suffix(path).unwrap_or_default().to_owned(),
+        asked: request.headers().get(HOST).and_then(|host| host.to_str().ok()).map(str::to_owned),
+        backend: None,
+    };
     let response = match resource {
         "pods" | "services" => {
             let backend =
                 if resource == "pods" { pod(call, &target).await? } else { service(call, &target).await? };
-            hosts.push(backend.address.to_string());
+            way.backend = Some(backend.address.to_string());
             call.api.backends.send(backend, request).await
         }
         _ => node(call, &target, request).await?,
@@ -97,7 +95,7 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
         client.extensions_mut().clone_from(&call.head.extensions);
         return Ok(call.api.backends.join(hyper::upgrade::on(client), response));
     }
-    Ok(pass_back(call, path, response, hosts))
+    Ok(pass_back(&call.head.method, way, response))
 }
 
 /// The path behind `proxy`, as the client wrote it.
@@ -175,23 +173,19 @@ fn strip(headers: &mut HeaderMap) {
 }
 
 /// The response as the client gets it. Redirections and links within the backend stay behind the proxy.
-fn pass_back(
-    call: &Call,
-    path: &str,
-    response: http::Response<hyper::body::Incoming>,
-    hosts: Vec<String>,
-) -> Response {
+fn pass_back(method: &Method, way: Way, response: http::Response<hyper::body::Incoming>) -> Response {
     let mut response = response.map(|body| body.map_err(BoxError::from).boxed_unsync());
     strip(response.headers_mut());
-    let prefix = call.head.uri.path().strip_suffix(path).unwrap_or_default().to_owned();
-    let way = Way { prefix, hosts };
-    let location = response.headers().get(LOCATION).map(HeaderValue::as_bytes);
-    let led =
-        location.and_then(|from| way.lead(from).map(|(cut, to)| [to.as_bytes(), &from[cut..]].concat()));
-    if let Some(Ok(location)) = led.map(|location| HeaderValue::from_bytes(&location)) {
-        response.headers_mut().insert(LOCATION, location);
-    }
-    if call.head.method != Method::HEAD {
+    if let Some(location) = response.headers().get(LOCATION).map(HeaderValue::as_bytes) {
+        let led = way.lead(location).map(|(cut, prefix)| {
+            HeaderValue::from_bytes(
+                &[&location[..cut.start], prefix.as_bytes(), &location[cut.end..]].concat(),
+            )
+        });
+        if let Some(Ok(location)) = led {
+            response.headers_mut().insert(LOCATION, location);
+        }
+    } else if method != Method::HEAD {
         response = page::lead(response, way);
     }
     response.extensions_mut().insert(StillReading);

@@ -3,6 +3,7 @@
 //! A page is HTML in any encoding whose ASCII is ASCII. Nothing but the links changes, so a page that isn't well formed stays as it is.
 
 use std::io::{self, Write};
+use std::ops::Range;
 
 /// A tag longer than this passes as it is.
 const LONGEST_TAG_BYTES: usize = 64 * 1024;
@@ -10,23 +11,33 @@ const LONGEST_TAG_BYTES: usize = 64 * 1024;
 const LONGEST_HELD_BYTES: usize = 4096;
 /// `</textarea` and `</noframes` are the longest ends.
 const LONGEST_END_BYTES: usize = 10;
-/// Attributes that hold one URL, in whatever element (HTML Living Standard §4, and HTML 4's of old).
-const URLS: [&[u8]; 15] = [
-    b"action",
-    b"background",
-    b"cite",
-    b"classid",
-    b"codebase",
-    b"data",
-    b"formaction",
-    b"href",
-    b"icon",
-    b"longdesc",
-    b"manifest",
-    b"poster",
-    b"profile",
-    b"src",
-    b"usemap",
+/// Attributes that hold one URL, by element: those that upstream changes (HTML Living Standard §4, and HTML 4's of old).
+const URLS: [(&[u8], &[&[u8]]); 25] = [
+    (b"a", &[b"href"]),
+    (b"applet", &[b"codebase"]),
+    (b"area", &[b"href"]),
+    (b"audio", &[b"src"]),
+    (b"base", &[b"href"]),
+    (b"blockquote", &[b"cite"]),
+    (b"body", &[b"background"]),
+    (b"button", &[b"formaction"]),
+    (b"command", &[b"icon"]),
+    (b"del", &[b"cite"]),
+    (b"embed", &[b"src"]),
+    (b"form", &[b"action"]),
+    (b"frame", &[b"longdesc", b"src"]),
+    (b"head", &[b"profile"]),
+    (b"html", &[b"manifest"]),
+    (b"iframe", &[b"longdesc", b"src"]),
+    (b"img", &[b"longdesc", b"src", b"usemap"]),
+    (b"input", &[b"src", b"usemap", b"formaction"]),
+    (b"ins", &[b"cite"]),
+    (b"link", &[b"href"]),
+    (b"object", &[b"classid", b"codebase", b"data", b"usemap"]),
+    (b"q", &[b"cite"]),
+    (b"script", &[b"src"]),
+    (b"source", &[b"src"]),
+    (b"video", &[b"poster", b"src"]),
 ];
 /// Elements whose content is text, up to their own end tag.
 const RAW: [&[u8]; 8] =
@@ -55,23 +66,32 @@ enum Place {
 pub(super) struct Way {
     /// The path of the proxy, without a slash at its end.
     pub(super) prefix: String,
-    /// The server's names in links: `host` or `host:port`.
-    pub(super) hosts: Vec<String>,
+    /// The host that the client asked for: a link that names it keeps it.
+    pub(super) asked: Option<String>,
+    /// The address that the request went to, which the client may not reach: a link that names it loses it.
+    pub(super) backend: Option<String>,
 }
 
 impl Way {
-    /// What of the head of a URL goes, and what comes in its place; `None` if it leads elsewhere or already through the proxy.
-    pub(super) fn lead(&self, url: &[u8]) -> Option<(usize, &str)> {
-        let mut cut = 0;
+    /// What of the head of a URL goes, where, and what comes in its place; `None` if it leads elsewhere or already through the proxy.
+    pub(super) fn lead(&self, url: &[u8]) -> Option<(Range<usize>, &str)> {
+        let path = self.path(url)?;
+        let leads = url[path.end..].starts_with(b"/") && !url[path.end..].starts_with(self.prefix.as_bytes());
+        leads.then_some((path, self.prefix.as_str()))
+    }
+
+    /// What goes of a URL to this server: nothing, or the scheme and host. The path begins behind it.
+    fn path(&self, url: &[u8]) -> Option<Range<usize>> {
         let scheme = [&b"http://"[..], b"https://", b"//"].into_iter().find(|scheme| url.starts_with(scheme));
-        if let Some(scheme) = scheme {
-            let rest = &url[scheme.len()..];
-            let host = self.hosts.iter().find(|host| rest.starts_with(host.as_bytes()))?;
-            cut = scheme.len() + host.len();
+        let Some(scheme) = scheme else { return Some(0..0) };
+        let rest = &url[scheme.len()..];
+        let host = &rest[..rest.iter().position(|byte| *byte == b'/').unwrap_or(rest.len())];
+        let is = |name: &Option<String>| name.as_ref().is_some_and(|name| name.as_bytes() == host);
+        let end = scheme.len() + host.len();
+        if is(&self.asked) {
+            return Some(end..end);
         }
-        let path = &url[cut..];
-        let leads = path.starts_with(b"/") && !path.starts_with(self.prefix.as_bytes());
-        leads.then_some((cut, self.prefix.as_str()))
+        is(&self.backend).then_some(0..end)
     }
 }
 
@@ -165,16 +185,17 @@ impl<W: Write> Links<W> {
     fn tag(&mut self) -> io::Result<()> {
         let tag = std::mem::take(&mut self.held);
         self.place = Place::Text;
-        let name = tag[1..].split(|byte| byte.is_ascii_whitespace() || matches!(byte, b'/' | b'>')).next();
-        if let Some(raw) = RAW.iter().find(|raw| name.is_some_and(|name| name.eq_ignore_ascii_case(raw))) {
+        let name = name(&tag);
+        if let Some(raw) = RAW.iter().find(|raw| name.eq_ignore_ascii_case(raw)) {
             self.place = Place::Raw(raw);
         }
+        let of_element = URLS.iter().find(|(element, _)| name.eq_ignore_ascii_case(element));
         let mut written = 0;
-        for url in urls(&tag) {
+        for url in of_element.map(|(_, attributes)| urls(&tag, attributes)).unwrap_or_default() {
             let Some((cut, insert)) = self.way.lead(&tag[url..]) else { continue };
-            self.to.write_all(&tag[written..url])?;
+            self.to.write_all(&tag[written..url + cut.start])?;
             self.to.write_all(insert.as_bytes())?;
-            written = url + cut;
+            written = url + cut.end;
         }
         self.to.write_all(&tag[written..])
     }
@@ -226,8 +247,15 @@ fn ends_raw(text: &[u8], name: &[u8]) -> bool {
     text[at..].starts_with(b"</") && text[at + 2..].eq_ignore_ascii_case(name)
 }
 
-/// Where in a tag the values of attributes that hold URLs begin.
-fn urls(tag: &[u8]) -> Vec<usize> {
+/// The name of a tag's element; empty, or with a slash before it, for what opens none.
+fn name(tag: &[u8]) -> &[u8] {
+    let ends = |byte: &u8| byte.is_ascii_whitespace() || matches!(byte, b'/' | b'>');
+    let length = tag[1..].iter().position(ends).unwrap_or(tag.len() - 1);
+    &tag[1..=length]
+}
+
+/// Where in a tag the values of these attributes begin.
+fn urls(tag: &[u8], attributes: &[&[u8]]) -> Vec<usize> {
     let mut found = Vec::new();
     let skip = |mut at: usize, which: fn(u8) -> bool| {
         while tag.get(at).is_some_and(|byte| which(*byte)) {
@@ -256,7 +284,7 @@ fn urls(tag: &[u8]) -> Vec<usize> {
             }
             _ => skip(value, |byte| !byte.is_ascii_whitespace() && byte != b'>'),
         };
-        if URLS.iter().any(|url| tag[name..name_end].eq_ignore_ascii_case(url)) {
+        if attributes.iter().any(|attribute| tag[name..name_end].eq_ignore_ascii_case(attribute)) {
             found.push(value);
         }
         at = end.max(at + 1);
@@ -271,8 +299,12 @@ mod tests {
     const PREFIX: &str = "/api/v1/namespaces/a/pods/http:b:80/proxy";
 
     fn through(page: &str, chunk: usize) -> String {
-        let mut links =
-            Links::new(Vec::new(), Way { prefix: PREFIX.to_owned(), hosts: vec!["10.42.0.7:80".to_owned()] });
+        let way = Way {
+            prefix: PREFIX.to_owned(),
+            asked: Some("localhost:8001".to_owned()),
+            backend: Some("10.42.0.7:80".to_owned()),
+        };
+        let mut links = Links::new(Vec::new(), way);
         for part in page.as_bytes().chunks(chunk) {
             links.write_all(part).expect("a Vec takes all");
             links.flush().expect("a Vec takes all");
@@ -286,7 +318,13 @@ mod tests {
             ("<a href=\"/x\">t</a>", "<a href=\"^/x\">t</a>"),
             ("<A HREF='/x?a=/b' id=/x>", "<A HREF='^/x?a=/b' id=/x>"),
             ("<img alt=\"a>b\" src=/i.png><p>1 < 2", "<img alt=\"a>b\" src=^/i.png><p>1 < 2"),
-            ("<form\naction = \"/go\" formaction=/x/>", "<form\naction = \"^/go\" formaction=^/x/>"),
+            (
+                "<form\naction = \"/go\"><button formaction=/x/>",
+                "<form\naction = \"^/go\"><button formaction=^/x/>",
+            ),
+            ("<div data=/x href=/x><p/><object data=/x>", "<div data=/x href=/x><p/><object data=^/x>"),
+            ("<a href=http://localhost:8001/x>", "<a href=http://localhost:8001^/x>"),
+            ("<a href=http://10.42.0.7:8080/x></a href=/x>", ""),
             ("<a href=x><a href=\"//h/x\"><a href=\"http://h/x\">", ""),
             ("<a href=\"http://10.42.0.7:80/x\">", "<a href=\"^/x\">"),
             ("<!-- <a href=\"/x\"> --><a href=/y>", "<!-- <a href=\"/x\"> --><a href=^/y>"),

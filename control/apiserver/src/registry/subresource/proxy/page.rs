@@ -6,7 +6,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use flate2::Compression;
-use flate2::write::{GzDecoder, GzEncoder, ZlibDecoder, ZlibEncoder};
+use flate2::write::{GzEncoder, MultiGzDecoder, ZlibDecoder, ZlibEncoder};
 use http::HeaderMap;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use http_body::Frame;
@@ -51,7 +51,10 @@ fn stage(coding: &str, way: Way) -> Option<Box<dyn Stage>> {
             end: |links| links.end(),
         })),
         "gzip" => Some(Box::new(Coded {
-            writer: Some(GzDecoder::new(Links::new(GzEncoder::new(Vec::new(), Compression::fast()), way))),
+            writer: Some(MultiGzDecoder::new(Links::new(
+                GzEncoder::new(Vec::new(), Compression::fast()),
+                way,
+            ))),
             out: |decoder| decoder.get_mut().get_mut().get_mut(),
             end: |decoder| decoder.finish()?.end()?.finish(),
         })),
@@ -143,7 +146,7 @@ mod tests {
         if !coding.is_empty() {
             headers.insert(CONTENT_ENCODING, http::HeaderValue::from_static(coding));
         }
-        let response = lead(response, Way { prefix: "/p".to_owned(), hosts: Vec::new() });
+        let response = lead(response, Way { prefix: "/p".to_owned(), asked: None, backend: None });
         let has_length = response.headers().contains_key(CONTENT_LENGTH);
         (has_length, response.into_body().collect().await.expect("a body").to_bytes().to_vec())
     }
@@ -157,10 +160,15 @@ mod tests {
 
         let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
         encoder.write_all(PAGE).expect("a Vec takes all");
-        let (_, body) = sent("text/html", "gzip", encoder.finish().expect("a Vec takes all")).await;
+        let mut body = encoder.finish().expect("a Vec takes all");
+        // RFC 1952 §2.2: a file is a series of members.
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(b"</p>").expect("a Vec takes all");
+        body.extend(encoder.finish().expect("a Vec takes all"));
+        let (_, body) = sent("text/html", "gzip", body).await;
         let mut text = String::new();
         flate2::read::GzDecoder::new(&body[..]).read_to_string(&mut text).expect("gzip");
-        assert_eq!(text, CHANGED);
+        assert_eq!(text, format!("{CHANGED}</p>"));
 
         let mut encoder = ZlibEncoder::new(Vec::new(), Compression::fast());
         encoder.write_all(PAGE).expect("a Vec takes all");
