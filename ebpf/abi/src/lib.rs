@@ -485,3 +485,25 @@ pub const SEEN_MARK: u32 = 1 << 30;
 pub const NAT_PORT_FIRST: u16 = 61_000;
 /// Number of ports in that range.
 pub const NAT_PORT_COUNT: u16 = 4_536;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_has_what_shares_its_first_bits() {
+        let range = PodRange::new(Address::v4([10, 42, 7, 9]), 96 + 14);
+        for inside in [[10, 40, 0, 0], [10, 43, 255, 255]] {
+            assert!(range.contains(&Address::v4(inside)), "{inside:?}");
+        }
+        for outside in [[10, 39, 255, 255], [10, 44, 0, 0]] {
+            assert!(!range.contains(&Address::v4(outside)), "{outside:?}");
+        }
+        assert!(!range.contains(&Address::ANY), "of the other family");
+        let one = PodRange::new(Address([7; 16]), 128);
+        assert!(one.contains(&Address([7; 16])) && !one.contains(&Address::ANY));
+        for all in [PodRange::default(), PodRange::new(Address([7; 16]), 0)] {
+            assert!(all.contains(&Address::ANY) && all.contains(&Address([7; 16])));
+        }
+    }
+}
