@@ -320,7 +320,9 @@ impl Tables {
     /// Enters a slice; returns the Services that this changed (two if it moved).
     pub fn apply_slice(&mut self, object: &discovery::EndpointSlice) -> Vec<ServiceName> {
         let Some((namespace, name)) = slice_name(object) else { return Vec::new() };
-        let label = object.metadata.labels.as_ref().and_then(|l| l.get(SERVICE_NAME_LABEL));
+        let labels = object.metadata.labels.as_ref();
+        let served = labels.filter(|labels| !labels.contains_key(trim::HEADLESS_LABEL));
+        let label = served.and_then(|labels| labels.get(SERVICE_NAME_LABEL));
         // Other families of addresses (FQDN) are no proxy's business.
         let family = match object.address_type.as_str() {
             "IPv4" => Some(Family::V4),

@@ -12,8 +12,8 @@ use crate::announce::CLASS;
 
 /// Label on a Service that another proxy serves.
 const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// Label on a Service that no proxy serves.
-const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Label on a Service that no proxy serves, and on a slice that counts for none.
+pub(super) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Annotation on a Service: `10000-10099/UDP, 7000-7009`.
 const PORT_RANGES_ANNOTATION: &str = "weft.dev/port-ranges";
 /// Ports in a Service's ranges: each takes as many entries of the maps as a port that is written out.
