@@ -17,6 +17,7 @@ pub mod path;
 pub mod pinned;
 pub mod probe;
 pub mod socket;
+pub mod tracked;
 pub mod wire;
 
 use std::collections::BTreeMap;
@@ -59,6 +60,9 @@ impl Observer {
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
             Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
             Request::Health => Ok(Answer::Health(self.health()?)),
+            Request::Tracked { within_seconds } => {
+                Ok(Answer::Tracked(tracked::read(&self.pins, *within_seconds)?))
+            }
             Request::Flows { .. } => Err(ObserveError::Agent("flows are watched, not asked for".to_owned())),
         }
     }

@@ -1,10 +1,11 @@
-//! What an administrator sees of the network: `weft service`, `why`, `flows`, `net check`, `doctor`.
+//! What an administrator sees of the network: `weft service`, `why`, `flows`, `policy learn`, `net check`, `doctor`.
 
 pub(crate) mod args;
 mod check;
 mod doctor;
 mod endpoints;
 mod flows;
+mod learn;
 mod reach;
 mod service;
 mod table;
@@ -14,7 +15,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::paths::Paths;
-use args::{DoctorArgs, FlowsArgs, NetCommand, Output, ServiceCommand, WhyArgs};
+use args::{DoctorArgs, FlowsArgs, NetCommand, Output, PolicyCommand, ServiceCommand, WhyArgs};
 use reach::Reach;
 
 /// The question was answered, and the answer is no.
@@ -44,6 +45,13 @@ pub(crate) fn doctor(paths: &Paths, args: &DoctorArgs) -> ExitCode {
 pub(crate) fn net(paths: &Paths, command: &NetCommand) -> ExitCode {
     finish(paths, async |reach| match command {
         NetCommand::Check(args) => Box::pin(check::check(&reach, args)).await,
+    })
+}
+
+/// `weft policy`.
+pub(crate) fn policy(paths: &Paths, command: &PolicyCommand) -> ExitCode {
+    finish(paths, async |reach| match command {
+        PolicyCommand::Learn(args) => Box::pin(learn::learn(&reach, args)).await,
     })
 }
 

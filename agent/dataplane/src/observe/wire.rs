@@ -14,6 +14,7 @@ use super::health::Health;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
 use super::probe::Probed;
+use super::tracked::Tracked;
 use crate::why::policy::{PolicyQuery, PolicyVerdict};
 use crate::why::{Query, Trace};
 
@@ -53,6 +54,11 @@ pub enum Request {
     },
     /// What the dataplane stands on.
     Health,
+    /// Flows that the pods' edges remember.
+    Tracked {
+        /// Only those that were used in the last seconds.
+        within_seconds: u32,
+    },
     /// Flows, from now until the connection ends.
     Flows {
         /// Only what is refused or dropped.
@@ -80,6 +86,8 @@ pub enum Answer {
     Probed(Probed),
     /// To [`Request::Health`].
     Health(Health),
+    /// To [`Request::Tracked`].
+    Tracked(Tracked),
     /// To [`Request::Flows`], again and again.
     Seen(Seen),
 }
@@ -100,7 +108,7 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict);
+    Policy: PolicyVerdict, Tracked: Tracked);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
