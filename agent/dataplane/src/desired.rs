@@ -8,7 +8,7 @@ use weft_ebpf_abi::{
     SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey,
 };
 
-use crate::tables::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice};
+use crate::tables::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice, View};
 
 /// A list of backends within its Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,11 +88,13 @@ pub struct Desired {
     pub no_local_internal: bool,
     /// Policy external: likewise.
     pub no_local_external: bool,
+    /// Endpoints that would take traffic if their node answered.
+    pub left_out: usize,
 }
 
-/// Derives it from the Service and its slices, for a node in this zone.
+/// Derives it from the Service and its slices, for a node that sees this.
 #[must_use]
-pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desired {
+pub fn desired(service: &Service, slices: &[&Slice], view: View<'_>) -> Desired {
     let mut out = Desired {
         created: service.created,
         health: health(service, slices),
@@ -104,7 +106,7 @@ pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desi
         out.frontends.insert(key(*address, 0, 0, SCOPE_INTERNAL), refuse);
     }
     for port in &service.ports {
-        add_port(&mut out, service, slices, Target { port, hashed: true, zone, at: named });
+        add_port(&mut out, service, slices, Target { port, hashed: true, view, at: named });
     }
     for range in &service.ranges {
         for number in range.first..=range.last {
@@ -116,11 +118,12 @@ pub fn desired(service: &Service, slices: &[&Slice], zone: Option<&str>) -> Desi
                     &mut out,
                     service,
                     slices,
-                    Target { port: &port, hashed: false, zone, at: same_number },
+                    Target { port: &port, hashed: false, view, at: same_number },
                 );
             }
         }
     }
+    out.left_out = left_out(slices, view);
     for backend in out.lists.values().flatten() {
         if let Some(known) = out.backends.get_mut(backend) {
             known.active = true;
@@ -135,7 +138,7 @@ struct Target<'a> {
     port: &'a ServicePort,
     /// From outside by a Maglev table. Ranges do without: a thousand tables would be too many.
     hashed: bool,
-    zone: Option<&'a str>,
+    view: View<'a>,
     /// Ports at which a slice's endpoints serve it.
     at: fn(&Slice, &ServicePort) -> Vec<u16>,
 }
@@ -157,7 +160,7 @@ fn add_port(out: &mut Desired, service: &Service, slices: &[&Slice], target: Tar
             let candidates = Candidates::of(&target, family, slices);
             let uses_local = service.internal_local || service.external_local;
             let local = if uses_local { candidates.local() } else { BTreeSet::new() };
-            let cluster = candidates.cluster(target.zone);
+            let cluster = candidates.cluster(target.view.zone);
             add_backends(out, &candidates);
             let Target { port, hashed, .. } = target;
             Builder { out, service, port, hashed, family, cluster, local }.add_frontends();
@@ -190,6 +193,16 @@ fn health(service: &Service, slices: &[&Slice]) -> Option<Health> {
     })
 }
 
+/// Each address counts once, however many ports it serves.
+fn left_out(slices: &[&Slice], view: View<'_>) -> usize {
+    if view.silent.is_empty() {
+        return 0;
+    }
+    let endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+    let left_out = endpoints.filter(|e| e.state != EndpointState::Unready && view.silent.contains(&e.node));
+    left_out.map(|e| e.address).collect::<BTreeSet<_>>().len()
+}
+
 fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
     for (backend, endpoint) in &candidates.0 {
         let known = out.backends.entry(*backend).or_insert(Known { owner: endpoint.owner, active: false });
@@ -200,11 +213,12 @@ fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
     }
 }
 
-/// Endpoints of one port and family. Which of them get traffic is upstream's choice (kube-proxy's `CategorizeEndpoints`).
-struct Candidates<'a>(Vec<(BackendKey, &'a Endpoint)>);
+/// Endpoints of one port and family. Which of them get traffic is upstream's choice (kube-proxy's `CategorizeEndpoints`),
+/// made among those whose nodes answer. The others keep the flows that they have: their node may only be cut off.
+struct Candidates<'a>(Vec<(BackendKey, &'a Endpoint)>, View<'a>);
 
 impl<'a> Candidates<'a> {
-    fn of(target: &Target<'_>, family: Family, slices: &[&'a Slice]) -> Self {
+    fn of(target: &Target<'a>, family: Family, slices: &[&'a Slice]) -> Self {
         let mut found = Vec::new();
         let protocol = target.port.protocol;
         for slice in slices {
@@ -215,11 +229,12 @@ impl<'a> Candidates<'a> {
                 );
             }
         }
-        Self(found)
+        Self(found, target.view)
     }
 
     fn state(&self, state: EndpointState) -> impl Iterator<Item = &(BackendKey, &'a Endpoint)> {
-        self.0.iter().filter(move |(_, endpoint)| endpoint.state == state)
+        let silent = self.1.silent;
+        self.0.iter().filter(move |(_, endpoint)| endpoint.state == state && !silent.contains(&endpoint.node))
     }
 
     /// For traffic that may go to any node: the ready endpoints that are meant for this node or its zone; if none is ready

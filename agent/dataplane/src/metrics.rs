@@ -59,6 +59,8 @@ pub struct Metrics {
     policies: Family<[Label; 1], Gauge>,
     would_drop: Family<Vec<(&'static str, String)>, Counter>,
     unprogrammed: Gauge,
+    left_out: Family<[Label; 1], Gauge>,
+    peers: Family<[Label; 1], Gauge>,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
     drops: Arc<Drops>,
@@ -94,6 +96,8 @@ impl Default for Metrics {
             policies: Family::default(),
             would_drop: Family::default(),
             unprogrammed: Gauge::default(),
+            left_out: Family::default(),
+            peers: Family::default(),
             entries: Family::default(),
             capacity: Family::default(),
             drops: Arc::default(),
@@ -112,6 +116,10 @@ impl Metrics {
         r.register("weft_dataplane_services", "Services in the maps", self.services.clone());
         let unprogrammed = "Services that are not in the maps as they should be, and are retried";
         r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
+        let left_out = "Endpoints that would take traffic and are left out";
+        r.register("weft_dataplane_endpoints_left_out", left_out, self.left_out.clone());
+        let peers = "Other nodes, by whether they answer this one";
+        r.register("weft_dataplane_nodes", peers, self.peers.clone());
         r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
         let would_drop = "Packets that policies on trial would drop";
         r.register("weft_policy_would_drop_packets", would_drop, self.would_drop.clone());
@@ -164,6 +172,8 @@ impl Metrics {
         let no_local = |policy, count| {
             self.no_local.get_or_create(&[("traffic_policy", policy)]).set(number(count));
         };
+        let silent = self.left_out.get_or_create(&[("cause", "node_silent")]);
+        silent.set(number(done.totals.left_out));
         no_local("internal", done.totals.no_local_internal);
         no_local("external", done.totals.no_local_external);
         if done.failed == 0 {
@@ -217,6 +227,15 @@ impl Metrics {
             let labels = vec![("policy", names.join(",")), ("direction", direction.to_owned())];
             // Pods of different labels may have sets of the same policies.
             self.would_drop.get_or_create(&labels).inc_by(counts.get(set).copied().unwrap_or(0));
+        }
+    }
+
+    /// How many of the other nodes answer this one.
+    pub(crate) fn peers(&self, counts: crate::peers::Counts) {
+        let all =
+            [("answering", counts.answering), ("silent", counts.silent), ("never_heard", counts.unheard)];
+        for (state, count) in all {
+            self.peers.get_or_create(&[("state", state)]).set(number(count));
         }
     }
 

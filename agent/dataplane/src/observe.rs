@@ -30,6 +30,7 @@ pub use error::ObserveError;
 use pinned::Pinned;
 use wire::{Answer, Backend, BackendKeyed, Entries, Frontend, FrontendKey, Protocol, Request};
 
+use crate::peers::memory::Memory;
 use crate::{node, why};
 
 /// Where a node's dataplane is found.
@@ -59,6 +60,7 @@ impl Observer {
             Request::Path { to } => Ok(Answer::Path(self.within(|| path::find(*to))??)),
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
             Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
+            Request::Silent => Ok(Answer::Silent(Memory::of(&self.pins).load()?)),
             Request::Health => Ok(Answer::Health(self.health()?)),
             Request::Tracked { within_seconds } => {
                 Ok(Answer::Tracked(tracked::read(&self.pins, *within_seconds)?))

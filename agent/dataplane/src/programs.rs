@@ -16,6 +16,7 @@ use zerocopy::IntoBytes;
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Kind as _, Table};
 use crate::node::{NodeError, failed};
+use crate::peers::memory::Memory;
 use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
@@ -316,5 +317,5 @@ pub fn remove(pins: &Path) -> Result<(), NodeError> {
         }
         fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
     }
-    Ok(())
+    Memory::of(pins).remove()
 }

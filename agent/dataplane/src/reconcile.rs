@@ -245,7 +245,7 @@ impl<M: MapSet> Reconciler<M> {
         for name in new.into_iter().chain(again) {
             let wanted = self.tables.get(&name);
             gone.push(wanted.is_none());
-            let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.zone()));
+            let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.view()));
             let wanted = wanted.unwrap_or_default();
             self.note_health(&name, wanted.health);
             self.answers.note(&name, &wanted.answers);

@@ -1,6 +1,7 @@
 //! The running dataplane: watches, synchronisation, devices.
 
 mod absorb;
+mod say;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
@@ -25,20 +26,26 @@ use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::Overlay;
+use crate::peers::memory::Memory;
+use crate::peers::{self, Nodes, Told};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
+use crate::report::Report;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
 use crate::tables::{ServiceName, Tables};
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
+use self::say::Versions;
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
 /// Services to be told of while the API is slow.
 const MAX_TROUBLES: usize = 64;
+/// Nodes that fall silent or come back, to be told of while the API is slow.
+const MAX_TURNS: usize = 64;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
@@ -72,6 +79,8 @@ pub struct Config {
     pub balancer_pools: Vec<IpNetwork>,
     /// Whose pods the node has.
     pub pod_network: PodNetwork,
+    /// Takes what there is to say of the node's Services, for [`report::keep`](crate::report::keep).
+    pub reports: Option<watch::Sender<Report>>,
 }
 
 /// Who connects the pods to the network.
@@ -160,9 +169,20 @@ pub async fn run_with_metrics(
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
-    let (troubles, told) = mpsc::channel(MAX_TROUBLES);
+    let (troubles, troubled) = mpsc::channel(MAX_TROUBLES);
     let (answers, wanted) = watch::channel(BTreeSet::new());
     let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
+    let (nodes, known_nodes) = watch::channel(Nodes::new());
+    let (silent, is_silent) = watch::channel(Nodes::new());
+    let (turns, turned) = mpsc::channel(MAX_TURNS);
+    let metrics = shared.metrics.clone();
+    let told = Told { turns: Some(turns), ..Told::new(silent, move |counts| metrics.peers(counts)) };
+    let watching = peers::Config {
+        node_name: config.node_name.clone(),
+        watched: peers::WATCHED,
+        pins: config.pin_dir.clone(),
+    };
+    let watching = Box::pin(peers::run(watching, known_nodes, told, shutdown.clone()));
     let mut dataplane = Dataplane {
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
@@ -180,17 +200,27 @@ pub async fn run_with_metrics(
         programmed,
         balancer_pools: config.balancer_pools.clone(),
         answers,
+        peers: Peers {
+            like: config.node_ip,
+            nodes: Nodes::new(),
+            tell: nodes,
+            silent: is_silent,
+            memory: Memory::of(&config.pin_dir),
+        },
+        reports: config.reports.clone(),
+        seen: Versions::default(),
         relists: Relists::default(),
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = trouble::tell(client.clone(), &config.node_name, told);
+    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned));
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
         () = telling => Ok(()),
         outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
+        () = watching => Ok(()),
     }
 }
 
@@ -269,10 +299,24 @@ struct Dataplane {
     balancer_pools: Vec<IpNetwork>,
     /// Load-balancer addresses that this node is fit to answer for.
     answers: watch::Sender<BTreeSet<Ipv4Addr>>,
+    peers: Peers,
+    reports: Option<watch::Sender<Report>>,
+    seen: Versions,
     relists: Relists,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
+}
+
+/// The cluster's nodes, and which of them don't answer.
+struct Peers {
+    /// An address of the family at which they are asked.
+    like: IpAddr,
+    nodes: Nodes,
+    /// To those who ask them.
+    tell: watch::Sender<Nodes>,
+    silent: watch::Receiver<Nodes>,
+    memory: Memory,
 }
 
 impl Dataplane {
@@ -306,6 +350,7 @@ impl Dataplane {
                     }
                     self.refresh_devices()?;
                 }
+                Ok(()) = self.peers.silent.changed() => self.take_silent(),
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;
@@ -340,6 +385,7 @@ impl Dataplane {
             self.retry = RETRY_FIRST;
         }
         if self.reconciler.is_settled() {
+            self.report();
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
         }
     }

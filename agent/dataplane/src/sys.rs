@@ -329,3 +329,29 @@ pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
     let bound = unsafe { libc::bind(fd, std::ptr::from_ref(&address).cast(), size) };
     if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
+
+/// A raw socket for ICMP of a family, non-blocking, that gets packets of one type only.
+pub(crate) fn icmp_socket(v6: bool, accepted: u8) -> io::Result<OwnedFd> {
+    /// `SOL_RAW` and `ICMP_FILTER` of linux/icmp.h, `ICMPV6_FILTER` of linux/icmpv6.h.
+    const SOL_RAW: libc::c_int = 255;
+    const FILTER: libc::c_int = 1;
+    let (family, protocol, level) = match v6 {
+        false => (libc::AF_INET, libc::IPPROTO_ICMP, SOL_RAW),
+        true => (libc::AF_INET6, libc::IPPROTO_ICMPV6, libc::IPPROTO_ICMPV6),
+    };
+    // SAFETY: socket takes three integers and returns a new descriptor or -1.
+    let fd =
+        unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let socket = owned(fd);
+    // A bit that is set keeps its type out. IPv4's filter has 32 bits, IPv6's 256.
+    let mut blocked = [u32::MAX; 8];
+    blocked[usize::from(accepted / 32)] &= !(1 << (accepted % 32));
+    let size = if v6 { size_of_val(&blocked) } else { size_of::<u32>() };
+    let size = libc::socklen_t::try_from(size).map_err(io::Error::other)?;
+    // SAFETY: the socket is open, and the value has at least the size given.
+    let set = unsafe { libc::setsockopt(fd, level, FILTER, blocked.as_ptr().cast(), size) };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+}

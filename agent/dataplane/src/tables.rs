@@ -2,7 +2,7 @@
 
 mod trim;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -148,6 +148,19 @@ pub struct PortRange {
     pub last: u16,
 }
 
+/// A node that endpoints are on, by the number that the tables gave its name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(u32);
+
+/// What a node knows besides Services, and what its choice of endpoints depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// Its zone.
+    pub zone: Option<&'a str>,
+    /// Nodes that don't answer it.
+    pub silent: &'a BTreeSet<NodeId>,
+}
+
 /// A slice of endpoints, all of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
@@ -164,6 +177,8 @@ pub struct Endpoint {
     pub address: Address,
     /// Hash of the uid of the object behind it.
     pub owner: u64,
+    /// Where it is.
+    pub node: NodeId,
     /// On this node.
     pub local: bool,
     /// Whether it may get traffic.
@@ -205,6 +220,9 @@ pub struct Tables {
     known: HashMap<ServiceName, Known>,
     /// Which Service a slice (namespace/name) belongs to.
     slice_of: HashMap<Box<str>, ServiceName>,
+    /// Numbers of the nodes that endpoints were ever on.
+    node_ids: HashMap<Box<str>, NodeId>,
+    silent: BTreeSet<NodeId>,
 }
 
 /// A Service, and slices that name it; either may come first.
@@ -235,10 +253,10 @@ impl Tables {
         Some((known.service.as_deref()?, known.slices.iter().map(|(_, slice)| slice).collect()))
     }
 
-    /// Zone of this node, if its Node says one.
+    /// What the choice of endpoints depends on besides a Service and its slices.
     #[must_use]
-    pub fn zone(&self) -> Option<&str> {
-        self.zone.as_deref()
+    pub fn view(&self) -> View<'_> {
+        View { zone: self.zone.as_deref(), silent: &self.silent }
     }
 
     /// Whether a Node is this node's own.
@@ -260,6 +278,20 @@ impl Tables {
         self.zone = zone.cloned();
         let hinted = |slice: &Slice| slice.endpoints.iter().any(|e| e.hints.is_some());
         let concerned = self.known.iter().filter(|(_, known)| known.slices.iter().any(|(_, s)| hinted(s)));
+        concerned.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Enters the nodes that don't answer; returns the Services with endpoints on those that are new or no longer among them.
+    /// That looks at all endpoints: an index of them by node would cost memory always, and nodes die seldom.
+    pub fn set_silent<'n>(&mut self, names: impl IntoIterator<Item = &'n str>) -> Vec<ServiceName> {
+        let silent: BTreeSet<_> = names.into_iter().map(|name| number(&mut self.node_ids, name)).collect();
+        let turned: BTreeSet<_> = silent.symmetric_difference(&self.silent).copied().collect();
+        self.silent = silent;
+        if turned.is_empty() {
+            return Vec::new();
+        }
+        let on_one = |slice: &Slice| slice.endpoints.iter().any(|e| turned.contains(&e.node));
+        let concerned = self.known.iter().filter(|(_, known)| known.slices.iter().any(|(_, s)| on_one(s)));
         concerned.map(|(name, _)| name.clone()).collect()
     }
 
@@ -303,7 +335,7 @@ impl Tables {
         if self.slice_of.get(joined(&namespace, &name).as_str()).is_some_and(|old| *old != owner) {
             changed.extend(self.delete_slice(&namespace, &name));
         }
-        let slice = trim::slice(object, family, &self.node_name);
+        let slice = trim::slice(object, family, &self.node_name, |name| number(&mut self.node_ids, name));
         self.slice_of.insert(joined(&namespace, &name).into(), owner.clone());
         let Some(known) = self.known.get_mut(&owner) else { return changed };
         match known.place(&name) {
@@ -354,6 +386,17 @@ impl Tables {
             self.known.remove(name);
         }
     }
+}
+
+/// The number of a node's name; a new one if it has none.
+fn number(ids: &mut HashMap<Box<str>, NodeId>, name: &str) -> NodeId {
+    if let Some(id) = ids.get(name) {
+        return *id;
+    }
+    // 0 stands for no node.
+    let id = NodeId(u32::try_from(ids.len()).unwrap_or(u32::MAX).saturating_add(1));
+    ids.insert(name.into(), id);
+    id
 }
 
 /// Name of a Service object.

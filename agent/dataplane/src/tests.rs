@@ -85,6 +85,10 @@ fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
                 .map(|a| a.as_str().unwrap().parse::<std::net::IpAddr>().unwrap().into())
                 .collect();
             reconciler.set_node_addresses(parsed);
+        } else if let Some(names) = step.get("silent") {
+            let names = names.as_array().unwrap().iter().map(|name| name.as_str().unwrap());
+            let changed = reconciler.tables.set_silent(names);
+            reconciler.mark(changed);
         } else if let Some(zone) = step.get("zone") {
             let labels = json!({"topology.kubernetes.io/zone": zone});
             let node = json!({"metadata": {"name": "node-a", "labels": labels}});

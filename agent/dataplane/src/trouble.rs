@@ -1,36 +1,79 @@
-//! Tells of Services that can't be programmed on this node, as Events on them.
+//! Tells of Services that can't be programmed on this node and of nodes that don't answer it, as Events on them.
 
-use k8s_openapi::api::core::v1::{ObjectReference, Service};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Service};
 use kube::api::ListParams;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource as _};
 use tokio::sync::mpsc;
 
+use crate::peers::Turn;
 use crate::tables::ServiceName;
 
 /// A Service, and why it is not as it should be.
 pub(crate) type Trouble = (ServiceName, String);
 
-/// Tells of all that come; it ends only with the sender.
-pub(crate) async fn tell(client: Client, node: &str, mut troubles: mpsc::Receiver<Trouble>) {
+/// Tells of all that come; it ends only with the senders.
+pub(crate) async fn tell(
+    client: Client,
+    node: &str,
+    mut troubles: mpsc::Receiver<Trouble>,
+    mut turns: mpsc::Receiver<Turn>,
+) {
     let reporter = Reporter { controller: "weft-proxy".to_owned(), instance: Some(node.to_owned()) };
-    let recorder = Recorder::new(client.clone(), reporter);
-    while let Some((service, reason)) = troubles.recv().await {
+    let teller = Teller { recorder: Recorder::new(client.clone(), reporter), client, node };
+    loop {
+        let (about, told) = tokio::select! {
+            Some(trouble) = troubles.recv() => (trouble.0.to_string(), teller.trouble(&trouble).await),
+            Some(turn) = turns.recv() => (turn.node.to_string(), teller.turn(&turn).await),
+            else => return,
+        };
+        if let Err(error) = told {
+            tracing::warn!(about, %error, "cannot tell of it by an Event");
+        }
+    }
+}
+
+struct Teller<'a> {
+    client: Client,
+    recorder: Recorder,
+    node: &'a str,
+}
+
+impl Teller<'_> {
+    async fn trouble(&self, (service, reason): &Trouble) -> Result<(), kube::Error> {
         let event = Event {
             type_: EventType::Warning,
             reason: "FailedToProgram".to_owned(),
-            note: Some(format!("node {node}: {reason}; it is retried")),
+            note: Some(format!("node {}: {reason}; it is retried", self.node)),
             action: "Programming".to_owned(),
             secondary: None,
         };
-        let told = async {
-            match find(&client, &service).await? {
-                Some(reference) => recorder.publish(&event, &reference).await,
-                None => Ok(()),
-            }
+        match find(&self.client, service).await? {
+            Some(reference) => self.recorder.publish(&event, &reference).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn turn(&self, turn: &Turn) -> Result<(), kube::Error> {
+        let (own, Turn { node, address, silent }) = (self.node, turn);
+        let (type_, reason, note) = match silent {
+            true => (
+                EventType::Warning,
+                "NodeUnreachable",
+                format!("Node {node} ({address}) does not answer {own}: its endpoints are left out there"),
+            ),
+            false => (
+                EventType::Normal,
+                "NodeReachable",
+                format!("Node {node} ({address}) answers {own} again: its endpoints are used there"),
+            ),
         };
-        if let Err(error) = told.await {
-            tracing::warn!(%service, %error, "cannot tell of the service");
+        let (reason, action) = (reason.to_owned(), "Watching".to_owned());
+        let event = Event { type_, reason, note: Some(note), action, secondary: None };
+        let api: Api<Node> = Api::all(self.client.clone());
+        match api.get_opt(node).await? {
+            Some(object) => self.recorder.publish(&event, &object.object_ref(&())).await,
+            None => Ok(()),
         }
     }
 }

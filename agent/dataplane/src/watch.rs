@@ -31,7 +31,8 @@ where
 pub(crate) struct Relist<K> {
     /// There was a whole list.
     pub(crate) known: bool,
-    listing: bool,
+    /// A list is in progress.
+    pub(crate) listing: bool,
     seen: HashSet<K>,
 }
 

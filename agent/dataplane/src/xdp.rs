@@ -2,12 +2,12 @@
 //!
 //! The tc program carries whatever XDP does not: nothing here has to succeed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io;
 
 use aya::maps::{HashMap as BpfMap, Map, MapData};
-use weft_cni_netlink::{Features, Link, Mac, Neighbour, Netlink};
+use weft_cni_netlink::{Class, Features, Link, Mac, Neighbour, Netlink};
 use weft_ebpf_abi::{Address, XdpPod, names};
 use zerocopy::IntoBytes as _;
 
@@ -91,7 +91,7 @@ pub struct Carrier {
     mode: Xdp,
     map: BpfMap<MapData, [u8; ADDRESS_BYTES], [u8; POD_BYTES]>,
     applied: BTreeMap<Address, XdpPod>,
-    /// Ports that take frames, with the hardware address of the other end: it has it from its making.
+    /// Hardware address of each port's other end: it has it from its making.
     ports: HashMap<u32, Mac>,
     attached: BTreeMap<u32, String>,
     /// Devices that were refused: they are not tried at every change.
@@ -151,13 +151,17 @@ impl Carrier {
     pub fn refresh(&mut self, programs: &Programs, devices: &Devices) -> Result<(), XdpError> {
         let mut netlink = Netlink::open()?;
         let links = netlink.links()?;
-        let ports = self.look_at_ports(&mut netlink, devices.bridge, &links)?;
-        let neighbours = netlink.neighbours(devices.bridge)?;
+        let mut uplinks = uplinks(self.mode, devices, &links);
+        let mut wanted = BTreeMap::new();
         let bridge = links.iter().find(|link| link.index == devices.bridge).and_then(|link| link.mac);
-        let mut wanted = bridge.map_or_else(BTreeMap::new, |bridge| pods(bridge, &neighbours, &ports));
+        if let (Some(bridge), false) = (bridge, uplinks.is_empty()) {
+            let ports = self.look_at_ports(&mut netlink, devices.bridge, &links)?;
+            wanted = pods(bridge, &netlink.neighbours(devices.bridge)?, &ports);
+        }
         // Some drivers lose packets while a program is put in: not before there is a use, and not again whenever the last pod goes.
-        let useful = !wanted.is_empty() || !self.attached.is_empty();
-        let uplinks = if useful { uplinks(self.mode, devices, &links) } else { BTreeMap::new() };
+        if wanted.is_empty() && self.attached.is_empty() {
+            uplinks.clear();
+        }
         self.attach(programs, uplinks)?;
         if self.attached.is_empty() {
             wanted.clear();
@@ -210,19 +214,19 @@ impl Carrier {
     ) -> Result<Vec<Port>, XdpError> {
         let pods = links.iter().filter(|link| link.master == Some(bridge) && link.peer_namespace.is_some());
         self.ports.retain(|index, _| links.iter().any(|link| link.index == *index));
-        let mut features = None;
         let mut ports = Vec::new();
-        for link in pods.filter(|link| !link.is_queued() && link.running) {
-            if !self.ports.contains_key(&link.index) {
-                let features = match &mut features {
-                    Some(features) => features,
-                    none => none.insert(Features::open()?),
-                };
-                if features.takes_frames(link.index).unwrap_or(false)
-                    && let Some(mac) = other_end(netlink, link)
-                {
-                    self.ports.insert(link.index, mac);
-                }
+        // Asked each time: a pod may switch it off again.
+        let taking = match Features::open() {
+            Ok(mut features) => features.that_take_frames()?,
+            // Linux before 6.3 doesn't say.
+            Err(error) if error.class() == Class::NotFound => HashSet::new(),
+            Err(error) => return Err(error.into()),
+        };
+        for link in pods.filter(|link| !link.is_queued() && link.running && taking.contains(&link.index)) {
+            if !self.ports.contains_key(&link.index)
+                && let Some(mac) = other_end(netlink, link)
+            {
+                self.ports.insert(link.index, mac);
             }
             if let Some(mac) = self.ports.get(&link.index) {
                 ports.push(Port { index: link.index, mtu_bytes: link.mtu_bytes, pod: *mac });
@@ -252,16 +256,15 @@ impl Carrier {
     }
 }
 
-/// The device at the other end of a pair; `None` if it is gone meanwhile.
+/// The hardware address of a pair's other end; `None` if it is gone meanwhile.
 fn other_end(netlink: &mut Netlink, link: &Link) -> Option<Mac> {
-    let inside = match netlink.links_of(link.peer_namespace?) {
-        Ok(inside) => inside,
+    match netlink.link_of(link.peer_namespace?, link.peer_index?) {
+        Ok(end) => end.mac,
         Err(error) => {
             tracing::debug!(device = link.name, %error, "the pod's end can't be looked at");
-            return None;
+            None
         }
-    };
-    inside.into_iter().find(|one| Some(one.index) == link.peer_index)?.mac
+    }
 }
 
 /// For a person: why a driver, or the kernel, refused.

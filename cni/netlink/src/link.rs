@@ -114,20 +114,6 @@ impl Netlink {
         })
     }
 
-    /// All devices of another namespace, by the number that this one has for it (Linux 4.16 on).
-    ///
-    /// # Errors
-    /// If there is no such namespace (any more).
-    pub fn links_of(&mut self, namespace: i32) -> Result<Vec<Link>, Error> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfNetnsId(namespace));
-        let request = RouteNetlinkMessage::GetLink(message);
-        self.dump("list the devices of a namespace", &request, |message| match message {
-            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
-            _ => None,
-        })
-    }
-
     /// The device of a name.
     ///
     /// # Errors

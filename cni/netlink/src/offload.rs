@@ -1,8 +1,10 @@
 //! What a device does for the packets that go through it: switches of ethtool, and whether it takes frames from XDP.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
 use netlink_sys::protocols::NETLINK_GENERIC;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
@@ -100,6 +102,11 @@ const FAMILY_ID: u16 = 1;
 const GET_DEVICE: u8 = 1;
 const IFINDEX: u16 = 1;
 const XDP_FEATURES: u16 = 3;
+/// Bytes of a message's header; that of generic netlink, 4 more, follows it.
+const HEADER_BYTES: usize = 16;
+/// `NLMSG_ERROR` and `NLMSG_DONE`.
+const FAILED: u16 = 2;
+const DONE: u16 = 3;
 
 impl Features {
     /// Opens it in the namespace of the calling thread.
@@ -113,56 +120,73 @@ impl Features {
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
         let mut features = Self { socket, family: CONTROL };
         let op = "find the family";
-        let answer = features.ask(op, "netdev", GET_FAMILY, (FAMILY_NAME, b"netdev\0"))?;
+        let name = [&12_u16.to_ne_bytes()[..], &FAMILY_NAME.to_ne_bytes(), b"netdev\0\0"].concat();
+        features.send(op, GET_FAMILY, 0, &name)?;
+        let answer = features.receive(op)?.into_iter().next().unwrap_or_default().1;
         let id = attribute(&answer, FAMILY_ID).and_then(|value| value.try_into().ok());
         let id: [u8; 2] = id.ok_or_else(|| Error::Decode { op, reason: "it has no number".to_owned() })?;
         features.family = u16::from_ne_bytes(id);
         Ok(features)
     }
 
-    /// Whether frames that XDP redirects to a device are taken: for a veth, whether its other end would receive them.
+    /// The devices of the namespace that take frames which XDP redirects to them; of a veth, whether its other end would
+    /// receive them.
     ///
     /// # Errors
-    /// [`crate::Class::NotFound`] if there is no such device.
-    pub fn takes_frames(&mut self, index: u32) -> Result<bool, Error> {
-        let op = "ask for the features of";
-        let answer = self.ask(op, &index.to_string(), GET_DEVICE, (IFINDEX, &index.to_ne_bytes()))?;
-        let features = attribute(&answer, XDP_FEATURES).and_then(|value| value.try_into().ok());
-        Ok(features.is_some_and(|value| u64::from_ne_bytes(value) & TAKES_FRAMES != 0))
+    /// If the kernel can't be asked.
+    pub fn that_take_frames(&mut self) -> Result<HashSet<u32>, Error> {
+        let op = "ask for the features of devices";
+        self.send(op, GET_DEVICE, NLM_F_DUMP, &[])?;
+        let mut found = HashSet::new();
+        loop {
+            for (kind, attributes) in self.receive(op)? {
+                if kind == DONE {
+                    return Ok(found);
+                }
+                let number = attribute(&attributes, IFINDEX).and_then(|value| value.try_into().ok());
+                let features = attribute(&attributes, XDP_FEATURES).and_then(|value| value.try_into().ok());
+                if let (Some(number), Some(features)) = (number, features)
+                    && u64::from_ne_bytes(features) & TAKES_FRAMES != 0
+                {
+                    found.insert(u32::from_ne_bytes(number));
+                }
+            }
+        }
     }
 
-    /// Sends a command with one attribute; answers the attributes of what comes back.
-    fn ask(
-        &mut self,
-        op: &'static str,
-        subject: &str,
-        command: u8,
-        (kind, value): (u16, &[u8]),
-    ) -> Result<Vec<u8>, Error> {
-        const HEADER_BYTES: usize = 16;
+    /// Sends a command with these attributes.
+    fn send(&mut self, op: &'static str, command: u8, flags: u16, attributes: &[u8]) -> Result<(), Error> {
         let mut message = vec![0; HEADER_BYTES];
         message.extend([command, 1, 0, 0]);
-        message.extend(u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend(value);
-        message.resize(message.len().next_multiple_of(4), 0);
+        message.extend(attributes);
         let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
         message[..4].copy_from_slice(&length.to_ne_bytes());
         message[4..6].copy_from_slice(&self.family.to_ne_bytes());
-        let flags = netlink_packet_core::NLM_F_REQUEST;
-        message[6..8].copy_from_slice(&flags.to_ne_bytes());
-        let failed = |source| Error::Socket { op, source };
-        self.socket.send(&message, 0).map_err(failed)?;
-        let (answer, _) = self.socket.recv_from_full().map_err(failed)?;
+        message[6..8].copy_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
+        self.socket.send(&message, 0).map(|_| ()).map_err(|source| Error::Socket { op, source })
+    }
+
+    /// The messages of one datagram: what each is, and its attributes.
+    fn receive(&self, op: &'static str) -> Result<Vec<(u16, Vec<u8>)>, Error> {
+        let (datagram, _) = self.socket.recv_from_full().map_err(|source| Error::Socket { op, source })?;
         let short = || Error::Decode { op, reason: "it is cut off".to_owned() };
-        let kind =
-            answer.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(short)?;
-        if kind == u16::try_from(libc::NLMSG_ERROR).unwrap_or(2) {
-            let code = answer.get(16..20).and_then(|b| b.try_into().ok()).map(i32::from_ne_bytes);
-            let errno = Errno::from_raw(code.ok_or_else(short)?.saturating_neg());
-            return Err(Error::Refused { op, subject: subject.to_owned(), errno });
+        let (mut rest, mut found) = (datagram.as_slice(), Vec::new());
+        while !rest.is_empty() {
+            let length = rest.get(..4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+            let length = length.and_then(|length| usize::try_from(length).ok()).ok_or_else(short)?;
+            let message = rest.get(..length).filter(|m| m.len() >= HEADER_BYTES).ok_or_else(short)?;
+            let kind = u16::from_ne_bytes([message[4], message[5]]);
+            let code = message.get(16..20).and_then(|b| b.try_into().ok()).map(i32::from_ne_bytes);
+            if let (FAILED, Some(code)) = (kind, code)
+                && code != 0
+            {
+                let errno = Errno::from_raw(code.saturating_neg());
+                return Err(Error::Refused { op, subject: "netdev".to_owned(), errno });
+            }
+            found.push((kind, message.get(HEADER_BYTES + 4..).unwrap_or_default().to_vec()));
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
-        answer.get(HEADER_BYTES + 4..).map(<[u8]>::to_vec).ok_or_else(short)
+        Ok(found)
     }
 }
 

@@ -14,6 +14,7 @@ mod namespace;
 mod namespaced;
 mod node;
 mod pod;
+mod programmed;
 mod replicaset;
 mod servicecidr;
 mod shared;
@@ -186,6 +187,8 @@ impl Tasks {
 
         let client = clients("service-controller");
         let recorder = self.recorder(&client, "service-controller");
+        let conditions = programmed::Controller::new(client.clone(), shared.clone());
+        self.spawn(|term| async move { conditions.run(&term).await });
         let pools = config.load_balancer_pools.clone();
         let balancers = load_balancer::Controller::new(client, shared.clone(), recorder, pools);
         self.spawn(|term| async move { balancers.run(&term).await });

@@ -196,10 +196,20 @@ pub(crate) async fn run(node: Node, clients: Clients, shutdown: CancellationToke
     let (programmed, is_programmed) = watch::channel(false);
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    let (config, stop) = (dataplane_config(&node, &paths), shutdown.clone());
-    let gate = config.gate.clone();
+    let (reports, to_report) = watch::channel(dataplane::report::Report::default());
+    let mut config = dataplane_config(&node, &paths);
+    config.reports = Some(reports);
+    let (gate, stop) = (config.gate.clone(), shutdown.clone());
     tasks.spawn(async move {
         dataplane::run(config, clients.proxy, programmed, stop).await.context("the data plane failed")
+    });
+    let keeping =
+        dataplane::report::keep(clients.kubelet.clone(), node.name.clone(), to_report, shutdown.clone());
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        keeping.await;
+        stop.cancelled().await;
+        Ok(())
     });
     let (path, observer) = (paths.control_socket(), Arc::new(observer(&node, &paths)));
     let stop = shutdown.clone();
@@ -255,6 +265,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         proxy: dataplane::ProxyConfig { xdp: node.xdp, ..dataplane::ProxyConfig::default() },
         balancer_pools: node.cluster.load_balancer_pools.clone(),
         pod_network: dataplane::PodNetwork::Own,
+        reports: None,
     }
 }
 

@@ -109,6 +109,8 @@ fn config(args: &ProxyArgs) -> anyhow::Result<dataplane::Config> {
         },
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Others { bridge: args.pod_bridge_interface.clone() },
+        // A proxy alone has no Lease to write to.
+        reports: None,
     })
 }
 

@@ -14,7 +14,7 @@ use crate::report::{Row, Target};
 use crate::stats::{Turns, compare, estimate, quantile, there_and_back};
 
 /// Where Debian's containernetworking-plugins lie.
-const REFERENCE: &str = "/usr/lib/cni";
+pub(crate) const REFERENCE: &str = "/usr/lib/cni";
 /// Pods of one turn, one after the other.
 const PODS: usize = 20;
 /// Pods of one turn where several are attached at once: as many as at most are.
@@ -152,9 +152,9 @@ impl Arena {
 }
 
 /// A plugin with its configuration.
-struct Plugin {
-    program: PathBuf,
-    config: Value,
+pub(crate) struct Plugin {
+    pub(crate) program: PathBuf,
+    pub(crate) config: Value,
 }
 
 fn ours(state: &Path) -> anyhow::Result<Plugin> {
@@ -202,7 +202,7 @@ fn turn(plugin: &Plugin, host: &Netns, pods: &[Netns]) -> anyhow::Result<[f64; 4
     Ok([quantile(&adds, 0.5), quantile(&dels, 0.5), quantile(&adds, 0.99), quantile(&dels, 0.99)])
 }
 
-fn call(plugin: &Plugin, verb: &str, host: &Netns, pod: &Netns) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn call(plugin: &Plugin, verb: &str, host: &Netns, pod: &Netns) -> anyhow::Result<Vec<u8>> {
     let mut command = host.command(&plugin.program)?;
     command.env_clear().env("CNI_COMMAND", verb).env("CNI_CONTAINERID", pod.name()).env("CNI_IFNAME", "eth0");
     command

@@ -41,7 +41,7 @@ fn parse_busy(stat: &str) -> Option<f64> {
     [0, 1, 2, 5, 6].iter().map(|&index| fields.get(index)).sum()
 }
 
-fn ticks_per_second() -> f64 {
+pub(crate) fn ticks_per_second() -> f64 {
     match sysconf(SysconfVar::CLK_TCK) {
         Ok(Some(ticks)) => usize::try_from(ticks).map_or(100.0, as_f64),
         _ => 100.0,

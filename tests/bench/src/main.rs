@@ -2,11 +2,16 @@
 #![forbid(unsafe_code)]
 
 mod cni;
+mod convergence;
+mod edge;
 mod footprint;
 mod machine;
+mod pair;
 mod pods;
 mod report;
+mod scale;
 mod service;
+mod stage;
 mod stats;
 
 use std::process::ExitCode;
@@ -22,7 +27,7 @@ const ROUNDS: usize = 11;
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", about = "Measure weft against peers and floors")]
 struct Cli {
-    /// Which to run: F1 F2 F3 K1 C1 C2 D1 D2; all if none is named
+    /// Which to run; all if none is named. D1s and D2s are D1 and D2 among thousands of Services
     names: Vec<String>,
     /// Rounds of every comparison
     #[arg(long, default_value_t = ROUNDS, value_parser = at_least_three)]
@@ -42,6 +47,7 @@ struct Bench {
     run: fn(&[&str], usize) -> anyhow::Result<Vec<Row>>,
 }
 
+const PROXY: &[&str] = &["root", "bpf", "ip", "weft"];
 const CLUSTER: &[&str] = &["root", "bpf", "kubectl", "ip", "weft"];
 
 const BENCHES: &[Bench] = &[
@@ -49,11 +55,26 @@ const BENCHES: &[Bench] = &[
     Bench { ids: &["F1", "F2"], needs: CLUSTER, run: footprint::start },
     Bench { ids: &["K1"], needs: CLUSTER, run: pods::run },
     Bench { ids: &["C1", "C2"], needs: &["root", "ip"], run: cni::run },
+    Bench { ids: &["C3", "C4"], needs: CLUSTER, run: pair::one_node },
+    Bench { ids: &["C5"], needs: &["root", "bpf", "kubectl", "ip", "bridge", "weft"], run: pair::two_nodes },
+    Bench { ids: &["C6"], needs: &["root", "bpf", "kubectl", "ip", "curl", "weft"], run: pair::policies },
     Bench {
         ids: &["D1", "D2"],
         needs: &["root", "bpf", "kubectl", "ip", "iptables", "weft"],
         run: service::run,
     },
+    Bench {
+        ids: &["D1s", "D2s"],
+        needs: &["root", "bpf", "ip", "iptables", "nft", "weft"],
+        run: service::run_sizes,
+    },
+    Bench { ids: &["D3"], needs: PROXY, run: convergence::follow },
+    Bench { ids: &["D4"], needs: PROXY, run: convergence::cold_start },
+    Bench { ids: &["D7"], needs: PROXY, run: convergence::memory },
+    Bench { ids: &["D8"], needs: PROXY, run: convergence::cost },
+    Bench { ids: &["D9"], needs: PROXY, run: convergence::losses },
+    Bench { ids: &["N1"], needs: CLUSTER, run: scale::run },
+    Bench { ids: &["D5", "D6"], needs: &["root", "bpf", "ip", "iptables", "artifacts"], run: edge::run },
 ];
 
 fn main() -> ExitCode {

@@ -3,8 +3,12 @@
 //! One node, four pods, one client process in the node's network namespace. The three sides share pods, servers and client; they differ in
 //! the address that the client connects to. iptables' rules are loaded only while it is iptables' turn: a weft node has none.
 
-mod iptables;
-mod traffic;
+pub(crate) mod iptables;
+pub(crate) mod nftables;
+mod sizes;
+pub(crate) mod traffic;
+
+pub(crate) use sizes::run as run_sizes;
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
@@ -32,7 +36,7 @@ const SERIAL: usize = 1000;
 const CLIENTS: usize = 64;
 const EACH: usize = 200;
 /// Processors that may be busy with something else before the whole machine's time says nothing of a benchmark.
-const QUIET: f64 = 0.1;
+pub(crate) const QUIET: f64 = 0.1;
 /// How long the machine is watched for what else runs on it.
 const IDLE_WATCH: Duration = Duration::from_secs(3);
 
@@ -237,7 +241,7 @@ impl<'a> Stage<'a> {
 }
 
 /// How many processors are busy with something else.
-fn idle_load() -> anyhow::Result<f64> {
+pub(crate) fn idle_load() -> anyhow::Result<f64> {
     let (busy, begin) = (busy_seconds()?, Instant::now());
     wait_until("the machine has been watched", IDLE_WATCH * 2, || {
         Ok((begin.elapsed() >= IDLE_WATCH).then_some(()))

@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: a cluster with the sample images, and manifests.
 
+pub mod churn;
 pub mod machine;
 pub mod traffic;
 pub mod writes;

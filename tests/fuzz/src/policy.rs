@@ -67,8 +67,8 @@ fn packet(input: &mut Input<'_>) -> Packet {
         protocol,
         tcp_flags,
         begins: tcp_flags & 0x12 == 0x02,
-        error: input.u8() % 8 == 0,
-        fragments: input.u8() % 8 == 0,
+        error: input.u8().is_multiple_of(8),
+        fragments: input.u8().is_multiple_of(8),
     }
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn verdict(bytes: &[u8]) {
             break;
         }
         let (packet, edge) = (packet(&mut input), edge(&mut input));
-        let peer = if input.u8() % 8 == 0 {
+        let peer = if input.u8().is_multiple_of(8) {
             Peer::Exempt
         } else {
             Peer::At(if edge.way == TRACK_OUT { packet.destination } else { packet.source })

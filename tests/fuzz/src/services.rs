@@ -98,7 +98,7 @@ fn service(input: &mut Input<'_>, number: usize) -> Value {
 }
 
 fn slice(input: &mut Input<'_>, number: usize) -> Value {
-    let v6 = input.u8() % 4 == 0;
+    let v6 = input.u8().is_multiple_of(4);
     let endpoints: Vec<_> = (0..input.below(6))
         .map(|_| {
             let n = input.below(8);

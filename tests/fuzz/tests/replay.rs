@@ -21,8 +21,8 @@ impl Drop for Last<'_> {
 }
 
 fn replay(name: &str) {
-    let target = find(name).unwrap();
-    let seeds = target.seeds().unwrap();
+    let target = find(name).expect("a target of that name");
+    let seeds = target.seeds().expect("the corpus is read");
     assert!(!seeds.is_empty(), "{name} has no corpus");
     let made = Mutations::new(seeds.clone()).take(target.tries);
     for bytes in seeds.into_iter().chain(made) {

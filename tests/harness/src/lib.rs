@@ -22,11 +22,8 @@ pub fn require(test: &str, needs: &[&str]) -> bool {
     let required: Vec<&str> = required.split(',').map(str::trim).collect();
     for need in needs {
         let Err(reason) = present(need) else { continue };
-        let installable = !PEERS.contains(need);
-        assert!(
-            !required.contains(need) && !(installable && required.contains(&"all")),
-            "{test} needs {need}, and WEFT_REQUIRE forbids to skip it: {reason}"
-        );
+        let forbidden = required.contains(need) || (required.contains(&"all") && !PEERS.contains(need));
+        assert!(!forbidden, "{test} needs {need}, and WEFT_REQUIRE forbids to skip it: {reason}");
         let line = format!("SKIP {test}: needs {need}: {reason}");
         eprintln!("{line}");
         if let Some(path) = std::env::var_os("WEFT_SKIP_LOG")

@@ -19,7 +19,7 @@ struct Toolchain {
     toolchain: Option<&'static str>,
 }
 
-/// Builds the programs into one object at `out`.
+/// Builds the programs into one object at `out`, and those of the benchmarks into `bench.bpf.o` beside it.
 ///
 /// # Errors
 /// If a tool is missing, with how to get it, or if the compiler refuses the programs.
@@ -49,8 +49,9 @@ pub(crate) fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
         command.env("RUSTUP_TOOLCHAIN", name).env_remove("RUSTC");
     }
     quiet(&mut command)?;
-    let object = target_folder.join(TARGET).join("release/weft");
-    place(&object, out)
+    let built = target_folder.join(TARGET).join("release");
+    place(&built.join("weft-bench"), &out.with_file_name("bench.bpf.o"))?;
+    place(&built.join("weft"), out)
 }
 
 /// Copies unless it is there already: a new time stamp would make cargo build the binary that embeds it again.

@@ -29,6 +29,8 @@ pub struct ForNode<'a> {
     pub object: Option<&'a Node>,
     /// Addresses of Services that it answers itself.
     pub node_local: &'a [IpAddr],
+    /// Names of the nodes that don't answer it.
+    pub silent: &'a BTreeSet<String>,
 }
 
 /// Derives it as the node's own reconciler does.
@@ -39,13 +41,14 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
     if let Some(object) = node.object {
         tables.apply_node(object);
     }
+    tables.set_silent(node.silent.iter().map(String::as_str));
     tables.apply_service(service);
     for slice in slices {
         tables.apply_slice(slice);
     }
     let Some(found) = service_name(service).and_then(|name| {
         let (service, slices) = tables.get(&name)?;
-        Some(desired(service, &slices, tables.zone()))
+        Some(desired(service, &slices, tables.view()))
     }) else {
         return Expected::default();
     };

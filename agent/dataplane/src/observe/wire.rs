@@ -1,5 +1,6 @@
 //! Questions to a node and its answers, as they stand on the socket and in `-o json`.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
@@ -59,6 +60,8 @@ pub enum Request {
         /// Only those that were used in the last seconds.
         within_seconds: u32,
     },
+    /// Which other nodes don't answer this one.
+    Silent,
     /// Flows, from now until the connection ends.
     Flows {
         /// Only what is refused or dropped.
@@ -88,6 +91,8 @@ pub enum Answer {
     Health(Health),
     /// To [`Request::Tracked`].
     Tracked(Tracked),
+    /// To [`Request::Silent`]: their addresses.
+    Silent(BTreeSet<IpAddr>),
     /// To [`Request::Flows`], again and again.
     Seen(Seen),
 }
@@ -108,7 +113,7 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict, Tracked: Tracked);
+    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>, Tracked: Tracked);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

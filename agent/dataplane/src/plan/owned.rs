@@ -26,6 +26,7 @@ pub(super) struct Owned {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Facts {
     live: bool,
+    left_out: usize,
     no_local_internal: bool,
     no_local_external: bool,
 }
@@ -62,6 +63,7 @@ impl Owned {
     pub(super) fn set_facts(&mut self, desired: &Desired) -> Facts {
         let facts = Facts {
             live: !desired.frontends.is_empty(),
+            left_out: desired.left_out,
             no_local_internal: desired.no_local_internal,
             no_local_external: desired.no_local_external,
         };
@@ -78,6 +80,8 @@ impl Owned {
 pub struct Totals {
     /// Services with an address.
     pub services: usize,
+    /// Endpoints of theirs that are left out because their node doesn't answer.
+    pub left_out: usize,
     /// Services with internalTrafficPolicy Local that have endpoints, and none on this node.
     pub no_local_internal: usize,
     /// Likewise with externalTrafficPolicy Local.
@@ -89,6 +93,7 @@ impl Totals {
         let count =
             |total: &mut usize, old: bool, new: bool| *total = *total + usize::from(new) - usize::from(old);
         count(&mut self.services, old.live, new.live);
+        self.left_out = self.left_out + new.left_out - old.left_out;
         count(&mut self.no_local_internal, old.no_local_internal, new.no_local_internal);
         count(&mut self.no_local_external, old.no_local_external, new.no_local_external);
     }

@@ -10,6 +10,7 @@ use kube::runtime::watcher;
 use kube::{Api, Client};
 
 use super::{Dataplane, PodNetwork};
+use crate::peers;
 use crate::tables::{ServiceName, service_name, slice_name};
 use crate::watch::{Relist, source};
 
@@ -35,6 +36,11 @@ pub(super) struct Relists {
 }
 
 impl Relists {
+    /// Whether a list of Services is in progress.
+    pub(super) fn lists_services(&self) -> bool {
+        self.services.listing
+    }
+
     /// Whether every watch has listed once.
     pub(super) fn all_known(&self) -> bool {
         self.services.known && self.slices.known && self.nodes.known
@@ -64,6 +70,7 @@ impl Dataplane {
 
     fn absorb_service(&mut self, event: watcher::Event<Service>) {
         let tables = &mut self.reconciler.tables;
+        let mut version = 0;
         let changed: Vec<_> = match event {
             watcher::Event::Init => {
                 self.relists.services.begin();
@@ -71,6 +78,7 @@ impl Dataplane {
             }
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 self.relists.services.name(service_name(&object));
+                version = version_of(&object);
                 tables.apply_service(&object).into_iter().collect()
             }
             watcher::Event::Delete(object) => {
@@ -81,6 +89,10 @@ impl Dataplane {
                 gone.iter().filter_map(|name| tables.delete_service(name)).collect()
             }
         };
+        self.seen.newest = self.seen.newest.max(version);
+        if !changed.is_empty() {
+            self.seen.changed = self.seen.changed.max(version);
+        }
         self.shared.metrics.services_changed(changed.len());
         self.mark(changed);
     }
@@ -125,6 +137,7 @@ impl Dataplane {
                 if self.pod_network == PodNetwork::Own {
                     self.overlay.apply_node(&object);
                 }
+                self.enter_node(&object);
                 if self.reconciler.tables.is_own(&object) {
                     self.shared.health.lock().set_node(&object);
                     let changed = self.reconciler.tables.apply_node(&object);
@@ -133,16 +146,73 @@ impl Dataplane {
             }
             watcher::Event::Delete(object) => {
                 if let Some(name) = &object.metadata.name {
-                    self.overlay.delete_node(name);
+                    self.forget_node(name);
                 }
             }
             watcher::Event::InitDone => {
-                for name in self.relists.nodes.finish_from(self.overlay.node_names()) {
-                    self.overlay.delete_node(&name);
+                let first = !self.relists.nodes.known;
+                let known = self.peers.nodes.keys().map(|name| name.to_string()).collect();
+                for name in self.relists.nodes.finish_from(known) {
+                    self.forget_node(&name);
                 }
+                if first {
+                    self.recall_silent();
+                }
+                self.peers.tell.send_replace(self.peers.nodes.clone());
             }
         }
     }
+
+    /// Where the other nodes are asked whether they live. A Node's heartbeat changes nothing of that.
+    fn enter_node(&mut self, object: &Node) {
+        let Some(name) = object.metadata.name.as_deref() else { return };
+        let peers = &mut self.peers;
+        let changed = match peers::address_of(object, peers.like) {
+            Some(address) if peers.nodes.get(name) == Some(&address) => false,
+            Some(address) => {
+                peers.nodes.insert(name.into(), address);
+                true
+            }
+            None => peers.nodes.remove(name).is_some(),
+        };
+        if changed && self.relists.nodes.known {
+            peers.tell.send_replace(peers.nodes.clone());
+        }
+    }
+
+    fn forget_node(&mut self, name: &str) {
+        self.overlay.delete_node(name);
+        if self.peers.nodes.remove(name).is_some() && self.relists.nodes.known {
+            self.peers.tell.send_replace(self.peers.nodes.clone());
+        }
+    }
+
+    /// What an earlier agent believed holds from the first synchronisation on.
+    fn recall_silent(&mut self) {
+        match self.peers.memory.load() {
+            Ok(believed) => {
+                let silent = self.peers.nodes.iter().filter(|(_, address)| believed.contains(address));
+                let changed = self.reconciler.tables.set_silent(silent.map(|(name, _)| &**name));
+                self.mark(changed);
+            }
+            // Who asks the nodes has the same trouble, and tells of it.
+            Err(error) => tracing::debug!(%error, "what is known of silent nodes can't be read"),
+        }
+    }
+
+    /// Takes in which nodes don't answer.
+    pub(super) fn take_silent(&mut self) {
+        let silent = self.peers.silent.borrow_and_update().clone();
+        let changed = self.reconciler.tables.set_silent(silent.keys().map(|name| &**name));
+        tracing::debug!(silent = silent.len(), services = changed.len(), "other nodes' answers have changed");
+        self.mark(changed);
+    }
+}
+
+/// Versions can be compared (KEP-5504); 0 for one that can't be read, which is reported to nobody.
+fn version_of(service: &Service) -> u64 {
+    let version = service.metadata.resource_version.as_ref();
+    version.and_then(|version| version.parse().ok()).unwrap_or(0)
 }
 
 fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
-use super::{Endpoint, EndpointState, Family, Hints, PortRange, Range, Service, ServicePort, Slice};
+use super::{Endpoint, EndpointState, Family, Hints, NodeId, PortRange, Range, Service, ServicePort, Slice};
 use crate::announce::CLASS;
 
 /// Label on a Service that another proxy serves.
@@ -154,7 +154,13 @@ fn port(port: &core::ServicePort) -> Option<ServicePort> {
     })
 }
 
-pub(super) fn slice(object: &discovery::EndpointSlice, family: Family, node_name: &str) -> Slice {
+/// `number` gives the number of a node's name.
+pub(super) fn slice(
+    object: &discovery::EndpointSlice,
+    family: Family,
+    node_name: &str,
+    mut number: impl FnMut(&str) -> NodeId,
+) -> Slice {
     let ports = object.ports.iter().flatten().filter_map(|p| {
         let number = u16::try_from(p.port?).ok()?;
         Some((p.name.as_deref().unwrap_or_default().into(), protocol(p.protocol.as_deref())?, number))
@@ -165,6 +171,7 @@ pub(super) fn slice(object: &discovery::EndpointSlice, family: Family, node_name
             // Only the first address is meant to be used (discovery/v1 Endpoint.addresses).
             address: address(e.addresses.first()?).filter(|a| Family::of(a) == family)?,
             owner: fnv1a(uid.as_bytes()),
+            node: e.node_name.as_deref().map_or(NodeId::default(), &mut number),
             local: e.node_name.as_deref() == Some(node_name),
             state: endpoint_state(e.conditions.as_ref()),
             hints: e.hints.as_ref().and_then(|hints| trim_hints(hints, node_name)),

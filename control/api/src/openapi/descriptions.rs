@@ -31,10 +31,10 @@ impl Descriptions {
         let mut last: Option<(&str, usize)> = None;
         let mut at = 0;
         for line in text.split_inclusive('\n') {
-            if let Some(name) = line.strip_prefix('=') {
-                if let Some((name, begin)) = last.replace((name.trim_end(), at + line.len())) {
-                    types.insert(name.to_owned(), (begin, at));
-                }
+            if let Some(name) = line.strip_prefix('=')
+                && let Some((name, begin)) = last.replace((name.trim_end(), at + line.len()))
+            {
+                types.insert(name.to_owned(), (begin, at));
             }
             at += line.len();
         }

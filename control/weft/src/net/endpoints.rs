@@ -1,6 +1,6 @@
 //! Endpoints as the API has them: which slice and which pod is behind an address.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -32,6 +32,17 @@ impl Endpoint {
             (false, _, false) => "not ready",
         }
     }
+}
+
+/// The endpoints that a node leaves out because theirs are among the `silent`, and why.
+pub(crate) fn left_out(
+    endpoints: &BTreeMap<BackendKeyed, Endpoint>,
+    silent: &BTreeSet<String>,
+) -> BTreeMap<BackendKeyed, String> {
+    let usable = endpoints.iter().filter(|(_, e)| e.ready || (e.serving && e.terminating));
+    let on_silent =
+        usable.filter_map(|(key, e)| Some((key, e.node.as_ref().filter(|n| silent.contains(*n))?)));
+    on_silent.map(|(key, node)| (*key, format!("node {node} doesn't answer"))).collect()
 }
 
 /// The endpoints of slices, by address and port.

@@ -1,5 +1,6 @@
 //! The way to the cluster: its API as the administrator, and the dataplane of each node of this machine.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -7,8 +8,8 @@ use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::Api;
 use kube::api::ListParams;
+use kube::{Api, ResourceExt};
 use weft_agent_dataplane::observe::wire::{FromAnswer, Request};
 use weft_agent_dataplane::observe::{Observer, socket};
 
@@ -155,6 +156,15 @@ impl NodeHandle {
     pub(crate) async fn watch(&self, drops_only: bool) -> anyhow::Result<socket::Watch> {
         let watch = socket::Watch::open(&self.socket, &self.observer, drops_only).await;
         watch.with_context(|| format!("node {}", self.name))
+    }
+
+    /// Names of the other nodes that don't answer it: their endpoints are left out there.
+    pub(crate) fn silent(&self, nodes: &[Node]) -> anyhow::Result<BTreeSet<String>> {
+        let addresses: BTreeSet<IpAddr> = self.ask(&Request::Silent)?;
+        let silent = nodes
+            .iter()
+            .filter(|node| super::why::addresses(node).iter().any(|address| addresses.contains(address)));
+        Ok(silent.map(ResourceExt::name_any).collect())
     }
 
     /// Asks the node's agent; without one, the kernel itself.

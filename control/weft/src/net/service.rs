@@ -2,7 +2,7 @@
 
 mod one;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::{Node, Service};
@@ -40,8 +40,14 @@ struct Listed {
     behind: BTreeMap<String, String>,
 }
 
-/// What the nodes have, by address and port; a node that could not be asked has an error instead.
-type Held = BTreeMap<String, Result<HashMap<FrontendKey, Frontend>, String>>;
+/// What the nodes have; one that could not be asked has an error instead.
+type Held = BTreeMap<String, Result<OfNode, String>>;
+
+/// What a node has, by address and port, and which others don't answer it.
+struct OfNode {
+    frontends: HashMap<FrontendKey, Frontend>,
+    silent: BTreeSet<String>,
+}
 
 /// `weft service list`.
 pub(crate) async fn list(reach: &Reach, args: &ListArgs) -> anyhow::Result<Said> {
@@ -67,7 +73,7 @@ async fn rows(reach: &Reach, namespace: Option<&str>) -> anyhow::Result<Vec<List
             of_service.entry((namespace, owner)).or_default().push(slice);
         }
     }
-    let held: Held = reach.nodes.iter().map(|node| (node.name.clone(), held(node))).collect();
+    let held: Held = reach.nodes.iter().map(|node| (node.name.clone(), held(node, &nodes))).collect();
     let errors: Vec<&str> =
         held.values().filter_map(|node| node.as_ref().err()).map(String::as_str).collect();
     ensure!(errors.len() < held.len(), "no node of this machine has a dataplane: {}", errors.join("; "));
@@ -79,9 +85,11 @@ async fn rows(reach: &Reach, namespace: Option<&str>) -> anyhow::Result<Vec<List
     Ok(services.iter().map(row).collect())
 }
 
-fn held(node: &super::reach::NodeHandle) -> Result<HashMap<FrontendKey, Frontend>, String> {
-    let frontends: Vec<Frontend> = node.ask(&Request::Frontends).map_err(|error| format!("{error:#}"))?;
-    Ok(frontends.into_iter().map(|frontend| (frontend.key, frontend)).collect())
+fn held(node: &super::reach::NodeHandle, nodes: &[Node]) -> Result<OfNode, String> {
+    let failed = |error: anyhow::Error| format!("{error:#}");
+    let frontends: Vec<Frontend> = node.ask(&Request::Frontends).map_err(failed)?;
+    let frontends = frontends.into_iter().map(|frontend| (frontend.key, frontend)).collect();
+    Ok(OfNode { frontends, silent: node.silent(nodes).map_err(failed)? })
 }
 
 fn listed(
@@ -95,16 +103,18 @@ fn listed(
     let node_local = reach.node_local();
     let (mut programmed, mut behind) = (Vec::new(), BTreeMap::new());
     let mut in_kernel = false;
-    for (node, frontends) in held {
+    let nobody = BTreeSet::new();
+    for (node, held) in held {
         let object = nodes.iter().find(|object| object.name_any() == *node);
-        let of_node = ForNode { name: node, object, node_local: &node_local };
+        let silent = held.as_ref().map_or(&nobody, |held| &held.silent);
+        let of_node = ForNode { name: node, object, node_local: &node_local, silent };
         let wanted = expected(of_node, service, slices);
         if wanted.frontends.is_empty() {
             continue;
         }
         in_kernel = true;
-        let lacks = match frontends {
-            Ok(frontends) => shortfall(&wanted, frontends),
+        let lacks = match held {
+            Ok(held) => shortfall(&wanted, &held.frontends),
             Err(error) => Some(error.clone()),
         };
         match lacks {

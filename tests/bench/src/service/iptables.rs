@@ -10,8 +10,29 @@ use weft_tests_harness::netns::Netns;
 
 use crate::stats::as_f64;
 
+/// A Service: its address, and where its endpoints serve.
+#[derive(Clone, Debug)]
+pub(crate) struct Backed {
+    pub(crate) vip: SocketAddrV4,
+    pub(crate) pods: Vec<Ipv4Addr>,
+    pub(crate) port: u16,
+}
+
+/// Loads the rules of these Services into a namespace, which they go with.
+pub(crate) fn load_all(netns: &Netns, services: &[Backed]) -> anyhow::Result<()> {
+    restore(netns, &text(services))
+}
+
+fn restore(netns: &Netns, text: &str) -> anyhow::Result<()> {
+    let mut restore =
+        netns.command("iptables-restore")?.stdin(Stdio::piped()).spawn().context("run iptables-restore")?;
+    restore.stdin.take().context("no input")?.write_all(text.as_bytes())?;
+    ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
+    Ok(())
+}
+
 /// Rules in a namespace; gone when dropped.
-pub(super) struct Rules<'a> {
+pub(crate) struct Rules<'a> {
     netns: &'a Netns,
 }
 
@@ -23,14 +44,13 @@ impl<'a> Rules<'a> {
         pods: &[Ipv4Addr],
         port: u16,
     ) -> anyhow::Result<Self> {
+        Self::load_text(netns, &text(&[Backed { vip, pods: pods.to_vec(), port }]))
+    }
+
+    /// Loads what iptables-restore reads.
+    pub(crate) fn load_text(netns: &'a Netns, text: &str) -> anyhow::Result<Self> {
         let rules = Self { netns };
-        let mut restore = netns
-            .command("iptables-restore")?
-            .stdin(Stdio::piped())
-            .spawn()
-            .context("run iptables-restore")?;
-        restore.stdin.take().context("no input")?.write_all(text(vip, pods, port).as_bytes())?;
-        ensure!(restore.wait()?.success(), "iptables-restore refused the rules");
+        restore(netns, text)?;
         Ok(rules)
     }
 }
@@ -50,29 +70,17 @@ impl Drop for Rules<'_> {
 }
 
 /// The input of iptables-restore. Chains and their order are kube-proxy's; the cluster's range is weft's default.
-fn text(vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> String {
-    let (address, vip_port) = (vip.ip(), vip.port());
-    let mut nat = String::new();
-    let mut endpoints = String::new();
-    let service = "-m comment --comment \"default/backend cluster IP\"";
-    for (index, pod) in pods.iter().enumerate() {
-        let _ = writeln!(nat, ":KUBE-SEP-{index} - [0:0]");
-        let left = pods.len() - index;
-        let choice = if left > 1 {
-            format!("-m statistic --mode random --probability {:.10} ", 1.0 / as_f64(left))
-        } else {
-            String::new()
-        };
-        let name = format!("-m comment --comment \"default/backend -> {pod}:{port}\"");
-        let _ = writeln!(endpoints, "-A KUBE-SVC-0 {name} {choice}-j KUBE-SEP-{index}");
-        let _ = writeln!(
-            endpoints,
-            "-A KUBE-SEP-{index} -s {pod}/32 -m comment --comment default/backend -j KUBE-MARK-MASQ"
+fn text(services: &[Backed]) -> String {
+    let (mut declared, mut jumps, mut chains) = (String::new(), String::new(), String::new());
+    for (number, service) in services.iter().enumerate() {
+        let (address, vip_port) = (service.vip.ip(), service.vip.port());
+        let of = format!(
+            "-d {address}/32 -p tcp -m comment --comment \"default/s{number} cluster IP\" -m tcp --dport {vip_port}"
         );
-        let _ = writeln!(
-            endpoints,
-            "-A KUBE-SEP-{index} -p tcp -m comment --comment default/backend -m tcp -j DNAT --to-destination {pod}:{port}"
-        );
+        let _ = writeln!(declared, ":KUBE-SVC-{number} - [0:0]");
+        let _ = writeln!(jumps, "-A KUBE-SERVICES {of} -j KUBE-SVC-{number}");
+        let _ = writeln!(chains, "-A KUBE-SVC-{number} ! -s 10.42.0.0/16 {of} -j KUBE-MARK-MASQ");
+        endpoints(&mut declared, &mut chains, number, service);
     }
     format!(
         "{FILTER}*nat
@@ -80,23 +88,41 @@ fn text(vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) -> String {
 :KUBE-NODEPORTS - [0:0]
 :KUBE-POSTROUTING - [0:0]
 :KUBE-MARK-MASQ - [0:0]
-:KUBE-SVC-0 - [0:0]
-{nat}-A PREROUTING -j KUBE-SERVICES
+{declared}-A PREROUTING -j KUBE-SERVICES
 -A OUTPUT -j KUBE-SERVICES
 -A POSTROUTING -j KUBE-POSTROUTING
 -A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
 -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
 -A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
 -A KUBE-POSTROUTING -j MASQUERADE --random-fully
--A KUBE-SERVICES -d {address}/32 -p tcp {service} -m tcp --dport {vip_port} -j KUBE-SVC-0
--A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
--A KUBE-SVC-0 ! -s 10.42.0.0/16 -d {address}/32 -p tcp {service} -m tcp --dport {vip_port} -j KUBE-MARK-MASQ
-{endpoints}COMMIT
+{jumps}-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+{chains}COMMIT
 "
     )
 }
 
-const FILTER: &str = "*filter
+/// A chain for each endpoint, chosen with the share that is left.
+fn endpoints(declared: &mut String, chains: &mut String, number: usize, service: &Backed) {
+    let port = service.port;
+    for (index, pod) in service.pods.iter().enumerate() {
+        let _ = writeln!(declared, ":KUBE-SEP-{number}-{index} - [0:0]");
+        let left = service.pods.len() - index;
+        let choice = if left > 1 {
+            format!("-m statistic --mode random --probability {:.10} ", 1.0 / as_f64(left))
+        } else {
+            String::new()
+        };
+        let (to, comment) =
+            (format!("KUBE-SEP-{number}-{index}"), format!("-m comment --comment default/s{number}"));
+        let name = format!("-m comment --comment \"default/s{number} -> {pod}:{port}\"");
+        let _ = writeln!(chains, "-A KUBE-SVC-{number} {name} {choice}-j {to}");
+        let _ = writeln!(chains, "-A {to} -s {pod}/32 {comment} -j KUBE-MARK-MASQ");
+        let _ = writeln!(chains, "-A {to} -p tcp {comment} -m tcp -j DNAT --to-destination {pod}:{port}");
+    }
+}
+
+/// The table that every packet passes.
+pub(crate) const FILTER: &str = "*filter
 :KUBE-SERVICES - [0:0]
 :KUBE-EXTERNAL-SERVICES - [0:0]
 :KUBE-NODEPORTS - [0:0]
@@ -124,7 +150,8 @@ mod tests {
     #[test]
     fn each_backend_gets_the_same_share() {
         let pods: Vec<Ipv4Addr> = (1..=4).map(|last| Ipv4Addr::new(10, 42, 0, last)).collect();
-        let rules = text(SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 10), 80), &pods, 8080);
+        let vip = SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 10), 80);
+        let rules = text(&[Backed { vip, pods, port: 8080 }]);
         let mut left = 1.0;
         for (index, line) in rules.lines().filter(|line| line.starts_with("-A KUBE-SVC-0 -m")).enumerate() {
             let given = line

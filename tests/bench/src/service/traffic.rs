@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -15,19 +15,32 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 /// A connection that isn't answered by then is lost.
 const LOST_AFTER: Duration = Duration::from_secs(5);
+/// Of connections that need not be answered yet.
+const SHORT: Duration = Duration::from_millis(500);
 
 /// A server in each pod: it answers a connection with the pod's address, and closes it.
-pub(super) struct Backends {
+pub(crate) struct Backends {
     servers: Vec<(TcpListener, JoinHandle<()>)>,
 }
 
 impl Backends {
     /// Starts them in the pods of a node.
-    pub(super) fn start(node: &str, pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
+    pub(crate) fn start(node: &str, pods: &[Ipv4Addr], port: u16) -> anyhow::Result<Self> {
+        let found = pods.iter().map(|pod| Ok((*pod, netns_of(node, *pod)?)));
+        Self::listen(found.collect::<anyhow::Result<_>>()?, port)
+    }
+
+    /// Starts them in namespaces that have their addresses.
+    pub(crate) fn within(pods: &[(Ipv4Addr, PathBuf)], port: u16) -> anyhow::Result<Self> {
+        let open = |path: &Path| File::open(path).context("open a pod's namespace");
+        let opened = pods.iter().map(|(pod, path)| Ok((*pod, open(path)?)));
+        Self::listen(opened.collect::<anyhow::Result<_>>()?, port)
+    }
+
+    fn listen(pods: Vec<(Ipv4Addr, File)>, port: u16) -> anyhow::Result<Self> {
         let mut servers = Vec::new();
-        for pod in pods {
-            let netns = netns_of(node, *pod)?;
-            let address = SocketAddrV4::new(*pod, port);
+        for (pod, netns) in pods {
+            let address = SocketAddrV4::new(pod, port);
             let listener = within(&netns, move || TcpListener::bind(address).context("listen in a pod"))??;
             let accepting = listener.try_clone()?;
             let octets = pod.octets();
@@ -82,7 +95,10 @@ fn has(address: Ipv4Addr) -> anyhow::Result<bool> {
 }
 
 /// Runs something on a thread that has entered a network namespace.
-fn within<T: Send + 'static>(netns: &File, work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+pub(crate) fn within<T: Send + 'static>(
+    netns: &File,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
     let netns = netns.try_clone()?;
     let thread = std::thread::spawn(move || {
         setns(&netns, CloneFlags::CLONE_NEWNET).context("enter a network namespace")?;
@@ -93,36 +109,89 @@ fn within<T: Send + 'static>(netns: &File, work: impl FnOnce() -> T + Send + 'st
 
 /// What clients do in one turn.
 #[derive(Clone)]
-pub(super) struct Load {
+pub(crate) struct Load {
     /// Connected to in turn.
-    pub(super) addresses: Vec<SocketAddrV4>,
-    pub(super) clients: usize,
+    pub(crate) addresses: Vec<SocketAddrV4>,
+    pub(crate) clients: usize,
     /// Connections of each client.
-    pub(super) each: usize,
+    pub(crate) each: usize,
 }
 
 /// What came of it.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(crate) struct Outcome {
     /// Answers by backend.
-    pub(super) backends: BTreeMap<Ipv4Addr, usize>,
+    pub(crate) backends: BTreeMap<Ipv4Addr, usize>,
     /// From connect to the first byte.
-    pub(super) micros: Vec<f64>,
+    pub(crate) micros: Vec<f64>,
 }
 
 /// Clients in the node's namespace.
-pub(super) struct Client {
+pub(crate) struct Client {
     netns: File,
 }
 
 impl Client {
     /// `netns` is the file that keeps the namespace.
-    pub(super) fn new(netns: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn new(netns: &Path) -> anyhow::Result<Self> {
         Ok(Self { netns: File::open(netns).context("open the node's namespace")? })
     }
 
+    /// Who serves one connection.
+    pub(crate) fn ask(&self, to: SocketAddrV4) -> anyhow::Result<Ipv4Addr> {
+        within(&self.netns, move || ask(to, LOST_AFTER))?
+    }
+
+    /// When the first connection is served by `backend`, asked again and again. Until then any other may serve, or none.
+    pub(crate) fn until_first(
+        &self,
+        to: SocketAddrV4,
+        backend: Ipv4Addr,
+        patience: Duration,
+    ) -> anyhow::Result<Instant> {
+        self.until_served(to, patience, move |served| served == backend)
+    }
+
+    /// When the first connection is served.
+    pub(crate) fn until_any(&self, to: SocketAddrV4, patience: Duration) -> anyhow::Result<Instant> {
+        self.until_served(to, patience, |_| true)
+    }
+
+    /// Asks until each of these has served.
+    pub(crate) fn until(
+        &self,
+        to: SocketAddrV4,
+        backends: &[Ipv4Addr],
+        patience: Duration,
+    ) -> anyhow::Result<()> {
+        backends.iter().try_for_each(|backend| self.until_first(to, *backend, patience).map(|_| ()))
+    }
+
+    fn until_served(
+        &self,
+        to: SocketAddrV4,
+        patience: Duration,
+        wanted: impl Fn(Ipv4Addr) -> bool + Send + 'static,
+    ) -> anyhow::Result<Instant> {
+        within(&self.netns, move || {
+            let deadline = Instant::now() + patience;
+            loop {
+                let served = ask(to, SHORT);
+                let now = Instant::now();
+                if served.as_ref().is_ok_and(|served| wanted(*served)) {
+                    return Ok(now);
+                }
+                ensure!(now < deadline, "{to} is not served as wanted; the last connection: {served:?}");
+                // Refused at once: leave the processor to who is to serve.
+                if served.is_err() {
+                    std::thread::park_timeout(Duration::from_micros(200));
+                }
+            }
+        })?
+    }
+
     /// Makes all connections; one that is lost is an error.
-    pub(super) fn run(&self, load: &Load) -> anyhow::Result<Outcome> {
+    pub(crate) fn run(&self, load: &Load) -> anyhow::Result<Outcome> {
         let load = load.clone();
         // Threads start in the namespace of the one that starts them.
         within(&self.netns, move || {
@@ -142,6 +211,16 @@ impl Client {
             })
         })?
     }
+}
+
+/// One connection: the address of who serves it.
+pub(crate) fn ask(to: SocketAddrV4, patience: Duration) -> anyhow::Result<Ipv4Addr> {
+    let mut stream = TcpStream::connect_timeout(&to.into(), patience).context("connect")?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer).context("read")?;
+    reset(&stream)?;
+    Ok(answer.into())
 }
 
 fn client(load: &Load, number: usize) -> anyhow::Result<Outcome> {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::report::Report;
 use weft_agent_dataplane::{Config, PodNetwork, ProxyConfig, cleanup, run};
 use weft_tests_harness::{artifact, require};
 
@@ -116,6 +117,7 @@ pub(crate) fn config(place: &Place) -> Config {
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Own,
+        reports: None,
     }
 }
 
@@ -165,7 +167,7 @@ fn objects_become_services_and_survive_the_agent() {
 }
 
 /// A Service that does not fit is told of, costs no other anything, and is in its place as soon as it fits.
-async fn too_many_ranges(api: &Api, pod: SocketAddr) {
+async fn too_many_ranges(api: &Api, pod: SocketAddr, reports: &watch::Receiver<Report>) {
     let ranges = |count: u32| -> Vec<String> {
         (0..count).map(|i| format!("10.{}.{}.{}/32", i / 65_536, i / 256 % 256, i % 256)).collect()
     };
@@ -197,6 +199,10 @@ async fn too_many_ranges(api: &Api, pod: SocketAddr) {
     assert!(event["note"].as_str().unwrap().contains("weft_src_2 is full"), "{event}");
     assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 1"));
     assert!(ask_tcp(vip(11)).is_err(), "no address before its ranges");
+    let failing = || reports.borrow().failing.values().cloned().collect::<Vec<_>>();
+    eventually("a report of it", || failing().iter().any(|reason| reason.contains("weft_src_2 is full")))
+        .await;
+    assert_eq!((failing().len(), reports.borrow().version, reports.borrow().awaited), (1, 21, 21));
     assert!(ask_tcp(vip(10)).is_ok());
     api.event("endpointslices", "MODIFIED", &slice(&[], "22")).await;
     eventually(
@@ -207,6 +213,7 @@ async fn too_many_ranges(api: &Api, pod: SocketAddr) {
     api.event("services", "MODIFIED", &guarded(ranges(3), "23")).await;
     eventually("the Service that fits", || ask_tcp(vip(11)).is_ok()).await;
     assert!(get(10_249, "/metrics").await.contains("weft_dataplane_services_unprogrammed 0"));
+    eventually("a report of that", || failing().is_empty() && reports.borrow().version == 23).await;
     api.event("endpointslices", "MODIFIED", &slice(&[pod], "24")).await;
     eventually("the endpoint's return", || ask_tcp(vip(10)).is_ok()).await;
 }
@@ -214,7 +221,9 @@ async fn too_many_ranges(api: &Api, pod: SocketAddr) {
 async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     let shutdown = CancellationToken::new();
     let (programmed, mut is_programmed) = watch::channel(false);
-    let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
+    let (report, reports) = watch::channel(Report::default());
+    let config = Config { reports: Some(report), ..config.clone() };
+    let running = tokio::spawn(run(config, api.client(), programmed, shutdown.clone()));
     tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is)).await.unwrap().unwrap();
     assert!(ask_tcp(vip(10)).is_ok(), "it said that Services are live");
     assert!(ask_tcp(SocketAddr::from(([127, 0, 0, 1], 30080))).is_ok());
@@ -246,7 +255,7 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     api.event("services", "ADDED", &service()).await;
     eventually("the Service's return", || ask_tcp(vip(10)).is_ok()).await;
 
-    too_many_ranges(api, pod).await;
+    too_many_ranges(api, pod, &reports).await;
 
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(5), running).await.unwrap().unwrap().unwrap();

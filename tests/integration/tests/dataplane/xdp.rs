@@ -145,6 +145,66 @@ fn policies(place: &Place) -> HashMap<MapData, u32, [u8; 40]> {
     HashMap::try_from(Map::HashMap(data)).unwrap()
 }
 
+/// As a socket of this machine leaves it, for a device to finish.
+fn unfinished(family: &Family, datagram: &[u8]) -> Vec<u8> {
+    let v4 = family.node.is_ipv4();
+    let transport = if v4 { 34 } else { 54 };
+    let length = u16::try_from(datagram.len() - transport).unwrap().to_be_bytes();
+    let mut pseudo = if v4 { datagram[26..34].to_vec() } else { datagram[22..54].to_vec() };
+    pseudo.extend([0, UDP, length[0], length[1]]);
+    let begun = (!crate::frames::checksum(&pseudo)).to_be_bytes();
+    let mut unfinished = datagram.to_vec();
+    unfinished[transport + 6..transport + 8].copy_from_slice(&begun);
+    unfinished
+}
+
+/// A datagram between the same ports that the pod's device would not take.
+fn oversized(family: &Family, datagram: &[u8]) -> Vec<u8> {
+    let transport = if family.node.is_ipv4() { 34 } else { 54 };
+    let mut payload = datagram[transport..transport + 4].to_vec();
+    payload.extend(1_500_u16.to_be_bytes());
+    payload.extend([0x12, 0x34]);
+    payload.resize(1_500, 0);
+    crate::frames::ethernet(&packet(family.client, family.node, UDP, &payload))
+}
+
+/// Packets of a client with a known flow that XDP may not carry.
+fn left_to_tc(family: &Family, datagram: &[u8], segment: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    let v4 = family.node.is_ipv4();
+    let from = client(family, 5_000);
+    let (to, pod) = (family.at_node(30080), SocketAddr::new(family.pod, 8080));
+    let flags = |flag| frame(TCP, from, to, flag);
+    let mut fragment = datagram.to_vec();
+    let mut arp = datagram.to_vec();
+    arp[12..14].copy_from_slice(&[8, 6]);
+    let mut tagged = datagram.to_vec();
+    tagged.splice(12..12, [0x81, 0, 0, 1]);
+    if v4 {
+        fragment[20] = 0x20;
+    } else {
+        fragment[20] = 44;
+    }
+    let mut cut = segment.to_vec();
+    cut.truncate(if v4 { 50 } else { 70 });
+    let quote = error(family.client, family.node, if v4 { [3, 3] } else { [1, 4] }, &datagram[14..]);
+    vec![
+        ("a connection that begins", flags(SYN)),
+        ("one that ends", flags(FIN | ACK)),
+        ("one that is reset", flags(RST)),
+        ("an unknown flow", frame(UDP, client(family, 5_999), to, 0)),
+        ("another port", frame(UDP, from, family.at_node(22), 0)),
+        ("an answer", frame(UDP, pod, SocketAddr::new(family.gateway, 61_000), 0)),
+        ("a backend that is the node", frame(UDP, from, family.at_node(30081), 0)),
+        ("a fragment", fragment),
+        ("neither family", arp),
+        ("a VLAN's", tagged),
+        ("cut off", cut),
+        ("an unfinished checksum", unfinished(family, datagram)),
+        ("too big for the pod's device", oversized(family, datagram)),
+        ("an ICMP error", quote),
+    ]
+}
+
 #[test]
 fn what_is_left_to_tc_passes_untouched() {
     if !require("dataplane::xdp-passes", &NEEDS) {
@@ -165,58 +225,12 @@ fn what_is_left_to_tc_passes_untouched() {
         known(&running, TCP, 5_000, SYN);
         known(&running, UDP, 5_000, 0);
         tc_run(&running, &place, &frame(UDP, client(&family, 5_000), family.at_node(30081), 0));
-        let v4 = family.node.is_ipv4();
         let datagram = frame(UDP, client(&family, 5_000), to, 0);
         let segment = frame(TCP, client(&family, 5_000), to, ACK);
         assert_eq!(xdp_run(&running, &place, &datagram).0, REDIRECT);
         assert_eq!(xdp_run(&running, &place, &segment).0, REDIRECT);
 
-        let flags = |flag| frame(TCP, client(&family, 5_000), to, flag);
-        let mut fragment = datagram.clone();
-        let mut arp = datagram.clone();
-        arp[12..14].copy_from_slice(&[8, 6]);
-        let mut tagged = datagram.clone();
-        tagged.splice(12..12, [0x81, 0, 0, 1]);
-        if v4 {
-            fragment[20] = 0x20;
-        } else {
-            fragment[20] = 44;
-        }
-        let mut cut = segment.clone();
-        cut.truncate(if v4 { 50 } else { 70 });
-        // As a socket of this machine leaves it, for a device to finish.
-        let mut unfinished = datagram.clone();
-        let transport = if v4 { 34 } else { 54 };
-        let length = u16::try_from(datagram.len() - transport).unwrap().to_be_bytes();
-        let mut pseudo = if v4 { datagram[26..34].to_vec() } else { datagram[22..54].to_vec() };
-        pseudo.extend([0, UDP, length[0], length[1]]);
-        let begun = (!crate::frames::checksum(&pseudo)).to_be_bytes();
-        unfinished[transport + 6..transport + 8].copy_from_slice(&begun);
-        let big = {
-            let mut payload = datagram[transport..transport + 4].to_vec();
-            payload.extend(1_500_u16.to_be_bytes());
-            payload.extend([0x12, 0x34]);
-            payload.resize(1_500, 0);
-            crate::frames::ethernet(&packet(family.client, family.node, UDP, &payload))
-        };
-        let quote = error(family.client, family.node, if v4 { [3, 3] } else { [1, 4] }, &datagram[14..]);
-        let rows = [
-            ("a connection that begins", flags(SYN)),
-            ("one that ends", flags(FIN | ACK)),
-            ("one that is reset", flags(RST)),
-            ("an unknown flow", frame(UDP, client(&family, 5_999), to, 0)),
-            ("another port", frame(UDP, client(&family, 5_000), family.at_node(22), 0)),
-            ("an answer", frame(UDP, pod, SocketAddr::new(family.gateway, 61_000), 0)),
-            ("a backend that is the node", frame(UDP, client(&family, 5_000), family.at_node(30081), 0)),
-            ("a fragment", fragment),
-            ("neither family", arp),
-            ("a VLAN's", tagged),
-            ("cut off", cut),
-            ("an unfinished checksum", unfinished),
-            ("too big for the pod's device", big),
-            ("an ICMP error", quote),
-        ];
-        for (name, packet) in rows {
+        for (name, packet) in left_to_tc(&family, &datagram, &segment) {
             assert_eq!(xdp_run(&running, &place, &packet), (PASS, packet), "{name}");
         }
 
@@ -236,11 +250,13 @@ fn what_is_left_to_tc_passes_untouched() {
         assert_eq!(xdp_run(&running, &place, &datagram), (PASS, datagram.clone()), "its backend is gone");
         assert_eq!(xdp_run(&running, &place, &segment), (PASS, segment.clone()), "its backend is gone");
     }
-    // A pod whose end no longer takes frames, once the node's devices are looked at as a new agent does.
+    // A pod whose end no longer takes frames, once the node's devices are looked at.
     within(&place.pod, || Offloads::open().unwrap().receive_in_batches("eth0", false).unwrap());
+    within(&place.node, || carrier.refresh(&running.programs, &devices(&place)).unwrap());
+    assert_eq!((carrier.pods().len(), carrier.attached().len()), (0, 1), "it stays for pods to come");
     drop(carrier);
-    carrier = carry(&place, &running, Xdp::Always);
-    assert_eq!((carrier.pods().len(), carrier.attached().len()), (0, 0), "of no use, so it is nowhere");
+    let carrier = carry(&place, &running, Xdp::Always);
+    assert_eq!(carrier.attached().len(), 0, "of no use to a new agent");
 }
 
 #[test]
@@ -473,7 +489,7 @@ fn a_device_says_whether_it_takes_frames() {
     let takes = || {
         within(&place.node, || {
             let index = Netlink::open().unwrap().link("pod0").unwrap().index;
-            Features::open().unwrap().takes_frames(index).unwrap()
+            Features::open().unwrap().that_take_frames().unwrap().contains(&index)
         })
     };
     let set = |on| within(&place.pod, || Offloads::open().unwrap().receive_in_batches("eth0", on).unwrap());
@@ -482,8 +498,6 @@ fn a_device_says_whether_it_takes_frames() {
     assert!(takes());
     set(false);
     assert!(!takes());
-    let gone = within(&place.node, || Features::open().unwrap().takes_frames(9_999));
-    assert_eq!(gone.unwrap_err().class(), weft_cni_netlink::Class::NotFound);
     let refused = within(&place.node, || Offloads::open().unwrap().receive_in_batches("nobody", true));
     assert_eq!(refused.unwrap_err().class(), weft_cni_netlink::Class::NotFound);
 }

@@ -191,6 +191,19 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
             }
         }
     }
+    match node.silent(all) {
+        Ok(silent) if silent.is_empty() => {}
+        Ok(silent) => {
+            let names = silent.into_iter().collect::<Vec<_>>().join(", ");
+            let says = format!("{names} does not answer: endpoints there are left out here");
+            findings.push(Finding::fail(
+                "nodes",
+                says,
+                "see whether the node lives and its link carries packets",
+            ));
+        }
+        Err(error) => findings.push(Finding::fail("nodes", format!("{error:#}"), "start the node's agent")),
+    }
     if good > 0 {
         findings.push(Finding::ok(
             "overlay",

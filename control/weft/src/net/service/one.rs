@@ -51,6 +51,16 @@ struct OnNode {
     differences: Vec<String>,
     frontends: Vec<Frontend>,
     backends: Vec<Backend>,
+    /// Endpoints that would take traffic, and why they don't here.
+    left_out: Vec<LeftOut>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct LeftOut {
+    #[serde(flatten)]
+    key: BackendKeyed,
+    reason: String,
 }
 
 /// `weft service show`.
@@ -60,15 +70,18 @@ pub(crate) async fn show(reach: &Reach, args: &ShowArgs) -> anyhow::Result<Said>
     let object = object.with_context(|| format!("there is no Service {namespace}/{name}"))?;
     let slices = reach.slices(Some(namespace), Some(name)).await?;
     let (node_local, api_nodes) = (reach.node_local(), reach.api_nodes().await?);
+    let endpoints = endpoints::by_address(&slices);
     let mut nodes = BTreeMap::new();
     for node in &reach.nodes {
         let of_api = api_nodes.iter().find(|known| known.name_any() == node.name);
-        let of_node = ForNode { name: &node.name, object: of_api, node_local: &node_local };
+        let silent = node.silent(&api_nodes)?;
+        let of_node = ForNode { name: &node.name, object: of_api, node_local: &node_local, silent: &silent };
         let wanted = expected(of_node, &object, &slices);
-        nodes.insert(node.name.clone(), on_node(node, &wanted));
+        let left_out = endpoints::left_out(&endpoints, &silent).into_iter();
+        let left_out = left_out.map(|(key, reason)| LeftOut { key, reason }).collect();
+        nodes.insert(node.name.clone(), OnNode { left_out, ..on_node(node, &wanted) });
     }
     let spec = object.spec.clone().unwrap_or_default();
-    let endpoints = endpoints::by_address(&slices);
     let shown = Shown {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
@@ -99,6 +112,7 @@ fn on_node(node: &NodeHandle, wanted: &Expected) -> OnNode {
                 differences,
                 frontends: entries.frontends,
                 backends: entries.backends,
+                left_out: Vec::new(),
             }
         }
         Err(error) => OnNode { differences: vec![format!("{error:#}")], ..OnNode::default() },
@@ -136,6 +150,9 @@ fn render(shown: &Shown, object: &Service) -> String {
     for (node, held) in &shown.nodes {
         for difference in &held.differences {
             text.push_str(&format!("  {node}: {difference}\n"));
+        }
+        for LeftOut { key, reason } in &held.left_out {
+            text.push_str(&format!("  {node}: {key}/{} is left out: {reason}\n", key.protocol));
         }
     }
     text.push('\n');
@@ -182,7 +199,11 @@ fn backends(shown: &Shown) -> String {
             table.row([
                 node.clone(),
                 format!("{}/{}", backend.key, backend.key.protocol),
-                if backend.active { "active" } else { "draining" }.to_owned(),
+                match backend.active {
+                    true => "active".to_owned(),
+                    false if held.left_out.iter().any(|one| one.key == backend.key) => "left out".to_owned(),
+                    false => "draining".to_owned(),
+                },
                 backend.generation.to_string(),
                 endpoint.map_or("gone", Endpoint::state).to_owned(),
                 of(|endpoint| endpoint.pod.clone()),

@@ -53,11 +53,11 @@ impl Why<'_> {
     }
 
     /// What a node should have of a Service.
-    fn expected(&self, node: &NodeHandle, known: &Known) -> Expected {
+    fn expected(&self, node: &NodeHandle, known: &Known) -> anyhow::Result<Expected> {
         let object = self.nodes.iter().find(|object| object.name_any() == node.name);
-        let node_local = self.reach.node_local();
-        let of_node = ForNode { name: &node.name, object, node_local: &node_local };
-        expected(of_node, &known.object, &known.slices)
+        let (node_local, silent) = (self.reach.node_local(), node.silent(&self.nodes)?);
+        let of_node = ForNode { name: &node.name, object, node_local: &node_local, silent: &silent };
+        Ok(expected(of_node, &known.object, &known.slices))
     }
 
     async fn known(&self, object: Service) -> anyhow::Result<Known> {
@@ -181,7 +181,7 @@ impl Why<'_> {
                 return Ok(());
             }
             (Decision::Refused { reason } | Decision::Dropped { reason }, Some(frontend)) => {
-                self.service_step(attempt, known, frontend);
+                self.service_step(attempt, known, frontend)?;
                 self.empty(attempt, known, reason).await?;
                 false
             }
@@ -205,7 +205,7 @@ impl Why<'_> {
         let node = attempt.node;
         let answered_here = self.reach.node_local().contains(&attempt.to);
         if let Some(known) = known.filter(|_| !answered_here) {
-            let wanted = self.expected(node, known);
+            let wanted = self.expected(node, known)?;
             let says = if wanted.frontends.is_empty() {
                 "no node carries it in its kernel".to_owned()
             } else {
@@ -228,7 +228,12 @@ impl Why<'_> {
         self.way(self.sender(node, false), &destination).await
     }
 
-    fn service_step(&mut self, attempt: &Attempt<'_>, known: Option<&Known>, frontend: &Frontend) {
+    fn service_step(
+        &mut self,
+        attempt: &Attempt<'_>,
+        known: Option<&Known>,
+        frontend: &Frontend,
+    ) -> anyhow::Result<()> {
         let count = frontend.backends.len();
         let plural = if count == 1 { "" } else { "s" };
         let mut says = format!("{} is list {} with {count} backend{plural}", frontend.key, frontend.list);
@@ -240,8 +245,8 @@ impl Why<'_> {
         }
         let step = Step::ok("service", says).on(&attempt.node.name);
         self.report.push(step.by(known.map(Known::object_name)));
-        let Some(known) = known else { return };
-        let wanted = self.expected(attempt.node, known);
+        let Some(known) = known else { return Ok(()) };
+        let wanted = self.expected(attempt.node, known)?;
         let found = std::slice::from_ref(frontend);
         let behind =
             wanted.differences(found).into_iter().filter(|text| text.starts_with(&frontend.key.to_string()));
@@ -249,6 +254,11 @@ impl Why<'_> {
             let says = format!("the node lags behind the API: {says}");
             self.report.push(Step::note("service", says).on(&attempt.node.name));
         }
+        for (key, reason) in endpoints::left_out(&known.endpoints, &attempt.node.silent(&self.nodes)?) {
+            let says = format!("{key} is left out: {reason}");
+            self.report.push(Step::note("backend", says).on(&attempt.node.name));
+        }
+        Ok(())
     }
 
     /// Each backend is a way of its own.
@@ -259,7 +269,7 @@ impl Why<'_> {
         frontend: &Frontend,
         kept: Option<BackendKeyed>,
     ) -> anyhow::Result<()> {
-        self.service_step(attempt, known, frontend);
+        self.service_step(attempt, known, frontend)?;
         let chosen: Vec<&Backend> = match kept {
             Some(kept) => frontend.backends.iter().filter(|backend| backend.key == kept).collect(),
             None => frontend.backends.iter().collect(),
@@ -319,7 +329,11 @@ impl Why<'_> {
         let ready = |of: Option<&str>| {
             known.endpoints.values().filter(|e| e.ready && (of.is_none() || e.node.as_deref() == of)).count()
         };
-        let step = if ready(None) > 0 && ready(Some(node)) == 0 {
+        let left_out = endpoints::left_out(&known.endpoints, &attempt.node.silent(&self.nodes)?).len();
+        let step = if left_out > 0 && left_out >= ready(None) {
+            let says = "all endpoints that are ready are on nodes that don't answer this one";
+            Step::fail("backend", says).by(known.object_name())
+        } else if ready(None) > 0 && ready(Some(node)) == 0 {
             let policy =
                 if self.hook() == Hook::Edge { "externalTrafficPolicy" } else { "internalTrafficPolicy" };
             let elsewhere: std::collections::BTreeSet<&str> =

@@ -1,0 +1,98 @@
+//! Another peer: the table that kube-proxy in nftables mode makes, with its verdict maps.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::process::Stdio;
+
+use anyhow::{Context as _, ensure};
+use weft_tests_harness::netns::Netns;
+
+use super::iptables::Backed;
+
+/// Loads the table of these Services into a namespace, which it goes with.
+pub(crate) fn load(netns: &Netns, services: &[Backed]) -> anyhow::Result<()> {
+    let mut nft = netns.command("nft")?.args(["-f", "-"]).stdin(Stdio::piped()).spawn().context("run nft")?;
+    nft.stdin.take().context("no input")?.write_all(text(services).as_bytes())?;
+    ensure!(nft.wait()?.success(), "nft refused the table");
+    Ok(())
+}
+
+fn text(services: &[Backed]) -> String {
+    let (mut chains, mut elements, mut addresses) = (String::new(), Vec::new(), Vec::new());
+    for (number, Backed { vip, pods, port }) in services.iter().enumerate() {
+        elements.push(format!("{} . tcp . {} : goto service-{number}", vip.ip(), vip.port()));
+        addresses.push(vip.ip().to_string());
+        service(&mut chains, number, *vip, pods, *port);
+    }
+    let (elements, addresses) = (elements.join(", "), addresses.join(", "));
+    format!(
+        "table ip kube-proxy {{
+{chains} map service-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}; }}
+ map service-nodeports {{ type inet_proto . inet_service : verdict; }}
+ map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
+ map firewall-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
+ set cluster-ips {{ type ipv4_addr; elements = {{ {addresses} }}; }}
+ set nodeport-ips {{ type ipv4_addr; elements = {{ 10.42.0.1 }}; }}
+{BASE}}}
+"
+    )
+}
+
+/// A chain for the Service, and one for each endpoint; each endpoint gets the same share.
+fn service(out: &mut String, number: usize, vip: SocketAddrV4, pods: &[Ipv4Addr], port: u16) {
+    let (address, vip_port) = (vip.ip(), vip.port());
+    let mut shares = Vec::new();
+    for (index, pod) in pods.iter().enumerate() {
+        let _ = writeln!(
+            out,
+            " chain endpoint-{number}-{index} {{ ip saddr {pod} jump mark-for-masquerade; meta l4proto tcp dnat to {pod}:{port}; }}"
+        );
+        shares.push(format!("{index} : goto endpoint-{number}-{index}"));
+    }
+    let (count, shares) = (pods.len(), shares.join(", "));
+    let _ = writeln!(
+        out,
+        " chain service-{number} {{ ip daddr {address} tcp dport {vip_port} ip saddr != 10.42.0.0/16 jump mark-for-masquerade; \
+         numgen random mod {count} vmap {{ {shares} }}; }}"
+    );
+}
+
+/// What is there whatever the Services are. Chains are defined where they are first needed: nft reads a table whole.
+const BASE: &str = " chain mark-for-masquerade { meta mark set meta mark or 0x4000; }
+ chain masquerading { meta mark & 0x4000 == 0 return; meta mark set meta mark xor 0x4000; masquerade fully-random; }
+ chain services {
+  ip daddr . meta l4proto . th dport vmap @service-ips
+  ip daddr @nodeport-ips ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @service-nodeports
+ }
+ chain firewall-check { ip daddr . meta l4proto . th dport vmap @firewall-ips; }
+ chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
+ chain nodeport-endpoints-check { ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports; }
+ chain cluster-ips-check { ip daddr @cluster-ips reject; }
+ chain filter-prerouting-pre-dnat { type filter hook prerouting priority -110; ct state new jump firewall-check; }
+ chain filter-output-pre-dnat { type filter hook output priority -110; ct state new jump firewall-check; }
+ chain filter-input { type filter hook input priority 0; ct state new jump service-endpoints-check; }
+ chain filter-forward { type filter hook forward priority 0; ct state new jump service-endpoints-check; ct state new jump cluster-ips-check; }
+ chain filter-output { type filter hook output priority 0; ct state new jump service-endpoints-check; ct state new jump cluster-ips-check; }
+ chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+ chain nat-output { type nat hook output priority dstnat; jump services; }
+ chain nat-postrouting { type nat hook postrouting priority srcnat; jump masquerading; }
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_is_one_element_and_a_chain_for_each_endpoint() {
+        let pods: Vec<Ipv4Addr> = (1..=4).map(|last| Ipv4Addr::new(10, 42, 0, last)).collect();
+        let vip = |last| SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, last), 80);
+        let services: Vec<_> =
+            (1..=3).map(|last| Backed { vip: vip(last), pods: pods.clone(), port: 8080 }).collect();
+        let table = text(&services);
+        assert_eq!(table.matches("dnat to").count(), 12);
+        assert_eq!(table.matches(" : goto service-").count(), 3);
+        assert_eq!(table.matches("numgen random mod 4 vmap").count(), 3);
+        assert_eq!(table.matches('{').count(), table.matches('}').count());
+    }
+}
