@@ -50,9 +50,10 @@ pub(crate) fn net(paths: &Paths, command: &NetCommand) -> ExitCode {
 
 /// `weft policy`.
 pub(crate) fn policy(paths: &Paths, command: &PolicyCommand) -> ExitCode {
-    finish(paths, async |reach| match command {
-        PolicyCommand::Learn(args) => Box::pin(learn::learn(&reach, args)).await,
-    })
+    let PolicyCommand::Learn(args) = command;
+    let kubeconfig = args.kubeconfig.clone().unwrap_or_else(|| paths.admin_kubeconfig());
+    let open = Reach::open_as(paths, &kubeconfig);
+    answer(open, async |reach| Box::pin(learn::learn(&reach, args)).await)
 }
 
 /// `weft flows`.
@@ -84,9 +85,16 @@ impl Said {
 
 /// Runs a command and says how it ended: 0 for yes, 1 for no, 2 if there is no answer.
 fn finish(paths: &Paths, command: impl AsyncFnOnce(Reach) -> anyhow::Result<Said>) -> ExitCode {
+    answer(Reach::open(paths), command)
+}
+
+fn answer(
+    open: impl Future<Output = anyhow::Result<Reach>>,
+    command: impl AsyncFnOnce(Reach) -> anyhow::Result<Said>,
+) -> ExitCode {
     let outcome = crate::up::runtime().and_then(|runtime| {
         runtime.block_on(async {
-            let reach = Reach::open(paths).await?;
+            let reach = open.await?;
             command(reach).await
         })
     });

@@ -60,6 +60,11 @@ pub enum Request {
         /// Only those that were used in the last seconds.
         within_seconds: u32,
     },
+    /// Which of these pods, by their uids, have a way that no policy on trial is about.
+    NotOnTrial {
+        /// The pods.
+        pods: BTreeSet<String>,
+    },
     /// Which other nodes don't answer this one.
     Silent,
     /// Flows, from now until the connection ends.
@@ -91,6 +96,8 @@ pub enum Answer {
     Health(Health),
     /// To [`Request::Tracked`].
     Tracked(Tracked),
+    /// To [`Request::NotOnTrial`].
+    NotOnTrial(BTreeSet<String>),
     /// To [`Request::Silent`]: their addresses.
     Silent(BTreeSet<IpAddr>),
     /// To [`Request::Flows`], again and again.
@@ -113,7 +120,8 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>, Tracked: Tracked);
+    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>, Tracked: Tracked,
+    NotOnTrial: BTreeSet<String>);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -1,7 +1,9 @@
 //! Flags of the commands about the network.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand, ValueEnum};
 
 /// How an answer is written.
@@ -94,11 +96,14 @@ pub(crate) enum PolicyCommand {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct LearnArgs {
     /// The namespace
-    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) namespace: String,
     /// How long to watch: 90s, 10m, 2h
     #[arg(long, default_value = "60s", value_name = "DURATION", value_parser = duration)]
     pub(crate) duration: Duration,
+    /// Who asks the API [default: the administrator]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
 }
 
 /// A number with its unit.

@@ -1,186 +1,157 @@
 //! `weft policy learn`: NetworkPolicies that allow what is seen.
 //!
-//! For the time of the watch a policy on trial selects every pod of the namespace: it drops nothing, and has the pods' edges remember each
-//! flow. These are read now and then, as an edge remembers a bounded number, and named by the pods that have their addresses.
+//! ```text
+//! policy on trial → pods' edges remember flows → read now and then → named by the pods' labels → policies
+//! ```
+//!
+//! The policy on trial selects every pod of the namespace and drops nothing. It is there for the time of the watch; without it nothing is
+//! remembered, and nothing costs anything.
 
+mod names;
 mod plan;
+mod trial;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
-use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use anyhow::{Context as _, bail, ensure};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{Api, ResourceExt as _};
-use serde_json::json;
-use weft_agent_dataplane::observe::tracked::{Tracked, TrackedFlow};
+use weft_agent_dataplane::observe::tracked::Tracked;
 use weft_agent_dataplane::observe::wire::Request;
-use weft_agent_dataplane::why::policy::PolicyWay;
 
 use super::Said;
 use super::args::LearnArgs;
 use super::reach::Reach;
-use plan::{Peer, Seen, Workload};
+use names::Names;
+use trial::Trial;
 
-/// The policy on trial.
-const TRIAL: &str = "weft-policy-learn";
-/// How often flows are taken, and how far back each look goes: the clock of the edges counts whole seconds.
+/// How often flows are taken: a node remembers a bounded number.
 const LOOK: Duration = Duration::from_secs(5);
+/// How far each look goes back beyond the one before: the edges' clock counts whole seconds.
 const OVERLAP_SECONDS: u32 = 2;
 /// How long the nodes may take to have every pod watched.
 const PATIENCE: Duration = Duration::from_secs(15);
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Pods by their addresses, those that were there at some time of the watch.
-#[derive(Default)]
-struct Pods {
-    by_address: HashMap<IpAddr, Workload>,
-    /// Names of pods without labels, which no selector can tell from others.
-    nameless: BTreeSet<String>,
-    /// Addresses of nodes.
-    nodes: HashMap<IpAddr, String>,
-}
-
 /// `weft policy learn`: watches, then writes the policies.
 pub(crate) async fn learn(reach: &Reach, args: &LearnArgs) -> anyhow::Result<Said> {
-    let api: Api<NetworkPolicy> = Api::namespaced(reach.client.clone(), &args.namespace);
-    put_trial(&api).await?;
-    let watched = tokio::select! {
-        watched = watch(reach, args) => watched,
-        // What was seen until then is lost, but not the policy left.
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    let stop = crate::up::shutdown_on_signal()?;
+    let pods = watchable(reach, &args.namespace).await?;
+    let trial = Trial::new(&reach.client, &args.namespace);
+    let work = async {
+        trial.put().await?;
+        watch(reach, args, &trial, pods).await
     };
-    let gone = api.delete(TRIAL, &DeleteParams::default()).await;
-    let (flows, pods) = watched?;
-    gone.with_context(|| format!("cannot delete the NetworkPolicy {TRIAL}"))?;
-    for name in &pods.nameless {
-        eprintln!("pod {name} has no labels, so no policy can select it alone; none is proposed for it");
+    let watched = stop.run_until_cancelled(Box::pin(work)).await;
+    let removed = trial.remove().await;
+    let names = match (watched.unwrap_or_else(|| Err(anyhow::anyhow!("interrupted"))), &removed) {
+        (Ok(names), _) => names,
+        (Err(error), Ok(())) => return Err(error),
+        (Err(error), Err(stays)) => bail!("{error:#}; and {stays:#}"),
+    };
+    if let Err(stays) = &removed {
+        say(format_args!("error: {stays:#}"));
     }
-    let dns: Vec<IpAddr> = reach.cluster.dns_ips().iter().collect();
-    let seen = named(&flows, &pods, &args.namespace, &dns);
-    let policies = plan::policies(&seen);
-    eprintln!("{} flow(s) seen, {} policies proposed", flows.len(), policies.len());
-    let mut text = String::new();
-    for policy in &policies {
-        text.push_str("---\n");
-        text.push_str(&serde_saphyr::to_string(policy).context("cannot write a policy")?);
+    for note in names.notes() {
+        say(format_args!("{note}"));
     }
-    Ok(Said { text, yes: true })
+    let policies = plan::policies(names.seen());
+    say(format_args!("{} flow(s) seen, {} policies proposed", names.flows(), policies.len()));
+    Ok(Said { text: plan::render(&policies)?, yes: removed.is_ok() })
 }
 
-async fn put_trial(api: &Api<NetworkPolicy>) -> anyhow::Result<()> {
-    let trial = json!({
-        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-        "metadata": {"name": TRIAL, "annotations": {"weft.dev/dry-run": "true"}},
-        "spec": {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]},
-    });
-    let params = PatchParams::apply("weft").force();
-    let put = api.patch(TRIAL, &params, &Patch::Apply(&trial)).await;
-    put.map(drop).with_context(|| format!("cannot put the NetworkPolicy {TRIAL}"))
+/// Uids of the pods that can be watched, by node. Nothing has been made yet when this fails.
+async fn watchable(reach: &Reach, namespace: &str) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
+    let api: Api<Namespace> = Api::all(reach.client.clone());
+    let found = api.get_opt(namespace).await;
+    let found = found.with_context(|| format!("cannot get the Namespace {namespace}"))?;
+    ensure!(found.is_some(), "there is no namespace {namespace}");
+    let mut here: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for pod in reach.pods(Some(namespace), "").await?.iter().filter(|pod| names::has_own_edge(pod)) {
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
+        if reach.nodes.iter().any(|known| known.name == node) {
+            here.entry(node).or_default().extend(pod.uid());
+        } else {
+            say(format_args!("pod {} is not watched: node {node} is not on this machine", pod.name_any()));
+        }
+    }
+    ensure!(!here.is_empty(), "no pod of namespace {namespace} runs here with an address of its own");
+    Ok(here)
 }
 
-async fn watch(reach: &Reach, args: &LearnArgs) -> anyhow::Result<(BTreeSet<TrackedFlow>, Pods)> {
+async fn watch(
+    reach: &Reach,
+    args: &LearnArgs,
+    trial: &Trial,
+    pods: BTreeMap<String, BTreeSet<String>>,
+) -> anyhow::Result<Names> {
+    let count: usize = pods.values().map(BTreeSet::len).sum();
     let begun = Instant::now();
-    let mut pods = Pods::default();
-    pods.learn(reach, &args.namespace).await?;
-    let wanted = pods.by_address.values().filter(|pod| pod.namespace == args.namespace && !pod.on_host);
-    let wanted: BTreeSet<&str> = wanted.map(|pod| pod.pod.as_str()).collect();
-    let wanted = wanted.len();
-    if wanted == 0 {
-        bail!("namespace {} has no pod with an address of its own", args.namespace);
+    until_on_trial(reach, pods).await?;
+    say(format_args!("watching {count} pod(s) of {} for {} s", args.namespace, args.duration.as_secs()));
+    let cluster = &reach.cluster;
+    let inside = cluster.cluster_cidr.iter().chain(cluster.service_cidr.iter()).collect();
+    let mut names = Names::new(&args.namespace, cluster.dns_ips().iter().collect(), inside);
+    // Pods that end are known from before they do.
+    names.learn(&everybody(reach).await?, &reach.api_nodes().await?);
+    let (mut full, mut last, watching) = (BTreeSet::new(), begun, Instant::now());
+    loop {
+        tokio::time::sleep(args.duration.saturating_sub(watching.elapsed()).min(LOOK)).await;
+        trial.check().await?;
+        let within = u32::try_from(last.elapsed().as_secs()).unwrap_or(u32::MAX);
+        let within_seconds = within.saturating_add(OVERLAP_SECONDS);
+        last = Instant::now();
+        let mut flows = Vec::new();
+        for node in &reach.nodes {
+            let tracked: Tracked = node.ask(&Request::Tracked { within_seconds })?;
+            if tracked.full && full.insert(&node.name) {
+                say(format_args!(
+                    "node {} sees more flows than it can remember; some may be missing",
+                    node.name
+                ));
+            }
+            flows.extend(tracked.flows);
+        }
+        // Only after the flows: who has sent something was there before it.
+        names.learn(&everybody(reach).await?, &reach.api_nodes().await?);
+        names.name(flows);
+        if watching.elapsed() >= args.duration {
+            names.finish();
+            return Ok(names);
+        }
     }
-    while on_trial(reach)? < wanted {
-        if begun.elapsed() > PATIENCE {
-            bail!("after {} s the nodes do not watch all {wanted} pods", PATIENCE.as_secs());
+}
+
+async fn everybody(reach: &Reach) -> anyhow::Result<Vec<Pod>> {
+    reach.pods(None, "").await
+}
+
+/// Waits until the nodes watch the pods.
+async fn until_on_trial(reach: &Reach, mut pods: BTreeMap<String, BTreeSet<String>>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        for (name, uids) in &mut pods {
+            let request = Request::NotOnTrial { pods: std::mem::take(uids) };
+            *uids = reach.node(name)?.ask(&request)?;
+        }
+        pods.retain(|_, uids| !uids.is_empty());
+        if pods.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let nodes: Vec<&str> = pods.keys().map(String::as_str).collect();
+            bail!("after {} s not all pods are watched on {}", PATIENCE.as_secs(), nodes.join(", "));
         }
         tokio::time::sleep(PAUSE).await;
     }
-    eprintln!("watching {wanted} pod(s) of {} for {} s", args.namespace, args.duration.as_secs());
-    let (begun, mut flows) = (Instant::now(), BTreeSet::new());
-    loop {
-        let left = args.duration.saturating_sub(begun.elapsed());
-        let since = Instant::now();
-        tokio::time::sleep(left.min(LOOK)).await;
-        let within = u32::try_from(since.elapsed().as_secs()).unwrap_or(u32::MAX);
-        for tracked in tracked(reach, within.saturating_add(OVERLAP_SECONDS))? {
-            flows.extend(tracked.flows);
-        }
-        pods.learn(reach, &args.namespace).await?;
-        if begun.elapsed() >= args.duration {
-            return Ok((flows, pods));
-        }
-    }
 }
 
-fn tracked(reach: &Reach, within_seconds: u32) -> anyhow::Result<Vec<Tracked>> {
-    reach.nodes.iter().map(|node| node.ask(&Request::Tracked { within_seconds })).collect()
+/// Tells whoever runs it. Nobody may listen any more, and the policy has to go all the same.
+fn say(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 
-fn on_trial(reach: &Reach) -> anyhow::Result<usize> {
-    Ok(tracked(reach, 0)?.iter().map(|tracked| tracked.on_trial).sum())
-}
-
-impl Pods {
-    async fn learn(&mut self, reach: &Reach, namespace: &str) -> anyhow::Result<()> {
-        for pod in reach.pods(None, "").await? {
-            let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-            // What has ended keeps its address in the API, and may have given it to another.
-            if phase != Some("Running") {
-                continue;
-            }
-            let workload = plan::workload(&pod);
-            if workload.labels.is_empty() && workload.namespace == namespace && !workload.on_host {
-                self.nameless.insert(pod.name_any());
-            }
-            for address in addresses(&pod) {
-                if !workload.on_host {
-                    self.by_address.insert(address, workload.clone());
-                }
-            }
-        }
-        for node in reach.api_nodes().await? {
-            let listed = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-            let addresses = listed.filter_map(|address| address.address.parse().ok());
-            self.nodes.extend(addresses.map(|address| (address, node.name_any())));
-        }
-        Ok(())
-    }
-}
-
-fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let ips = pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten());
-    ips.filter_map(|ip| ip.ip.parse().ok()).collect()
-}
-
-/// The flows of the namespace's pods, with names in place of addresses.
-fn named(
-    flows: &BTreeSet<TrackedFlow>,
-    pods: &Pods,
-    namespace: &str,
-    dns: &[IpAddr],
-) -> BTreeMap<Workload, BTreeSet<Seen>> {
-    let mut all: BTreeMap<Workload, BTreeSet<Seen>> = BTreeMap::new();
-    for flow in flows {
-        let Some(subject) = pods.by_address.get(&flow.pod) else { continue };
-        if subject.namespace != namespace || subject.labels.is_empty() {
-            continue;
-        }
-        // A node always reaches its own pods, as for probes, and its pods it.
-        let own_node = pods.nodes.get(&flow.peer).is_some_and(|node| *node == subject.node);
-        if own_node && flow.way == PolicyWay::Ingress {
-            continue;
-        }
-        let peer = match pods.by_address.get(&flow.peer) {
-            _ if dns.contains(&flow.peer) => Peer::Dns(flow.peer),
-            Some(peer) => Peer::Pods { namespace: peer.namespace.clone(), labels: peer.labels.clone() },
-            None => Peer::Address(flow.peer),
-        };
-        let seen = Seen { way: flow.way, peer, port: flow.port, protocol: flow.protocol };
-        // Pods of one workload are one.
-        let subject = Workload { pod: String::new(), node: String::new(), ..subject.clone() };
-        all.entry(subject).or_default().insert(seen);
-    }
-    all
-}
+#[cfg(test)]
+mod tests;
