@@ -36,9 +36,10 @@ pub struct Netlink {
     answer: Vec<u8>,
 }
 
-/// No datagram of the kernel's is longer: it sends an answer that is in parts of at most 32 KiB, and a device without
-/// virtual functions takes 5 KiB.
-const MAX_ANSWER_BYTES: usize = 64 << 10;
+/// The longest answer that is one datagram: a device without virtual functions takes 5 KiB.
+const ANSWER_BYTES: usize = 16 << 10;
+/// The longest part of an answer that comes in parts; the kernel sends at most 32 KiB.
+const PART_BYTES: usize = 64 << 10;
 
 /// What the kernel does in the background takes moments; on a machine that is overwhelmed, longer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -68,7 +69,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
-        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(MAX_ANSWER_BYTES) })
+        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(ANSWER_BYTES) })
     }
 
     /// Opens a socket in another namespace, which the calling thread enters for that moment.
@@ -227,6 +228,8 @@ impl Netlink {
         message: &RouteNetlinkMessage,
         mut pick: impl FnMut(M) -> Option<T>,
     ) -> Result<Vec<T>, Error> {
+        self.answer.clear();
+        self.answer.reserve(PART_BYTES);
         for _ in 0..DUMP_TRIES {
             self.send(op, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
             if let Some(found) = self.collect(op, &mut pick)? {
