@@ -17,9 +17,10 @@ pub mod path;
 pub mod pinned;
 pub mod probe;
 pub mod socket;
+pub mod tracked;
 pub mod wire;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use weft_cni_netlink::Netlink;
@@ -61,6 +62,10 @@ impl Observer {
             Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
             Request::Silent => Ok(Answer::Silent(Memory::of(&self.pins).load()?)),
             Request::Health => Ok(Answer::Health(self.health()?)),
+            Request::Tracked { within_seconds } => {
+                Ok(Answer::Tracked(tracked::read(&self.pins, *within_seconds)?))
+            }
+            Request::NotOnTrial { pods } => Ok(Answer::NotOnTrial(self.not_on_trial(pods)?)),
             Request::Flows { .. } => Err(ObserveError::Agent("flows are watched, not asked for".to_owned())),
         }
     }
@@ -80,6 +85,19 @@ impl Observer {
             None => Vec::new(),
         };
         why::policy::ask(&self.pins, &devices, query)
+    }
+
+    /// A pod that has no process or device has nothing to be watched, and is not among them.
+    fn not_on_trial(&self, pods: &BTreeSet<String>) -> Result<BTreeSet<String>, ObserveError> {
+        let on_trial = tracked::on_trial(&self.pins)?;
+        let mut missing = BTreeSet::new();
+        for uid in pods {
+            let Some(process) = listeners::process_of(&self.cgroup, uid)? else { continue };
+            if host_devices(process)?.iter().any(|device| !on_trial.contains(device)) {
+                missing.insert(uid.clone());
+            }
+        }
+        Ok(missing)
     }
 
     /// Runs `work` in the node's network namespace.

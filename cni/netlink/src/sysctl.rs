@@ -1,7 +1,7 @@
 //! The kernel's switches of a network namespace. `/proc/sys/net` shows those of the thread that opens a file.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
@@ -9,6 +9,9 @@ use crate::Error;
 const IPV4: &str = "/proc/sys/net/ipv4";
 const IPV6: &str = "/proc/sys/net/ipv6/conf";
 const IPV6_NEIGHBOURS: &str = "/proc/sys/net/ipv6/neigh";
+
+/// More than any switch has.
+const MAX_VALUE_BYTES: usize = 16;
 
 /// `accept_ra`: take routers' announcements although the machine forwards.
 const ACCEPT_ALTHOUGH_FORWARDING: &[u8] = b"2";
@@ -103,8 +106,12 @@ fn set(path: &Path, value: &[u8]) -> Result<(), Error> {
     fs::write(path, value).map_err(failed("write", path))
 }
 
+/// A switch is a small number, and comes whole.
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(failed("read", path))
+    let mut value = vec![0; MAX_VALUE_BYTES];
+    let read = fs::File::open(path).and_then(|mut file| file.read(&mut value));
+    value.truncate(read.map_err(failed("read", path))?);
+    Ok(value)
 }
 
 fn ok_if_gone(outcome: Result<(), Error>) -> Result<(), Error> {

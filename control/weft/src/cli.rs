@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
 use weft_agent_dataplane::xdp::Xdp;
 
-use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
+use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, PolicyCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 use crate::proxy::ProxyArgs;
 use crate::ranges::PerFamily;
@@ -45,6 +45,9 @@ pub(crate) enum Command {
     Why(WhyArgs),
     /// Watch connections get their backends, and what is refused or dropped, as it happens
     Flows(FlowsArgs),
+    /// Propose NetworkPolicies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Try the network of the running cluster
     #[command(subcommand)]
     Net(NetCommand),

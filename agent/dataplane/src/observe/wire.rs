@@ -15,6 +15,7 @@ use super::health::Health;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
 use super::probe::Probed;
+use super::tracked::Tracked;
 use crate::why::policy::{PolicyQuery, PolicyVerdict};
 use crate::why::{Query, Trace};
 
@@ -54,6 +55,16 @@ pub enum Request {
     },
     /// What the dataplane stands on.
     Health,
+    /// Flows that the pods' edges remember.
+    Tracked {
+        /// Only those that were used in the last seconds.
+        within_seconds: u32,
+    },
+    /// Which of these pods, by their uids, have a way that no policy on trial is about.
+    NotOnTrial {
+        /// The pods.
+        pods: BTreeSet<String>,
+    },
     /// Which other nodes don't answer this one.
     Silent,
     /// Flows, from now until the connection ends.
@@ -83,6 +94,10 @@ pub enum Answer {
     Probed(Probed),
     /// To [`Request::Health`].
     Health(Health),
+    /// To [`Request::Tracked`].
+    Tracked(Tracked),
+    /// To [`Request::NotOnTrial`].
+    NotOnTrial(BTreeSet<String>),
     /// To [`Request::Silent`]: their addresses.
     Silent(BTreeSet<IpAddr>),
     /// To [`Request::Flows`], again and again.
@@ -105,7 +120,8 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>);
+    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>, Tracked: Tracked,
+    NotOnTrial: BTreeSet<String>);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
@@ -37,13 +37,17 @@ pub(crate) struct NodeHandle {
 }
 
 impl Reach {
-    /// Finds the cluster of the data directory.
+    /// Finds the cluster of the data directory, and asks its API as the administrator.
     pub(crate) async fn open(paths: &Paths) -> anyhow::Result<Self> {
+        Self::open_as(paths, &paths.admin_kubeconfig()).await
+    }
+
+    /// Finds the cluster of the data directory, and asks its API with a kubeconfig.
+    pub(crate) async fn open_as(paths: &Paths, path: &Path) -> anyhow::Result<Self> {
         let cluster = Cluster::read(&paths.cluster_file())?.with_context(|| {
             format!("there is no cluster in {}; start one with `weft up`", paths.data.display())
         })?;
-        let path = paths.admin_kubeconfig();
-        let file = kube::config::Kubeconfig::read_from(&path)
+        let file = kube::config::Kubeconfig::read_from(path)
             .with_context(|| format!("cannot use {}", path.display()))?;
         let options = kube::config::KubeConfigOptions::default();
         let config = kube::Config::from_custom_kubeconfig(file, &options).await?;
