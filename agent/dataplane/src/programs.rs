@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Array, Map, MapData, PerCpuArray};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
-use weft_ebpf_abi::{DropReason, LAYOUT, NodeConfig, names};
+use ipnetwork::IpNetwork;
+use weft_ebpf_abi::{Address, DropReason, LAYOUT, NodeConfig, PodRange, names};
 use zerocopy::IntoBytes;
 
 use crate::maps::kernel::KernelMaps;
@@ -171,6 +172,24 @@ impl Programs {
         let mut bytes = [0; size_of::<NodeConfig>()];
         bytes.copy_from_slice(config.as_bytes());
         array.set(0, bytes, 0).map_err(wrap)
+    }
+
+    /// Tells the programs where the cluster's pods have their addresses: one range of each family, or none, which means anywhere.
+    pub fn set_pod_ranges(&mut self, ranges: &[IpNetwork]) -> Result<(), ProgramError> {
+        let map = self.ebpf.map_mut(names::POD_RANGES).ok_or_else(|| mismatch(names::POD_RANGES))?;
+        let wrap = |source| ProgramError::Map { name: names::POD_RANGES, source };
+        let mut array: Array<_, [u8; size_of::<PodRange>()]> = Array::try_from(map).map_err(wrap)?;
+        for (index, is_v6) in [(0, false), (1, true)] {
+            let range = ranges.iter().find(|range| range.is_ipv6() == is_v6);
+            // An IPv4 address stands behind 96 bits that all have.
+            let range = range.map_or_else(PodRange::default, |range| {
+                PodRange::new(Address::from(range.ip()), range.prefix() + if is_v6 { 0 } else { 96 })
+            });
+            let mut bytes = [0; size_of::<PodRange>()];
+            bytes.copy_from_slice(range.as_bytes());
+            array.set(index, bytes, 0).map_err(wrap)?;
+        }
+        Ok(())
     }
 
     /// Drops so far, by reason.

@@ -273,6 +273,7 @@ fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConf
         ..NodeConfig::default()
     };
     programs.configure(identity)?;
+    programs.set_pod_ranges(&config.cluster_cidr)?;
     programs.attach_sockets(&cgroup2)?;
     let node_local = config.node_local.iter().map(|ip| Address::from(*ip)).collect();
     let reconciler = Reconciler::adopt(Tables::new(&config.node_name, node_local), programs.maps()?)?;

@@ -97,6 +97,22 @@ pub fn dns1123_subdomain(value: &str) -> Problems {
     })
 }
 
+/// The same with underscores, one of which may begin a label (RFC 2782): search paths of pods.
+pub fn dns1123_subdomain_with_underscore(value: &str) -> Problems {
+    let is_label = |label: &str| {
+        let label = label.strip_prefix('_').unwrap_or(label);
+        framed(label, lower_alnum, |byte| lower_alnum_dash(byte) || byte == b'_')
+    };
+    check(value, SUBDOMAIN_MAX_BYTES, value.split('.').all(is_label), || {
+        let label = "_?[a-z0-9]([-_a-z0-9]*[a-z0-9])?";
+        regex_error(
+            "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '_', '-' or '.', and must start and end with an alphanumeric character",
+            &format!(r"{label}(\.{label})*"),
+            &["example.com"],
+        )
+    })
+}
+
 /// A DNS label as of RFC 1035: names of Services.
 pub fn dns1035_label(value: &str) -> Problems {
     let good = is_label(value) && value.as_bytes().first().is_some_and(u8::is_ascii_lowercase);
@@ -331,6 +347,12 @@ mod tests {
         assert!(dns1123_subdomain("a.b-c.d").is_empty());
         for bad in ["", ".", "a..b", "a.-b", "a.b."] {
             assert_eq!(dns1123_subdomain(bad).len(), 1, "{bad}");
+        }
+        for good in ["a.b-c.d", "_sip._tcp.abc_d.example.com"] {
+            assert!(dns1123_subdomain_with_underscore(good).is_empty(), "{good}");
+        }
+        for bad in ["", "_", "__a", "a_", "a._.b", "a..b", "A"] {
+            assert_eq!(dns1123_subdomain_with_underscore(bad).len(), 1, "{bad}");
         }
         assert!(dns1035_label("a1").is_empty() && !dns1035_label("1a").is_empty());
         assert!(

@@ -4,7 +4,7 @@
 //! waits for the loop's back-off; a stream that ends normally is reopened at once.
 
 use crate::{Class, ObjectKey, classify};
-use futures::{StreamExt, TryStreamExt, future::BoxFuture, stream::BoxStream};
+use futures::{StreamExt, future::BoxFuture, stream::BoxStream};
 use kube::api::{Api, ListParams, WatchEvent, WatchParams};
 use kube::core::{DynamicObject, ObjectList, PartialObjectMeta};
 use kube::{Resource, ResourceExt};
@@ -127,7 +127,7 @@ async fn follow_forever<K: Resource + Clone>(
                 watch_until_expired(source, sink, selection, version).await;
             }
             Err(error) => {
-                tracing::debug!(%error, "cannot list; trying again");
+                tracing::warn!(error = %crate::Chain(&error), kind = kind::<K>(), "cannot list; trying again");
                 sleep_with_jitter(&mut backoff).await;
             }
         }
@@ -171,8 +171,18 @@ async fn drain<K: Resource + Clone>(
     backoff: &mut Duration,
 ) -> kube::Result<()> {
     let mut any = false;
-    while let Some(event) = stream.try_next().await? {
+    while let Some(event) = stream.next().await {
         any = true;
+        let event = match event {
+            Ok(event) => event,
+            Err(error) if classify(&error) == Class::Expired => return Err(error),
+            // An event that can't be read must not keep those behind it from everybody, and would come again in every stream opened
+            // at the version before it. A stream that broke ends by itself.
+            Err(error) => {
+                tracing::warn!(error = %crate::Chain(&error), kind = kind::<K>(), "cannot read an event; it is left out");
+                continue;
+            }
+        };
         *backoff = BACKOFF_FIRST;
         let mut seen = |object: &K| {
             if let Some(rv) = &object.meta().resource_version {
@@ -197,6 +207,10 @@ async fn drain<K: Resource + Clone>(
         sleep_with_jitter(backoff).await;
     }
     Ok(())
+}
+
+fn kind<K>() -> &'static str {
+    std::any::type_name::<K>().rsplit("::").next().unwrap_or_default()
 }
 
 async fn sleep_with_jitter(backoff: &mut Duration) {
@@ -479,6 +493,32 @@ mod tests {
         informer.replace(vec![pod("a", "one", None), pod("a", "two", None)]);
         informer.replace(vec![pod("a", "two", None), pod("a", "three", None)]);
         assert_eq!(*seen.lock(), ["+one", "+two", "-one", "~two", "+three"]);
+    }
+
+    #[tokio::test]
+    async fn an_event_that_cannot_be_read_keeps_none_back() {
+        let informer = Informer::<Pod>::new(|_| {}, vec![]);
+        let unreadable = |text| Err(kube::Error::SerdeError(serde_json::from_str::<Pod>(text).unwrap_err()));
+        let mut two = pod("a", "two", None);
+        two.metadata.resource_version = Some("7".into());
+        let events = [
+            Ok(WatchEvent::Added(pod("a", "one", None))),
+            unreadable(r#"{"metadata": 1}"#),
+            // What kube makes of a line that is no event of this kind.
+            Err(kube::Error::Api(Box::default())),
+            Ok(WatchEvent::Added(two)),
+        ];
+        let (mut version, mut backoff) = ("1".to_owned(), BACKOFF_FIRST);
+        let stream = futures::stream::iter(events).boxed();
+        drain(stream, &*informer, &mut version, &mut backoff).await.unwrap();
+        assert_eq!(names(&informer.list()), ["one", "two"]);
+        assert_eq!(version, "7");
+
+        let expired = kube::core::Status::failure("too old", "Expired").with_code(410);
+        let events = [Err(kube::Error::Api(expired.boxed())), Ok(WatchEvent::Added(pod("a", "three", None)))];
+        let stream = futures::stream::iter(events).boxed();
+        assert!(drain(stream, &*informer, &mut version, &mut backoff).await.is_err());
+        assert_eq!(informer.len(), 2);
     }
 
     #[tokio::test]

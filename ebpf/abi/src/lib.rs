@@ -68,10 +68,12 @@ pub mod names {
     pub const WOULD_DROP: &str = "weft_dry_2";
     /// [`Address`](super::Address) to [`LocalPod`](super::LocalPod): pods of this node whose edges have programs.
     pub const LOCAL_PODS: &str = "weft_local_2";
+    /// Index 0 for IPv4 and 1 for IPv6 to [`PodRange`](super::PodRange).
+    pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
     pub const XDP_PODS: &str = "weft_xpod_2";
     /// All of them.
-    pub const ALL: [&str; 22] = [
+    pub const ALL: [&str; 23] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -93,6 +95,7 @@ pub mod names {
         TRACKED,
         WOULD_DROP,
         LOCAL_PODS,
+        POD_RANGES,
         XDP_PODS,
     ];
 }
@@ -439,6 +442,40 @@ pub struct LocalPod {
 }
 const _: () = assert!(size_of::<LocalPod>() == 16 && offset_of!(LocalPod, mac) == 8);
 
+/// The addresses of the cluster's pods of one family. All zeros: any address may be a pod's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct PodRange {
+    /// The range's first address, as words that stand in memory as on the wire.
+    pub first: [u32; 4],
+    /// The bits that are the range's.
+    pub mask: [u32; 4],
+}
+const _: () = assert!(size_of::<PodRange>() == 32);
+
+impl PodRange {
+    /// The range of the addresses that have the first `bits` (of 128) in common with this one.
+    #[must_use]
+    pub const fn new(address: Address, bits: u8) -> Self {
+        let mask = match u128::MAX.checked_shl(128 - bits as u32) {
+            Some(mask) => Address(mask.to_be_bytes()).words(),
+            None => [0; 4],
+        };
+        let words = address.words();
+        let first = [words[0] & mask[0], words[1] & mask[1], words[2] & mask[2], words[3] & mask[3]];
+        Self { first, mask }
+    }
+
+    /// Whether an address is in it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn contains(&self, address: &Address) -> bool {
+        let [a, b, c, d] = address.words();
+        let ([e, f, g, h], [i, j, k, l]) = (self.first, self.mask);
+        (a & i) ^ e | (b & j) ^ f | (c & k) ^ g | (d & l) ^ h == 0
+    }
+}
+
 /// Mark on a packet that a pod's edge has looked up and left to the stack: the node's edge need not look again. It is taken off
 /// there.
 pub const SEEN_MARK: u32 = 1 << 30;
@@ -448,3 +485,25 @@ pub const SEEN_MARK: u32 = 1 << 30;
 pub const NAT_PORT_FIRST: u16 = 61_000;
 /// Number of ports in that range.
 pub const NAT_PORT_COUNT: u16 = 4_536;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_has_what_shares_its_first_bits() {
+        let range = PodRange::new(Address::v4([10, 42, 7, 9]), 96 + 14);
+        for inside in [[10, 40, 0, 0], [10, 43, 255, 255]] {
+            assert!(range.contains(&Address::v4(inside)), "{inside:?}");
+        }
+        for outside in [[10, 39, 255, 255], [10, 44, 0, 0]] {
+            assert!(!range.contains(&Address::v4(outside)), "{outside:?}");
+        }
+        assert!(!range.contains(&Address::ANY), "of the other family");
+        let one = PodRange::new(Address([7; 16]), 128);
+        assert!(one.contains(&Address([7; 16])) && !one.contains(&Address::ANY));
+        for all in [PodRange::default(), PodRange::new(Address([7; 16]), 0)] {
+            assert!(all.contains(&Address::ANY) && all.contains(&Address([7; 16])));
+        }
+    }
+}

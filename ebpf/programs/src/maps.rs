@@ -36,6 +36,8 @@ static SOURCES: LpmTrie<SourceData, u32> = LpmTrie::pinned(sizes::SOURCES, NO_PR
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(sizes::FRAGMENTS, 0);
 #[map(name = "weft_local_2")]
 pub static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL_PODS, NO_PREALLOC);
+#[map(name = "weft_pods_2")]
+static POD_RANGES: Array<PodRange> = Array::pinned(2, 0);
 /// Not pinned: nothing in it outlives a packet.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -99,6 +101,12 @@ pub fn work() -> Option<&'static mut Work> {
 #[inline(always)]
 pub fn config() -> Option<&'static NodeConfig> {
     CONFIG.get(0).filter(|config| config.layout == LAYOUT)
+}
+
+/// Whether an address may be a pod's.
+#[inline(always)]
+pub fn is_pods(address: &Address, is_v6: bool) -> bool {
+    POD_RANGES.get(u32::from(is_v6)).is_some_and(|range| range.contains(address))
 }
 
 /// Counts a drop.

@@ -10,7 +10,7 @@ use weft_ebpf_abi::*;
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, Family as _, V4, V6};
 
 use crate::family::Family;
-use crate::maps::{Work, config, count, work};
+use crate::maps::{Work, config, count, is_pods, work};
 use crate::policy;
 use crate::tc::{NOBODYS, TO_POD, TO_STACK, ethertype, ingress_ifindex, raw, serve};
 
@@ -79,7 +79,8 @@ fn read_ends<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
 }
 
 /// Whether a packet comes from the overlay, for a pod of this node that it can be handed to. What may have to be translated back
-/// can not.
+/// can not, nor what no pod sent: answers to a node's own address leave past the overlay by the stack, which translates the source of all
+/// that it has not seen the beginning of.
 #[inline(always)]
 pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
     match config() {
@@ -87,6 +88,7 @@ pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
         _ => return false,
     }
     read_ends::<F>(ctx, work).is_some()
+        && is_pods(&work.ends[SOURCE], F::ETHERTYPE == V6::ETHERTYPE)
         && work.find_end(DESTINATION)
         && work.pod.translated[0] == 0
         && work.pod.flags & LOCAL_QUEUED == 0

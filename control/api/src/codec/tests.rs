@@ -40,6 +40,21 @@ fn reads_and_canonicalises() {
 }
 
 #[test]
+fn a_condition_always_has_a_time() {
+    let body = r#"{"status":{"conditions":[{"type":"A","lastTransitionTime":null},{"type":"B"},
+        {"type":"C","lastTransitionTime":"2024-01-01T00:00:00Z"}]}}"#;
+    let service = kind("", "v1", "Service");
+    let decoded = decode(service, "application/json", body.as_bytes(), FieldValidation::Strict).unwrap();
+    let times: Vec<_> = decoded.object["status"]["conditions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|condition| &condition["lastTransitionTime"])
+        .collect();
+    assert_eq!(times, ["0001-01-01T00:00:00Z", "0001-01-01T00:00:00Z", "2024-01-01T00:00:00Z"]);
+}
+
+#[test]
 fn unknown_and_duplicate_fields() {
     let body = r#"{"kind":"Pod","apiVersion":"v1","metadata":{"name":"a","name":"b","labels":{"l":"1","l":"2"}},
         "spec":{"containers":[{"name":"x"},{"nam":{"deep":1}}],"foo":1}}"#;

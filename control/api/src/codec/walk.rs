@@ -14,6 +14,11 @@ use crate::{
 /// Upstream stops counting unknown and duplicate fields here too.
 const MAX_PROBLEMS: usize = 100;
 
+const CONDITION: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.Condition";
+/// Go's zero time: what every Go client reads where upstream's API server writes null. Clients of other languages take the whole object for
+/// broken if this field, which its schema requires, is null or absent.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
 const SCHEMA_PROPS: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
 
 /// One step of the way from the root to a value.
@@ -247,6 +252,9 @@ impl<'s> Seed<'_, 's> {
                 Some(value) => drop(object.insert(name.to_owned(), value)),
                 None => nulls.push(name),
             }
+        }
+        if definition.name == CONDITION {
+            object.entry("lastTransitionTime").or_insert_with(|| NEVER.into());
         }
         Ok(Some(Value::Object(object)))
     }

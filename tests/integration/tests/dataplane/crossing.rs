@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
 use weft_agent_dataplane::node;
 use weft_agent_dataplane::policy::edges::Edges;
 use weft_ebpf_abi::policy::{POLICY_INGRESS, PolicyPod};
@@ -195,6 +198,62 @@ fn what_the_stack_translates_is_left_to_it() {
         let answer = ask_udp(SocketAddr::from(([192, 168, 79, 2], 8080))).unwrap();
         assert_eq!(answer, format!("far {}", pods(1)[0]));
     });
+}
+
+/// A connection from an address.
+fn connect_from(own: IpAddr, to: SocketAddr) -> TcpStream {
+    let family = if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::empty(), None).unwrap();
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(own, 0))).unwrap();
+    let stream = TcpStream::from(socket);
+    // Linux bounds connecting by the time-out for sending.
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    connect(stream.as_raw_fd(), &SockaddrStorage::from(to)).unwrap();
+    stream
+}
+
+/// A process of the first node that has bound its address of the link asks a pod of the second: the way there is the overlay, the way back the
+/// link, and the second node's stack must see both, or takes the answers for new flows of the pod and puts its own address on them.
+#[test]
+fn answers_to_a_nodes_own_address_keep_the_pods() {
+    if !require("dataplane::crossing-node", &NEEDS) {
+        return;
+    }
+    let (netns, there) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let _overlays = [overlay(1, (&netns[0], UNDERLAY), &both), overlay(2, (&netns[1], UNDERLAY), &both)];
+    let mut second = Side::start(&netns[1]);
+    let ranges = ["10.42.0.0/16", "fd42::/48"].map(|range| range.parse().unwrap());
+    second.running.programs.set_pod_ranges(&ranges).unwrap();
+    within(&netns[1], || weft_cni_netlink::masquerade::ensure(&ranges, &[]).unwrap());
+    second.publish(&netns[1], pods(2), &[]);
+    for (pod, own) in pods(2).into_iter().zip(["192.168.79.1", "fd79::1"]) {
+        let server = serve(&there[1], pod, "far");
+        let own: IpAddr = own.parse().unwrap();
+        within(&netns[0], || {
+            let socket = UdpSocket::bind((own, 0)).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.connect(server).unwrap();
+            let mut stream = connect_from(own, server);
+            // The second answer is one of a flow that is there already.
+            for _ in 0..2 {
+                let mut answer = [0; 64];
+                socket.send(b"?").unwrap();
+                let length = socket.recv(&mut answer).unwrap();
+                assert_eq!(answer[..length], *format!("far {own}").as_bytes());
+                stream.write_all(b"?").unwrap();
+                let length = stream.read(&mut answer).unwrap();
+                assert_eq!(answer[..length], *format!("far {own}").as_bytes());
+            }
+        });
+    }
+    // Pods have the short way as before.
+    let mut first = Side::start(&netns[0]);
+    first.running.programs.set_pod_ranges(&ranges).unwrap();
+    first.publish(&netns[0], pods(1), &[]);
+    let by_stack = by_stack(&netns, &there, serve(&there[1], pods(2)[0], "near"));
+    assert!(by_stack < MANY / 2, "{by_stack} packets went by the pods' devices");
 }
 
 #[test]

@@ -132,8 +132,7 @@ fn dns(errors: &mut Errors, path: &FieldPath, spec: &Value) {
     }
     for (index, search) in searches.iter().enumerate().filter(|(_, search)| text(search) != ".") {
         let name = text(search).strip_suffix('.').unwrap_or(text(search));
-        let bad = names::dns1123_subdomain(&name.replace('_', "-"));
-        problems(errors, &at.index(index), text(search), bad);
+        problems(errors, &at.index(index), name, names::dns1123_subdomain_with_underscore(name));
     }
     for (index, option) in items(&config["options"]).iter().enumerate() {
         if is_empty(&option["name"]) {

@@ -1,5 +1,9 @@
 //! Owns `proxy`: a request passed on to a pod, to an endpoint of a Service, or to a node.
 
+mod links;
+mod page;
+
+use self::links::Way;
 use super::super::Call;
 use super::kubelet;
 use crate::backend::Backend;
@@ -71,9 +75,18 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
     };
     let target = Target::parse(&call.info.name).ok_or_else(invalid)?;
     let request = request(call, path, body)?;
+    let mut way = Way {
+        prefix: call.head.uri.path().strip_suffix(path).unwrap_or_default().to_owned(),
+        asked: request.headers().get(HOST).and_then(|host| host.to_str().ok()).map(str::to_owned),
+        backend: None,
+    };
     let response = match resource {
-        "pods" => call.api.backends.send(pod(call, &target).await?, request).await,
-        "services" => call.api.backends.send(service(call, &target).await?, request).await,
+        "pods" | "services" => {
+            let backend =
+                if resource == "pods" { pod(call, &target).await? } else { service(call, &target).await? };
+            way.backend = Some(backend.address.to_string());
+            call.api.backends.send(backend, request).await
+        }
         _ => node(call, &target, request).await?,
     };
     let response = response.map_err(|error| unreachable(&error))?;
@@ -82,7 +95,7 @@ pub(super) async fn answer(call: &Call, body: Body) -> Result<Response, Status> 
         client.extensions_mut().clone_from(&call.head.extensions);
         return Ok(call.api.backends.join(hyper::upgrade::on(client), response));
     }
-    Ok(pass_back(call, path, response))
+    Ok(pass_back(&call.head.method, way, response))
 }
 
 /// The path behind `proxy`, as the client wrote it.
@@ -159,15 +172,21 @@ fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// The response as the client gets it. A redirection within the backend stays behind the proxy.
-fn pass_back(call: &Call, path: &str, response: http::Response<hyper::body::Incoming>) -> Response {
+/// The response as the client gets it. Redirections and links within the backend stay behind the proxy.
+fn pass_back(method: &Method, way: Way, response: http::Response<hyper::body::Incoming>) -> Response {
     let mut response = response.map(|body| body.map_err(BoxError::from).boxed_unsync());
     strip(response.headers_mut());
-    let prefix = call.head.uri.path().strip_suffix(path).unwrap_or_default();
-    let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-    let inside = location.filter(|location| location.starts_with('/') && !location.starts_with("//"));
-    if let Some(Ok(location)) = inside.map(|location| HeaderValue::try_from(format!("{prefix}{location}"))) {
-        response.headers_mut().insert(LOCATION, location);
+    if let Some(location) = response.headers().get(LOCATION).map(HeaderValue::as_bytes) {
+        let led = way.lead(location).map(|(cut, prefix)| {
+            HeaderValue::from_bytes(
+                &[&location[..cut.start], prefix.as_bytes(), &location[cut.end..]].concat(),
+            )
+        });
+        if let Some(Ok(location)) = led {
+            response.headers_mut().insert(LOCATION, location);
+        }
+    } else if method != Method::HEAD {
+        response = page::lead(response, way);
     }
     response.extensions_mut().insert(StillReading);
     response
