@@ -16,6 +16,8 @@ const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Annotation on a Service: `10000-10099/UDP, 7000-7009`.
 const PORT_RANGES_ANNOTATION: &str = "weft.dev/port-ranges";
+/// Annotation on a Service: `true` has endpoints left out whose connections fail.
+const EJECTION_ANNOTATION: &str = "weft.dev/ejection";
 /// Ports in a Service's ranges: each takes as many entries of the maps as a port that is written out.
 const MAX_RANGE_PORTS: usize = 1_024;
 /// Affinity when the Service gives no timeout (the API's default: 3 hours).
@@ -68,6 +70,7 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
     Some(Service {
         sources: sources(spec),
         ranges: port_ranges(object),
+        ejection: ejection(object),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
         affinity_seconds: affinity_seconds(spec),
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
@@ -119,6 +122,20 @@ fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
         }
     }
     ordered(ranges).into()
+}
+
+/// Off unless it is wanted: readiness alone decides then, as upstream has it.
+fn ejection(object: &core::Service) -> bool {
+    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(EJECTION_ANNOTATION));
+    match text.map(String::as_str) {
+        Some("true") => true,
+        None | Some("false") => false,
+        Some(other) => {
+            tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
+                value = other, "annotation {EJECTION_ANNOTATION} is neither true nor false");
+            false
+        }
+    }
 }
 
 fn port_range(text: &str) -> Option<PortRange> {
