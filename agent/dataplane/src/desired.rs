@@ -78,6 +78,8 @@ pub struct Desired {
     pub sources: BTreeMap<ListName, BTreeSet<Range>>,
     /// Every endpoint, in a list or not.
     pub backends: BTreeMap<BackendKey, Known>,
+    /// Shares of new connections, of backends that have another weight than 1.
+    pub weights: BTreeMap<BackendKey, u8>,
     /// Seconds of the epoch when the Service was made.
     pub created: i64,
     /// What to tell load balancers.
@@ -174,7 +176,7 @@ fn add_port(out: &mut Desired, service: &Service, slices: &[&Slice], target: Tar
                     out.ejected.append(&mut eject(list, target.view.ejected));
                 }
             }
-            add_backends(out, &candidates);
+            add_backends(out, &candidates, target.hashed);
             let Target { port, hashed, .. } = target;
             Builder { out, service, port, hashed, family, cluster, local }.add_frontends();
         }
@@ -225,12 +227,16 @@ fn left_out(slices: &[&Slice], view: View<'_>) -> usize {
     left_out.map(|e| e.address).collect::<BTreeSet<_>>().len()
 }
 
-fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
+/// Ranges do without weights as they do without Maglev tables.
+fn add_backends(out: &mut Desired, candidates: &Candidates<'_>, weighted: bool) {
     for (backend, endpoint) in &candidates.0 {
         let known = out.backends.entry(*backend).or_insert(Known { owner: endpoint.owner, active: false });
         // While an address passes from one pod to another both may be listed: the usable one owns it.
         if endpoint.state == EndpointState::Ready {
             known.owner = endpoint.owner;
+        }
+        if weighted && endpoint.weight != 1 {
+            out.weights.insert(*backend, endpoint.weight);
         }
     }
 }
@@ -362,7 +368,7 @@ impl Builder<'_> {
         let local = self.service.external_local;
         let keep = if local { SERVICE_KEEP_SOURCE } else { 0 };
         self.add(address, number, Way { scope: SCOPE_INTERNAL, local: false, flags, claim });
-        let hashed = if self.hashed { SERVICE_HASHED } else { 0 };
+        let hashed = if self.hashed && self.service.hashed { SERVICE_HASHED } else { 0 };
         let flags = flags | keep | hashed;
         self.add(address, number, Way { scope: SCOPE_EXTERNAL, local, flags, claim });
     }

@@ -114,6 +114,8 @@ pub struct Service {
     pub ranges: Box<[PortRange]>,
     /// Seconds of affinity by client; 0 for none.
     pub affinity_seconds: u32,
+    /// From outside a client's hash chooses the backend (Maglev), as it does unless the annotation `weft.dev/backend-choice` says otherwise.
+    pub hashed: bool,
     /// Endpoints whose connections fail are left out for a while (annotation `weft.dev/ejection`).
     pub ejection: bool,
     /// internalTrafficPolicy is Local.
@@ -187,6 +189,8 @@ pub struct Endpoint {
     pub local: bool,
     /// Whether it may get traffic.
     pub state: EndpointState,
+    /// Its share of new connections, in proportion to others' (annotation `weft.dev/weight` of its slice).
+    pub weight: u8,
     /// Whom it is for, if it is not for all.
     pub hints: Option<Box<Hints>>,
 }

@@ -20,6 +20,8 @@ pub struct Expected {
     pub backends: BTreeSet<BackendKeyed>,
     /// Backends that are left out because connections to them failed.
     pub ejected: BTreeSet<BackendKeyed>,
+    /// Some backends have more places than others.
+    pub weighted: bool,
 }
 
 /// A node, as far as it matters to what it should have.
@@ -76,6 +78,7 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
     Expected {
         frontends: frontends.collect(),
         backends: found.backends.keys().filter_map(keyed).collect(),
+        weighted: !found.weights.is_empty(),
         ejected: found.ejected.iter().filter_map(keyed).collect(),
     }
 }

@@ -145,8 +145,8 @@ fn listed(
 fn shortfall(wanted: &Expected, frontends: &HashMap<FrontendKey, Frontend>) -> Option<String> {
     wanted.frontends.iter().find_map(|(key, members)| {
         let Some(found) = frontends.get(key) else { return Some(format!("{key} is missing")) };
-        // A hashed list has many places for each backend.
-        let hashed = found.flags.iter().any(|flag| flag == "hashed");
+        // A table has many places for each backend.
+        let hashed = wanted.weighted || found.flags.iter().any(|flag| flag == "hashed");
         let fits = if hashed {
             (found.count > 0) != members.is_empty()
         } else {
