@@ -193,7 +193,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_backend_gets_its_weight(weights in prop::collection::vec(1_u8..=100, 2..40)) {
-            let all = backends(1, weights.len() as u16);
+            let all = backends(1, u16::try_from(weights.len()).unwrap());
             let weights: BTreeMap<_, _> = all.iter().copied().zip(weights).collect();
             let shares = Shares::of(&all, &weights);
             let table = table(&shares);
