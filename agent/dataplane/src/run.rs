@@ -1,6 +1,7 @@
 //! The running dataplane: watches, synchronisation, devices.
 
 mod absorb;
+mod eject;
 mod say;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -20,6 +21,7 @@ use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
+use crate::ejection::EjectionError;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
@@ -38,6 +40,7 @@ use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
+use self::eject::Ejecting;
 use self::say::Versions;
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
@@ -46,6 +49,8 @@ const MAX_EVENTS_PER_SYNC: usize = 4_096;
 const MAX_TROUBLES: usize = 64;
 /// Nodes that fall silent or come back, to be told of while the API is slow.
 const MAX_TURNS: usize = 64;
+/// Backends that are ejected or come back, likewise.
+const MAX_EJECTIONS: usize = 256;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
@@ -125,6 +130,9 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Failures of connections can't be read.
+    #[error(transparent)]
+    Ejections(#[from] EjectionError),
     /// Load-balancer addresses could not be taken away.
     #[error(transparent)]
     Announce(#[from] announce::Error),
@@ -161,14 +169,15 @@ pub async fn run_with_metrics(
 ) -> Result<(), Error> {
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
-    let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
-    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let cgroup2 = node::cgroup2_mount()?;
+    let node_cgroup = cgroup2.join(&config.node_cgroup);
     let (troubles, troubled) = mpsc::channel(MAX_TROUBLES);
     let (answers, wanted) = watch::channel(BTreeSet::new());
     let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
@@ -183,7 +192,10 @@ pub async fn run_with_metrics(
         pins: config.pin_dir.clone(),
     };
     let watching = Box::pin(peers::run(watching, known_nodes, told, shutdown.clone()));
+    let (tell, ejected) = mpsc::channel(MAX_EJECTIONS);
+    let ejecting = Ejecting::adopt(&programs, &mut reconciler, cgroup2, tell)?;
     let mut dataplane = Dataplane {
+        ejecting,
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip),
@@ -213,7 +225,7 @@ pub async fn run_with_metrics(
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned));
+    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected));
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
         () = telling => Ok(()),
@@ -284,6 +296,7 @@ fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConf
 struct Dataplane {
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
+    ejecting: Ejecting,
     overlay: Overlay,
     carrier: Carrier,
     identity: NodeConfig,
@@ -352,6 +365,7 @@ impl Dataplane {
                     self.refresh_devices()?;
                 }
                 Ok(()) = self.peers.silent.changed() => self.take_silent(),
+                () = self.ejecting.ready() => self.take_ejections(),
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;
@@ -444,6 +458,7 @@ impl Dataplane {
         }
         self.checks.apply(self.reconciler.take_health_changes());
         self.searches.add(self.reconciler.take_left());
+        self.watch_backends();
         if let Some(mut answers) = self.reconciler.take_answers() {
             answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(*ip)));
             self.answers.send_replace(answers);

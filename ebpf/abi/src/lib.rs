@@ -8,12 +8,14 @@
 
 mod address;
 mod event;
+mod failure;
 pub mod policy;
 mod reason;
 mod xdp;
 
 pub use address::{Address, Port};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
+pub use failure::{FAILURES_IN_A_ROW, Failures};
 pub use reason::DropReason;
 pub use xdp::XdpPod;
 
@@ -72,8 +74,12 @@ pub mod names {
     pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
     pub const XDP_PODS: &str = "weft_xpod_2";
-    /// All of them.
-    pub const ALL: [&str; 23] = [
+    /// [`BackendKey`](super::BackendKey) to [`Failures`](super::Failures): backends whose connections are watched.
+    pub const FAILURES: &str = "weft_fail_2";
+    /// Ring of [`BackendKey`](super::BackendKey): those with too many failures. Not pinned: it wakes the agent, which reads the map above.
+    pub const WAKE: &str = "weft_wake";
+    /// All that are pinned.
+    pub const ALL: [&str; 24] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -97,6 +103,7 @@ pub mod names {
         LOCAL_PODS,
         POD_RANGES,
         XDP_PODS,
+        FAILURES,
     ];
 }
 
@@ -137,6 +144,10 @@ pub mod sizes {
     pub const LOCAL_PODS: u32 = 8_192;
     /// Addresses of pods of one node: two for each.
     pub const XDP_PODS: u32 = 8_192;
+    /// Backends of Services that opted in to ejection.
+    pub const FAILURES: u32 = 16_384;
+    /// The ring that wakes the agent: some 100 backends, each told of again at its next failure.
+    pub const WAKE_BYTES: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }
@@ -181,6 +192,8 @@ pub const SERVICE_CHECK_SOURCE: u32 = 2;
 pub const SERVICE_HASHED: u32 = 4;
 /// Without a backend, packets are dropped instead of refused: another node has one (externalTrafficPolicy Local).
 pub const SERVICE_DROP_EMPTY: u32 = 8;
+/// Connections are watched: a backend whose connections fail is to be ejected.
+pub const SERVICE_WATCHED: u32 = 16;
 
 /// Where a Service's traffic goes.
 #[derive(
@@ -321,6 +334,8 @@ const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_p
 pub const FLOW_REPLY: u32 = 1;
 /// A FIN or RST was seen: a SYN with the same ports begins a new flow.
 pub const FLOW_CLOSING: u32 = 2;
+/// What this direction says of the connection's coming about is still to be counted.
+pub const FLOW_WATCHED: u32 = 4;
 
 /// What a packet of a flow becomes. The entry of the other direction is this one reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -10,11 +10,13 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::connecting::{self, Connecting};
 use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, PodDevices, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
 use crate::events;
+use crate::failure;
 use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, work};
 use crate::pod;
@@ -109,7 +111,10 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     };
     match outcome {
         Outcome::Pass => NOBODYS,
-        Outcome::Goes => go::<F>(ctx, work),
+        Outcome::Goes => {
+            watch(&work.packet, &work.entry);
+            go::<F>(ctx, work)
+        }
         Outcome::Begins => {
             let Work { packet, entry, route, came_by, .. } = work;
             match record(&packet.key, route, *came_by, entry) {
@@ -174,6 +179,7 @@ fn egress<F: Family>(ctx: &TcContext) -> i32 {
         return PASS;
     }
     touch(packet, entry);
+    watch(packet, entry);
     translate::<F>(ctx, packet, entry).map_or_else(dropped, |()| PASS)
 }
 
@@ -287,6 +293,15 @@ fn touch(packet: &Packet, entry: &FlowValue) {
     }
 }
 
+/// Counts what the packet tells of a connection that is watched. (Not where it is judged: the stack is full there.)
+#[inline(always)]
+fn watch(packet: &Packet, entry: &FlowValue) {
+    let came = connecting::judge(entry, packet.flags);
+    if !matches!(came, Connecting::Nothing) {
+        failure::note(packet, entry, came);
+    }
+}
+
 /// Removes both directions of a flow.
 #[inline(always)]
 fn forget(key: &FlowKey, forward: &FlowValue) {
@@ -337,6 +352,9 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
         route.keeps_source |= flow::keep_source_at_edge(&key.source, &backend.address, has_edge);
     }
     *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
+    if key.protocol == TCP && service.flags & SERVICE_WATCHED != 0 {
+        entry.flags |= FLOW_WATCHED;
+    }
     Outcome::Begins
 }
 
@@ -388,6 +406,7 @@ fn record(key: &FlowKey, route: &Route, ifindex: u32, entry: &mut FlowValue) -> 
     entry.last_seen = Kernel.now_seconds();
     let mut reply = flow::reply(key, ifindex, entry.generation);
     reply.last_seen = entry.last_seen;
+    reply.flags |= entry.flags & FLOW_WATCHED;
     // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's. A pod never
     // keeps it: it may use the same port towards the same backend directly, past any table of flows.
     let mut entered = false;

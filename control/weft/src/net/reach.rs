@@ -10,7 +10,8 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
-use weft_agent_dataplane::observe::wire::{FromAnswer, Request};
+use weft_agent_dataplane::observe::expected::Found;
+use weft_agent_dataplane::observe::wire::{Ejected, FromAnswer, Request};
 use weft_agent_dataplane::observe::{Observer, socket};
 
 use crate::cluster::Cluster;
@@ -160,6 +161,13 @@ impl NodeHandle {
     pub(crate) async fn watch(&self, drops_only: bool) -> anyhow::Result<socket::Watch> {
         let watch = socket::Watch::open(&self.socket, &self.observer, drops_only).await;
         watch.with_context(|| format!("node {}", self.name))
+    }
+
+    /// What it has found out by itself, and leaves out of Services.
+    pub(crate) fn found(&self, nodes: &[Node]) -> anyhow::Result<Found> {
+        let ejected: Vec<Ejected> = self.ask(&Request::Ejected)?;
+        let ejected = ejected.into_iter().map(|one| one.key).collect();
+        Ok(Found { silent: self.silent(nodes)?, ejected })
     }
 
     /// Names of the other nodes that don't answer it: their endpoints are left out there.

@@ -5,6 +5,7 @@ mod adoption;
 mod agent;
 mod crossing;
 mod edge;
+mod ejection;
 mod entries;
 mod errors;
 mod frames;
