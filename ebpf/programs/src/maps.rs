@@ -36,6 +36,8 @@ static SOURCES: LpmTrie<SourceData, u32> = LpmTrie::pinned(sizes::SOURCES, NO_PR
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinned(sizes::FRAGMENTS, 0);
 #[map(name = "weft_local_2")]
 pub static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL_PODS, NO_PREALLOC);
+#[map(name = "weft_near_2")]
+static NEAR: LpmTrie<Address, u32> = LpmTrie::pinned(sizes::NEAR, NO_PREALLOC);
 /// Not pinned: nothing in it outlives a packet.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -49,7 +51,8 @@ pub struct Work {
     pub entry: FlowValue,
     /// The way of a flow that begins.
     pub route: Route,
-    /// The device that it came in by; the bridge for what a pod's edge sees.
+    /// The device that it came in by; the bridge for what a pod's edge sees, and the overlay for what another node's pods send past
+    /// the tunnel.
     pub came_by: u32,
     /// Whether it is looked at where its pod sends it.
     pub at_pod: bool,
@@ -99,6 +102,15 @@ pub fn work() -> Option<&'static mut Work> {
 #[inline(always)]
 pub fn config() -> Option<&'static NodeConfig> {
     CONFIG.get(0).filter(|config| config.layout == LAYOUT)
+}
+
+/// The device of the link by which a pod of another node is reached past the tunnel; 0 for any other address.
+#[inline(always)]
+pub fn near(config: &NodeConfig, address: &Address) -> u32 {
+    if config.flags & NODE_NEAR == 0 {
+        return 0;
+    }
+    NEAR.get(Key::new(128, *address)).copied().unwrap_or(0)
 }
 
 /// Counts a drop.

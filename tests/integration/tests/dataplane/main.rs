@@ -8,6 +8,8 @@ mod edge;
 mod entries;
 mod errors;
 mod frames;
+mod links;
+mod native;
 mod overlay;
 mod packets;
 mod paths;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use serde_json::json;
 use weft_agent_dataplane::node;
-use weft_agent_dataplane::overlay::Overlay;
+use weft_agent_dataplane::overlay::{Overlay, Routing};
 use weft_cni_netlink::Netlink;
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
@@ -27,7 +27,7 @@ fn node_object(name: &str, number: u8, underlay: &str) -> serde_json::Value {
 
 pub(crate) fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) -> Overlay {
     let address: IpAddr = format!("{underlay}{number}").parse().unwrap();
-    let mut overlay = Overlay::new(format!("node-{number}"), address);
+    let mut overlay = Overlay::new(format!("node-{number}"), address, Routing::Tunnel);
     for (name, n) in nodes {
         overlay.apply_node(&serde_json::from_value(node_object(name, *n, underlay)).unwrap());
     }
@@ -171,7 +171,7 @@ fn what_others_take_away_is_put_back() {
         "route replace 10.42.2.0/24 dev lo",
         "-6 route del fd42:0:0:2::/64",
         "neigh del 10.42.2.0 dev weft.vx",
-        "neigh replace fd42:0:0:2:: lladdr 02:00:00:00:00:99 dev weft.vx nud permanent",
+        "neigh replace fe80::77:c0ff:fea8:4f02 lladdr 02:00:00:00:00:99 dev weft.vx nud permanent",
         "link set weft.vx down",
         "link del weft.vx",
     ] {
