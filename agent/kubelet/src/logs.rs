@@ -135,34 +135,37 @@ fn render(raw: &[u8], options: &Options, within: &mut bool, out: &mut Vec<u8>) {
     *within = line.partial;
 }
 
-/// The offset from which the last `lines` lines of the file's first `size` bytes begin, or how many lines it lacks.
-async fn tail_offset(file: &mut File, size: u64, lines: u64) -> io::Result<Result<u64, u64>> {
-    if lines == 0 {
-        return Ok(Ok(size));
-    }
-    let mut end = size;
+/// The last lines of a file.
+struct Tail {
+    /// Where they begin, or how many lines the file lacks.
+    begin: Result<u64, u64>,
+    /// Where the last line that is whole ends; one that is being written may follow.
+    end: u64,
+}
+
+/// Finds the last `lines` lines of the file's first `size` bytes.
+async fn tail(file: &mut File, size: u64, lines: u64) -> io::Result<Tail> {
+    let mut last_end = None;
+    let mut before = size;
     let mut found = 0;
     let mut buffer = vec![0; CHUNK];
-    while end > 0 {
-        let begin = end.saturating_sub(CHUNK as u64);
-        let length = usize::try_from(end - begin).unwrap_or(CHUNK);
+    while before > 0 {
+        let begin = before.saturating_sub(CHUNK as u64);
+        let length = usize::try_from(before - begin).unwrap_or(CHUNK);
         file.seek(io::SeekFrom::Start(begin)).await?;
         file.read_exact(&mut buffer[..length]).await?;
         for (index, _) in buffer[..length].iter().enumerate().rev().filter(|(_, b)| **b == b'\n') {
-            let at = begin + index as u64;
-            // The newline that ends the file ends its last line; it does not begin another.
-            if at + 1 == size {
-                continue;
+            let next_begins = begin + index as u64 + 1;
+            let end = *last_end.get_or_insert(next_begins);
+            if found == lines {
+                return Ok(Tail { begin: Ok(next_begins), end });
             }
             found += 1;
-            if found == lines {
-                return Ok(Ok(at + 1));
-            }
         }
-        end = begin;
+        before = begin;
     }
-    let have = if size > 0 { found + 1 } else { 0 };
-    if have >= lines { Ok(Ok(0)) } else { Ok(Err(lines - have)) }
+    let begin = if found >= lines { Ok(0) } else { Err(lines - found) };
+    Ok(Tail { begin, end: last_end.unwrap_or(0) })
 }
 
 /// Sends the log to the sink; with `follow` until `ended` resolves (the container ended) or the reader leaves.
@@ -179,11 +182,12 @@ pub(crate) async fn copy(
         for (index, path) in files.iter().enumerate().rev() {
             let Some(mut file) = open(path).await? else { continue };
             let size = file.metadata().await?.len();
+            let tail = tail(&mut file, size, lines).await?;
             // What is written from here on are further lines.
             if index + 1 == files.len() {
-                to = size;
+                to = tail.end;
             }
-            match tail_offset(&mut file, size, lines).await? {
+            match tail.begin {
                 Ok(offset) => {
                     files.drain(..index);
                     from = offset;

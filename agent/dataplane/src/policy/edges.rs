@@ -150,7 +150,9 @@ impl Edges {
         };
         let own = all.into_iter().filter(|one| one.index == peer && one.global);
         let own: Vec<Address> = own.map(|one| Address::from(one.network.ip())).collect();
-        let mut behind = Behind { addresses: own, mac: None, queued: link.is_queued() };
+        // One that is looked at again, for an address that was not found yet, keeps what was found.
+        let mac = self.behind.get(&link.index).and_then(|before| before.mac);
+        let mut behind = Behind { addresses: own, mac, queued: link.is_queued() };
         if behind.addresses.iter().any(|address| wanted.contains(address)) {
             behind.mac = match Netlink::open()?.link_of(namespace, peer) {
                 Ok(end) => end.mac,

@@ -61,6 +61,18 @@ async fn tail_since_limit_and_timestamps() {
     );
 }
 
+#[tokio::test]
+async fn a_line_that_is_being_written_is_not_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("0.log");
+    let half = &entry(3, "F", "three")[..20];
+    std::fs::write(&log, entry(1, "F", "one") + &entry(2, "F", "two") + half).unwrap();
+    for (tail, lines) in [(0, ""), (1, "two\n"), (2, "one\ntwo\n"), (3, "one\ntwo\n")] {
+        let options = Options { tail: Some(tail), ..Options::default() };
+        assert_eq!(read(&log, options).await, lines, "{tail}");
+    }
+}
+
 #[test]
 fn a_tail_stays_one_while_the_log_grows() {
     let dir = tempfile::tempdir().unwrap();

@@ -212,10 +212,13 @@ mod tests {
     #[test]
     fn a_failure_is_named_and_its_end_too() {
         let (mut book, now) = (Book::default(), Instant::now());
+        for node in ["a", "b"] {
+            book.report(node, at(5));
+        }
         for name in ["big", "small"] {
             book.changed(&key(name), 10, false, now);
         }
-        book.report("a", at(10));
+        assert_eq!(names(book.report("a", at(10))), [""; 0], "b lags");
         assert_eq!(names(book.report("b", failing(10, &[("big", "map is full")]))), ["big", "small"]);
         let text = "programmed on 1 of 2 nodes at resource version 10; b: map is full".to_owned();
         assert_eq!(said(book.judge(&key("big"), now)), (false, "ProgrammingFailed", text));

@@ -301,3 +301,33 @@ fn the_edges_rows() {
         isolated.remove(&71).unwrap();
     }
 }
+
+#[test]
+fn looking_for_one_pod_takes_nothing_from_the_others() {
+    if !require("dataplane::podedge-again", &NEEDS) {
+        return;
+    }
+    let (place, client, mut running) = set_up("pl");
+    let all: Vec<IpAddr> = FAMILIES.iter().flat_map(|f| [f.pod, other(f)]).collect();
+    let mut edges = edges(&place, &running, &all);
+    for family in FAMILIES {
+        let pod = serve(&place.pod, family.pod, "pod");
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        within(&client, || ask_tcp(family.vip(10)).unwrap());
+    }
+    let entries = || {
+        let map = pinned::<[u8; 16], [u8; 16]>(&place, names::LOCAL_PODS);
+        map.iter().map(Result::unwrap).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let before = entries();
+    assert_eq!(before.len(), all.len());
+    let noted = before.values().filter(|entry| entry[14] != 0).count();
+    assert_eq!(noted, FAMILIES.len(), "the client has a flow that was translated, in each family");
+    // Another pod is on its way; until its device is there, each look is at all of them.
+    let nobodys = Address::from(IpAddr::V4(Ipv4Addr::new(10, 42, 0, 99)));
+    within(&place.node, || {
+        edges.refresh(&[nobodys]).unwrap();
+        edges.publish(&BTreeSet::new()).unwrap();
+    });
+    assert_eq!(entries(), before);
+}
