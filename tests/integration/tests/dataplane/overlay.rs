@@ -206,6 +206,27 @@ fn a_narrow_way_to_a_peer_is_found() {
     bodies_get_through_a_narrow_way(&pods);
 }
 
+#[test]
+fn a_link_that_becomes_narrow_is_followed() {
+    if !require("dataplane::overlay_link_mtu", &["root", "ip"]) {
+        return;
+    }
+    let (netns, pods) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
+    let _second = overlay(2, (&netns[1], "192.168.79."), &both);
+    let narrow = ["-n", netns[0].name(), "link", "set", "up0", "mtu", "1400"];
+    repair(&mut first, &netns[0], "a narrow link", || ip(&narrow).unwrap());
+    bodies_get_through_a_narrow_way(&pods);
+    let wide = ["-n", netns[0].name(), "link", "set", "up0", "mtu", "1500"];
+    repair(&mut first, &netns[0], "a wide link", || ip(&wide).unwrap());
+    let mtu = |address: &str| {
+        let route = within(&netns[0], || Netlink::open().unwrap().route_to(address.parse().unwrap()));
+        route.unwrap().unwrap().mtu_bytes
+    };
+    assert_eq!(["10.42.2.2", "fd42:0:0:2::2"].map(mtu), [None; 2]);
+}
+
 /// And the pod's kernel was told what fits.
 pub(crate) fn bodies_get_through_a_narrow_way(pods: &[Netns]) {
     for address in ["10.42.2.2", "fd42:0:0:2::2"] {
