@@ -137,15 +137,26 @@ fn two_nodes_of_ipv6_alone() -> anyhow::Result<()> {
 /// The nodes of one machine are on one link, which takes pods' packets.
 #[test]
 fn two_nodes_that_find_their_link() -> anyhow::Result<()> {
-    let test = "dual::two_nodes_that_find_their_link";
-    let Some(mut cluster) = BOTH.start_with(test, "link", &["--routing", "auto"])? else { return Ok(()) };
-    wait_until("both ranges of either node by the link", PATIENCE, || {
-        let says = cluster.weft()?.arg("doctor").output()?.stdout;
-        let says = String::from_utf8_lossy(&says).into_owned();
+    by_link("dual::two_nodes_that_find_their_link", "auto", "1450")
+}
+
+#[test]
+fn two_nodes_that_are_told_of_their_link() -> anyhow::Result<()> {
+    by_link("dual::two_nodes_that_are_told_of_their_link", "native", "1500")
+}
+
+fn by_link(test: &str, routing: &str, mtu: &str) -> anyhow::Result<()> {
+    let Some(mut cluster) = BOTH.start_with(test, "link", &["--routing", routing])? else { return Ok(()) };
+    let mut says = String::new();
+    let waited = wait_until("both ranges of either node by the link", PATIENCE, || {
+        says = String::from_utf8_lossy(&cluster.weft()?.arg("doctor").output()?.stdout).into_owned();
         let by_link = says.matches("2 ranges of pods on other nodes are reached over their link").count();
-        Ok((by_link == 2 && !says.contains("by tunnels")).then_some(()))
-    })?;
+        Ok((by_link == 2 && !says.contains("reached by tunnels")).then_some(()))
+    });
+    waited.with_context(|| format!("the doctor said last:\n{says}"))?;
     all_of(&cluster, &BOTH)?;
+    let of_pod = cluster.kubectl(&["exec", "client-1", "--", "cat", "/sys/class/net/eth0/mtu"])?;
+    assert_eq!(of_pod.trim(), mtu);
     cluster.purge()
 }
 
