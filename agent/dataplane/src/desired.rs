@@ -1,7 +1,7 @@
 //! What the maps should say about one Service. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use weft_ebpf_abi::{
     Address, BackendKey, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
@@ -83,7 +83,7 @@ pub struct Desired {
     /// What to tell load balancers.
     pub health: Option<Health>,
     /// Load-balancer addresses that this node is fit to answer for on its link.
-    pub answers: BTreeSet<Ipv4Addr>,
+    pub answers: BTreeSet<IpAddr>,
     /// Policy internal: it has endpoints, and none on this node.
     pub no_local_internal: bool,
     /// Policy external: likewise.
@@ -174,11 +174,11 @@ fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
 
 /// Under policy Local only a node with a ready endpoint takes traffic; otherwise any does, also to refuse it when there are no
 /// endpoints at all.
-fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<Ipv4Addr> {
+fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<IpAddr> {
     let mut endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
     let fit = !service.external_local || endpoints.any(|e| e.local && e.state == EndpointState::Ready);
     let ours = service.balancer.iter().filter(|_| fit && service.balancer_is_ours);
-    ours.filter_map(|address| address.as_v4().map(Ipv4Addr::from)).collect()
+    ours.map(|address| IpAddr::from(*address)).collect()
 }
 
 /// A pod of both families counts once: the family that has more is taken.

@@ -6,7 +6,7 @@ mod text;
 pub use text::{dangling, render};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
@@ -189,7 +189,7 @@ impl<M: MapSet> Reconciler<M> {
     }
 
     /// The load-balancer addresses to answer for, if they have changed since the last call.
-    pub fn take_answers(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+    pub fn take_answers(&mut self) -> Option<BTreeSet<IpAddr>> {
         self.answers.take()
     }
 

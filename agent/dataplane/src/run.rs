@@ -4,7 +4,7 @@ mod absorb;
 mod say;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -305,7 +305,7 @@ struct Dataplane {
     programmed: watch::Sender<bool>,
     balancer_pools: Vec<IpNetwork>,
     /// Load-balancer addresses that this node is fit to answer for.
-    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
+    answers: watch::Sender<BTreeSet<IpAddr>>,
     peers: Peers,
     reports: Option<watch::Sender<Report>>,
     seen: Versions,
@@ -461,7 +461,7 @@ impl Dataplane {
         self.checks.apply(self.reconciler.take_health_changes());
         self.searches.add(self.reconciler.take_left());
         if let Some(mut answers) = self.reconciler.take_answers() {
-            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(IpAddr::V4(*ip))));
+            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(*ip)));
             self.answers.send_replace(answers);
         }
     }

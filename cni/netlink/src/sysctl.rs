@@ -8,6 +8,7 @@ use crate::Error;
 
 const IPV4: &str = "/proc/sys/net/ipv4";
 const IPV6: &str = "/proc/sys/net/ipv6/conf";
+const IPV6_NEIGHBOURS: &str = "/proc/sys/net/ipv6/neigh";
 
 /// `accept_ra`: take routers' announcements although the machine forwards.
 const ACCEPT_ALTHOUGH_FORWARDING: &[u8] = b"2";
@@ -98,6 +99,16 @@ pub fn loosen_reverse_path(device: &str) -> Result<(), Error> {
         set(&own, b"2")?;
     }
     Ok(())
+}
+
+/// Lets the kernel answer on a device for addresses that it is told to answer for, and at once: a router in their place would wait
+/// for their owner to be faster.
+///
+/// # Errors
+/// If a switch can't be written, as without IPv6.
+pub fn answer_for_proxies(device: &str) -> Result<(), Error> {
+    set(&Path::new(IPV6).join(device).join("proxy_ndp"), b"1")?;
+    set(&Path::new(IPV6_NEIGHBOURS).join(device).join("proxy_delay"), b"0")
 }
 
 /// Writes a value unless it is there already: reading takes no lock, writing may.
