@@ -16,7 +16,6 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
 
 use crate::abandon::{Search, Searches};
@@ -27,7 +26,7 @@ use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
-use crate::overlay::Overlay;
+use crate::overlay::{self, NearRanges, Overlay, Routing, trial};
 use crate::peers::memory::Memory;
 use crate::peers::{self, Nodes, Told};
 use crate::policy;
@@ -84,6 +83,8 @@ pub struct Config {
     pub balancer_pools: Vec<IpNetwork>,
     /// Whose pods the node has.
     pub pod_network: PodNetwork,
+    /// How packets get to pods of nodes on the same link.
+    pub routing: Routing,
     /// Takes what there is to say of the node's Services, for [`report::keep`](crate::report::keep).
     pub reports: Option<watch::Sender<Report>>,
 }
@@ -194,11 +195,14 @@ pub async fn run_with_metrics(
     let watching = Box::pin(peers::run(watching, known_nodes, told, shutdown.clone()));
     let (tell, ejected) = mpsc::channel(MAX_EJECTIONS);
     let ejecting = Ejecting::adopt(&programs, &mut reconciler, cgroup2, tell)?;
+    let (links, trying) = trial::begin(shutdown.clone());
     let mut dataplane = Dataplane {
         ejecting,
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
-        overlay: Overlay::new(config.node_name.clone(), config.node_ip),
+        overlay: Overlay::new(config.node_name.clone(), config.node_ip, config.routing),
+        near: NearRanges::adopt(&programs)?,
+        links,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
@@ -233,6 +237,7 @@ pub async fn run_with_metrics(
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
         () = watching => Ok(()),
+        () = trying => Ok(()),
     }
 }
 
@@ -247,7 +252,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         if own {
-            Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+            overlay::cleanup()?;
             announce::cleanup()?;
         }
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
@@ -298,6 +303,8 @@ struct Dataplane {
     reconciler: Reconciler<KernelMaps>,
     ejecting: Ejecting,
     overlay: Overlay,
+    near: NearRanges,
+    links: trial::Ends,
     carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
@@ -366,6 +373,10 @@ impl Dataplane {
                 }
                 Ok(()) = self.peers.silent.changed() => self.take_silent(),
                 () = self.ejecting.ready() => self.take_ejections(),
+                Ok(()) = self.links.proven.changed() => {
+                    let proven = self.links.proven.borrow_and_update().clone();
+                    self.overlay.set_proven(proven);
+                }
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;
@@ -387,12 +398,17 @@ impl Dataplane {
         if !self.relists.all_known() {
             return;
         }
-        if self.overlay.is_dirty()
-            && let Err(error) = self.overlay.sync()
-        {
-            tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+        if self.overlay.is_dirty() {
+            // What may change counts as the tunnel's until it has: there is a route into that at any time.
+            self.tell_ways();
+            if let Err(error) = self.overlay.sync() {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+            }
         }
-        self.tell_narrowest();
+        self.tell_ways();
+        if !self.overlay.is_dirty() {
+            self.links.set(self.overlay.trials());
+        }
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
@@ -405,18 +421,19 @@ impl Dataplane {
         }
     }
 
-    /// Tells the programs what fits through every tunnel; what doesn't is the stack's.
-    fn tell_narrowest(&mut self) {
-        let narrowest_bytes = self.overlay.narrowest_bytes();
-        if self.identity.narrowest_bytes == narrowest_bytes {
-            return;
-        }
-        let identity = NodeConfig { narrowest_bytes, ..self.identity };
-        match self.programs.configure(identity) {
-            Ok(()) => self.identity = identity,
-            Err(error) => {
-                tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs do not know of a narrow way, will be told again");
+    /// Tells the programs who is reached past the tunnel, and what fits by every way; what doesn't is the stack's.
+    fn tell_ways(&mut self) {
+        let near = self.overlay.near();
+        let told = self.near.set(&near).and_then(|()| {
+            let identity = self.overlay.describe(self.identity);
+            if identity != self.identity {
+                self.programs.configure(identity)?;
+                self.identity = identity;
             }
+            Ok(())
+        });
+        if let Err(error) = told {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs are behind the ways to other nodes, will be told again");
         }
     }
 

@@ -88,6 +88,22 @@ pub fn route_loopback(device: &str) -> Result<(), Error> {
     set(&Path::new(IPV4).join("conf").join(device).join("route_localnet"), b"1")
 }
 
+/// Lets a device take packets whose answers leave by another one, where the kernel would check that they don't (RFC 3704 §2.2); of
+/// the two checks the loose one is left. There is none of IPv6.
+///
+/// # Errors
+/// If the switch can't be read or written.
+pub fn loosen_reverse_path(device: &str) -> Result<(), Error> {
+    let conf = Path::new(IPV4).join("conf");
+    let own = conf.join(device).join("rp_filter");
+    // The greater of the two holds.
+    let strict = |path: &Path| read(path).map(|value| value.trim_ascii() == b"1");
+    if strict(&own)? || strict(&conf.join("all/rp_filter"))? {
+        set(&own, b"2")?;
+    }
+    Ok(())
+}
+
 /// Lets the kernel answer on a device for addresses that it is told to answer for, and at once: a router in their place would wait
 /// for their owner to be faster.
 ///

@@ -70,6 +70,9 @@ pub mod names {
     pub const WOULD_DROP: &str = "weft_dry_2";
     /// [`Address`](super::Address) to [`LocalPod`](super::LocalPod): pods of this node whose edges have programs.
     pub const LOCAL_PODS: &str = "weft_local_2";
+    /// Prefix trie of [`RangeKey`](super::policy::RangeKey) to `u32`: pods of nodes on a link of this one that are reached past the
+    /// tunnel, with the link's device.
+    pub const NEAR: &str = "weft_near_2";
     /// Index 0 for IPv4 and 1 for IPv6 to [`PodRange`](super::PodRange).
     pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
@@ -79,7 +82,7 @@ pub mod names {
     /// Ring of [`BackendKey`](super::BackendKey): those with too many failures. Not pinned: it wakes the agent, which reads the map above.
     pub const WAKE: &str = "weft_wake";
     /// All that are pinned.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 25] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -102,6 +105,7 @@ pub mod names {
         WOULD_DROP,
         LOCAL_PODS,
         POD_RANGES,
+        NEAR,
         XDP_PODS,
         FAILURES,
     ];
@@ -142,6 +146,8 @@ pub mod sizes {
     pub const WOULD_DROP: u32 = 4_096;
     /// Addresses of this node's pods.
     pub const LOCAL_PODS: u32 = 8_192;
+    /// Ranges of pods: two for each node.
+    pub const NEAR: u32 = 16_384;
     /// Addresses of pods of one node: two for each.
     pub const XDP_PODS: u32 = 8_192;
     /// Backends of Services that opted in to ejection.
@@ -431,10 +437,15 @@ pub struct NodeConfig {
     pub overlay_ifindex: u32,
     /// [`LAYOUT`]; the programs do nothing while it is 0.
     pub layout: u32,
-    /// The largest packet that every route into the overlay takes, if one takes less than its device; else 0.
-    pub narrowest_bytes: u32,
+    /// The largest packet that every route to other nodes' pods takes, if one takes less than its device; else 0.
+    pub narrowest_bytes: u16,
+    /// `NODE_…`.
+    pub flags: u16,
 }
 const _: () = assert!(size_of::<NodeConfig>() == 32);
+
+/// The map of ranges that are reached past the tunnel is not empty.
+pub const NODE_NEAR: u16 = 1;
 
 /// Packets to the pod wait in a queue at its device (a bound on its bandwidth): they are not handed to it past that.
 pub const LOCAL_QUEUED: u32 = 1;

@@ -18,7 +18,7 @@ use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is
 use crate::events;
 use crate::failure;
 use crate::family::{Family, Frame};
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, work};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, near, work};
 use crate::pod;
 use crate::policy;
 use crate::reject::{reject, too_big};
@@ -155,6 +155,7 @@ fn told(packet: &Packet, reason: DropReason) -> i32 {
 /// Sends a packet on as what it becomes, if it fits.
 #[inline(always)]
 fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    choose_link(work);
     if let Some(mtu_bytes) = too_big_for(ctx, work.packet.total_bytes, work.entry.ifindex) {
         return too_big::<F>(ctx, &work.packet, mtu_bytes);
     }
@@ -234,7 +235,10 @@ fn error<F: Family>(ctx: &TcContext, work: &mut Work, came_in: bool) -> i32 {
         return NOBODYS;
     }
     match rewrite_error::<F>(ctx, &work.packet, &work.quoted, &work.entry) {
-        Some(()) if came_in => leave(work),
+        Some(()) if came_in => {
+            choose_link(work);
+            leave(work)
+        }
         Some(()) => TO_STACK,
         None => dropped(DropReason::RewriteFailed),
     }
@@ -345,6 +349,10 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     };
     if find_route::<F>(ctx, ifindex, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
+    }
+    // Past the tunnel or not, it is a way to pods, and may be the other one by the next packet.
+    if route.ifindex != 0 && route.ifindex == near(config, &backend.address) {
+        route.ifindex = config.overlay_ifindex;
     }
     route.keeps_source |= pods.keep_source(ifindex, route.ifindex, service.flags);
     if *at_pod && route.ifindex == config.bridge_ifindex {
@@ -464,6 +472,18 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
         known.map_err(|_| DropReason::FlowTableFull)?;
     }
     rewrite::<F>(ctx, packet, entry).ok_or(DropReason::RewriteFailed)
+}
+
+/// What goes to other nodes' pods leaves by the overlay, or past it by the link that they are reached by now.
+#[inline(never)]
+fn choose_link(work: &mut Work) {
+    let Some(config) = config() else { return };
+    if work.entry.ifindex == config.overlay_ifindex {
+        let link = near(config, &work.entry.destination);
+        if link != 0 {
+            work.entry.ifindex = link;
+        }
+    }
 }
 
 /// The MTU of the next device, if the packet exceeds it.

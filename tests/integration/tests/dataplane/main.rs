@@ -9,6 +9,8 @@ mod ejection;
 mod entries;
 mod errors;
 mod frames;
+mod links;
+mod native;
 mod overlay;
 mod packets;
 mod paths;
