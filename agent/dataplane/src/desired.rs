@@ -1,11 +1,11 @@
 //! What the maps should say about one Service. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use weft_ebpf_abi::{
     Address, BackendKey, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
-    SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey,
+    SERVICE_HASHED, SERVICE_KEEP_SOURCE, SERVICE_WATCHED, ServiceKey, TCP,
 };
 
 use crate::tables::{Endpoint, EndpointState, Family, Hints, Range, Service, ServicePort, Slice, View};
@@ -78,18 +78,24 @@ pub struct Desired {
     pub sources: BTreeMap<ListName, BTreeSet<Range>>,
     /// Every endpoint, in a list or not.
     pub backends: BTreeMap<BackendKey, Known>,
+    /// Shares of new connections, of backends that have another weight than 1.
+    pub weights: BTreeMap<BackendKey, u8>,
     /// Seconds of the epoch when the Service was made.
     pub created: i64,
     /// What to tell load balancers.
     pub health: Option<Health>,
     /// Load-balancer addresses that this node is fit to answer for on its link.
-    pub answers: BTreeSet<Ipv4Addr>,
+    pub answers: BTreeSet<IpAddr>,
     /// Policy internal: it has endpoints, and none on this node.
     pub no_local_internal: bool,
     /// Policy external: likewise.
     pub no_local_external: bool,
     /// Endpoints that would take traffic if their node answered.
     pub left_out: usize,
+    /// Backends whose connections are watched, with the hash of their endpoint's uid.
+    pub watched: BTreeMap<BackendKey, u64>,
+    /// Those of them that are left out of a list because connections failed.
+    pub ejected: BTreeSet<BackendKey>,
 }
 
 /// Derives it from the Service and its slices, for a node that sees this.
@@ -124,6 +130,10 @@ pub fn desired(service: &Service, slices: &[&Slice], view: View<'_>) -> Desired 
         }
     }
     out.left_out = left_out(slices, view);
+    if service.ejection {
+        let tcp = out.backends.iter().filter(|(key, _)| key.protocol == TCP);
+        out.watched = tcp.map(|(key, known)| (*key, known.owner)).collect();
+    }
     for backend in out.lists.values().flatten() {
         if let Some(known) = out.backends.get_mut(backend) {
             known.active = true;
@@ -159,13 +169,27 @@ fn add_port(out: &mut Desired, service: &Service, slices: &[&Slice], target: Tar
         if service.cluster.iter().any(|address| Family::of(address) == family) {
             let candidates = Candidates::of(&target, family, slices);
             let uses_local = service.internal_local || service.external_local;
-            let local = if uses_local { candidates.local() } else { BTreeSet::new() };
-            let cluster = candidates.cluster(target.view.zone);
-            add_backends(out, &candidates);
+            let mut local = if uses_local { candidates.local() } else { BTreeSet::new() };
+            let mut cluster = candidates.cluster(target.view.zone);
+            if service.ejection {
+                for list in [&mut local, &mut cluster] {
+                    out.ejected.append(&mut eject(list, target.view.ejected));
+                }
+            }
+            add_backends(out, &candidates, target.hashed);
             let Target { port, hashed, .. } = target;
             Builder { out, service, port, hashed, family, cluster, local }.add_frontends();
         }
     }
+}
+
+/// Takes those that are ejected from a list, but never more than half of it: what fails everywhere is not the backends' fault, and
+/// the others must bear the load. Returns what it took.
+fn eject(list: &mut BTreeSet<BackendKey>, ejected: &BTreeSet<BackendKey>) -> BTreeSet<BackendKey> {
+    let most = list.len() / 2;
+    let taken: BTreeSet<_> = list.intersection(ejected).take(most).copied().collect();
+    list.retain(|backend| !taken.contains(backend));
+    taken
 }
 
 fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
@@ -174,11 +198,11 @@ fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
 
 /// Under policy Local only a node with a ready endpoint takes traffic; otherwise any does, also to refuse it when there are no
 /// endpoints at all.
-fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<Ipv4Addr> {
+fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<IpAddr> {
     let mut endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
     let fit = !service.external_local || endpoints.any(|e| e.local && e.state == EndpointState::Ready);
     let ours = service.balancer.iter().filter(|_| fit && service.balancer_is_ours);
-    ours.filter_map(|address| address.as_v4().map(Ipv4Addr::from)).collect()
+    ours.map(|address| IpAddr::from(*address)).collect()
 }
 
 /// A pod of both families counts once: the family that has more is taken.
@@ -203,12 +227,16 @@ fn left_out(slices: &[&Slice], view: View<'_>) -> usize {
     left_out.map(|e| e.address).collect::<BTreeSet<_>>().len()
 }
 
-fn add_backends(out: &mut Desired, candidates: &Candidates<'_>) {
+/// Ranges do without weights as they do without Maglev tables.
+fn add_backends(out: &mut Desired, candidates: &Candidates<'_>, weighted: bool) {
     for (backend, endpoint) in &candidates.0 {
         let known = out.backends.entry(*backend).or_insert(Known { owner: endpoint.owner, active: false });
         // While an address passes from one pod to another both may be listed: the usable one owns it.
         if endpoint.state == EndpointState::Ready {
             known.owner = endpoint.owner;
+        }
+        if weighted && endpoint.weight != 1 {
+            out.weights.insert(*backend, endpoint.weight);
         }
     }
 }
@@ -340,7 +368,7 @@ impl Builder<'_> {
         let local = self.service.external_local;
         let keep = if local { SERVICE_KEEP_SOURCE } else { 0 };
         self.add(address, number, Way { scope: SCOPE_INTERNAL, local: false, flags, claim });
-        let hashed = if self.hashed { SERVICE_HASHED } else { 0 };
+        let hashed = if self.hashed && self.service.hashed { SERVICE_HASHED } else { 0 };
         let flags = flags | keep | hashed;
         self.add(address, number, Way { scope: SCOPE_EXTERNAL, local, flags, claim });
     }
@@ -349,6 +377,9 @@ impl Builder<'_> {
         let ServicePort { port, protocol, .. } = *self.port;
         let backends = if way.local { &self.local } else { &self.cluster };
         let mut flags = way.flags;
+        if self.service.ejection && protocol == TCP {
+            flags |= SERVICE_WATCHED;
+        }
         // Others on the way may still find an endpoint, so the client is not told that there is none.
         if way.local && backends.is_empty() && !self.cluster.is_empty() {
             flags |= SERVICE_DROP_EMPTY;

@@ -9,6 +9,7 @@
 pub mod abandon;
 pub mod announce;
 pub mod desired;
+pub mod ejection;
 mod health;
 pub mod maglev;
 pub mod maps;

@@ -4,7 +4,7 @@
 //! free (Eisenbud and others, "Maglev", NSDI 2016, §3.4). So every backend gets its share to within one place, and
 //! when one goes, the places of the others mostly stay.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use weft_ebpf_abi::BackendKey;
 use zerocopy::IntoBytes;
@@ -15,30 +15,73 @@ const SIZES: [u32; 5] = [61, 251, 1_021, 4_093, 16_381];
 /// Places for each backend at least, as long as there is a size for that: fewer would move more flows at a change.
 const PLACES_PER_BACKEND: u32 = 8;
 
-/// Places in the table of so many backends; as many as backends when they outgrow the largest size.
+/// Backends and their shares of new connections, in the smallest numbers that say the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shares(Vec<(BackendKey, u32)>);
+
+impl Shares {
+    /// Those that have no weight have 1.
+    #[must_use]
+    pub fn of(backends: &BTreeSet<BackendKey>, weights: &BTreeMap<BackendKey, u8>) -> Self {
+        let weight = |backend| weights.get(backend).map_or(1, |weight| u32::from(*weight).max(1));
+        let all: Vec<_> = backends.iter().map(|backend| (*backend, weight(backend))).collect();
+        let divisor = all.iter().fold(0, |divisor, (_, weight)| greatest_common_divisor(divisor, *weight));
+        Self(all.into_iter().map(|(backend, weight)| (backend, weight / divisor.max(1))).collect())
+    }
+
+    /// Whether all have the same.
+    #[must_use]
+    pub fn are_even(&self) -> bool {
+        self.0.iter().all(|(_, share)| *share == 1)
+    }
+
+    /// How many backends there are.
+    #[must_use]
+    pub fn backends(&self) -> u32 {
+        u32::try_from(self.0.len()).unwrap_or(u32::MAX)
+    }
+
+    fn most(&self) -> u32 {
+        self.0.iter().map(|(_, share)| *share).max().unwrap_or(1)
+    }
+}
+
+const fn greatest_common_divisor(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
+/// Places in the table of these backends; as many as backends when they outgrow the largest size.
 #[must_use]
-pub fn size(backends: usize) -> u32 {
-    let backends = u32::try_from(backends).unwrap_or(u32::MAX);
+pub fn size(shares: &Shares) -> u32 {
+    let backends = shares.backends();
     if backends <= 1 {
         return backends;
     }
-    let wanted = backends.saturating_mul(PLACES_PER_BACKEND);
+    let units = shares.0.iter().fold(0_u32, |sum, (_, share)| sum.saturating_add(*share));
+    let wanted = units.saturating_mul(PLACES_PER_BACKEND);
     let [.., largest] = SIZES;
     SIZES.into_iter().find(|size| *size >= wanted).unwrap_or(largest.max(backends))
 }
 
-/// The backend of each place.
+/// The backend of each place. In every round each backend is given its share, and takes a place for each full one: the largest share.
 #[must_use]
-pub fn table(backends: &BTreeSet<BackendKey>) -> Vec<BackendKey> {
-    let size = size(backends.len());
-    if backends.len() == size as usize {
-        return backends.iter().copied().collect();
+pub fn table(shares: &Shares) -> Vec<BackendKey> {
+    let size = size(shares);
+    if shares.backends() == size {
+        return shares.0.iter().map(|(backend, _)| *backend).collect();
     }
-    let mut turns: Vec<_> = backends.iter().map(|backend| (*backend, Places::of(backend, size))).collect();
+    let turn = |(backend, share): &(BackendKey, u32)| (*backend, *share, 0, Places::of(backend, size));
+    let mut turns: Vec<_> = shares.0.iter().map(turn).collect();
+    let most = shares.most();
     let mut places: Vec<Option<BackendKey>> = vec![None; size as usize];
     let mut free = places.len();
     while free > 0 {
-        for (backend, permutation) in &mut turns {
+        for (backend, share, credit, permutation) in &mut turns {
+            *credit += *share;
+            if *credit < most {
+                continue;
+            }
+            *credit -= most;
             // Each permutation names every place once, so one that is free comes.
             let Some(place) = permutation.find(|place| places[*place as usize].is_none()) else { continue };
             places[place as usize] = Some(*backend);
@@ -95,8 +138,6 @@ fn hash(bytes: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
     use weft_ebpf_abi::{Address, Port, TCP};
 
@@ -110,7 +151,12 @@ mod tests {
         (first..first + count).map(key).collect()
     }
 
-    fn shares(table: &[BackendKey]) -> BTreeMap<BackendKey, usize> {
+    /// All alike.
+    fn even(backends: &BTreeSet<BackendKey>) -> Shares {
+        Shares::of(backends, &BTreeMap::new())
+    }
+
+    fn taken(table: &[BackendKey]) -> BTreeMap<BackendKey, usize> {
         let mut shares = BTreeMap::new();
         for backend in table {
             *shares.entry(*backend).or_default() += 1;
@@ -120,26 +166,52 @@ mod tests {
 
     #[test]
     fn sizes_follow_the_backends() {
-        let sizes = [0, 1, 2, 7, 8, 31, 32, 127, 511, 2_047, 16_381, 20_000].map(size);
+        let sizes =
+            [0, 1, 2, 7, 8, 31, 32, 127, 511, 2_047, 16_381, 20_000].map(|n| size(&even(&backends(0, n))));
         assert_eq!(sizes, [0, 1, 61, 61, 251, 251, 1_021, 1_021, 4_093, 16_381, 16_381, 20_000]);
-        assert!(table(&backends(0, 0)).is_empty());
+        assert!(table(&even(&backends(0, 0))).is_empty());
     }
 
     #[test]
     fn what_nodes_agreed_on_stays() {
         // Another order would send the flows of a node that is not upgraded yet to other backends.
-        let places: Vec<_> = table(&backends(1, 3)).iter().map(|b| b.address.low()[3]).take(12).collect();
+        let places: Vec<_> =
+            table(&even(&backends(1, 3))).iter().map(|b| b.address.low()[3]).take(12).collect();
         assert_eq!(places, PINNED);
     }
 
     const PINNED: [u8; 12] = [1, 2, 1, 3, 2, 3, 3, 3, 1, 3, 2, 3];
 
+    #[test]
+    fn weights_that_are_alike_are_none() {
+        let all = backends(1, 5);
+        let ten: BTreeMap<_, _> = all.iter().map(|backend| (*backend, 10)).collect();
+        assert!(Shares::of(&all, &ten).are_even());
+        assert_eq!(table(&Shares::of(&all, &ten)), table(&even(&all)));
+    }
+
     proptest! {
         #[test]
+        fn every_backend_gets_its_weight(weights in prop::collection::vec(1_u8..=100, 2..40)) {
+            let all = backends(1, u16::try_from(weights.len()).unwrap());
+            let weights: BTreeMap<_, _> = all.iter().copied().zip(weights).collect();
+            let shares = Shares::of(&all, &weights);
+            let table = table(&shares);
+            prop_assert_eq!(table.len(), size(&shares) as usize);
+            let (taken, sum) = (taken(&table), weights.values().map(|w| f64::from(*w)).sum::<f64>());
+            for (backend, weight) in &weights {
+                let wanted = f64::from(*weight) / sum * table.len() as f64;
+                let got = taken.get(backend).copied().unwrap_or(0) as f64;
+                // The last round may end before a backend's turn.
+                prop_assert!((wanted - got).abs() <= 2.0, "{got} places instead of {wanted}");
+            }
+        }
+
+        #[test]
         fn every_backend_gets_its_share(first in 0_u16..1_000, count in 2_u16..300) {
-            let table = table(&backends(first, count));
-            prop_assert_eq!(table.len(), size(usize::from(count)) as usize);
-            let shares = shares(&table);
+            let table = table(&even(&backends(first, count)));
+            prop_assert_eq!(table.len(), size(&even(&backends(first, count))) as usize);
+            let shares = taken(&table);
             let (least, most) = (shares.values().min().unwrap(), shares.values().max().unwrap());
             prop_assert_eq!(shares.len(), usize::from(count));
             prop_assert!(most - least <= 1);
@@ -151,8 +223,8 @@ mod tests {
             let gone = *which.get(&all.iter().copied().collect::<Vec<_>>());
             let mut fewer = all.clone();
             fewer.remove(&gone);
-            prop_assume!(size(all.len()) == size(fewer.len()));
-            let (before, after) = (table(&all), table(&fewer));
+            prop_assume!(size(&even(&all)) == size(&even(&fewer)));
+            let (before, after) = (table(&even(&all)), table(&even(&fewer)));
             let kept = before.iter().zip(&after).filter(|(b, _)| **b != gone);
             let moved = kept.filter(|(b, a)| b != a).count();
             // A modulo over the list would move nearly all of them.

@@ -60,6 +60,7 @@ pub struct Metrics {
     would_drop: Family<Vec<(&'static str, String)>, Counter>,
     unprogrammed: Gauge,
     left_out: Family<[Label; 1], Gauge>,
+    ejections: Counter,
     peers: Family<[Label; 1], Gauge>,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
@@ -97,6 +98,7 @@ impl Default for Metrics {
             would_drop: Family::default(),
             unprogrammed: Gauge::default(),
             left_out: Family::default(),
+            ejections: Counter::default(),
             peers: Family::default(),
             entries: Family::default(),
             capacity: Family::default(),
@@ -118,6 +120,8 @@ impl Metrics {
         r.register("weft_dataplane_services_unprogrammed", unprogrammed, self.unprogrammed.clone());
         let left_out = "Endpoints that would take traffic and are left out";
         r.register("weft_dataplane_endpoints_left_out", left_out, self.left_out.clone());
+        let ejections = "Backends left out because connections to them failed";
+        r.register("weft_dataplane_ejections", ejections, self.ejections.clone());
         let peers = "Other nodes, by whether they answer this one";
         r.register("weft_dataplane_nodes", peers, self.peers.clone());
         r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
@@ -172,8 +176,12 @@ impl Metrics {
         let no_local = |policy, count| {
             self.no_local.get_or_create(&[("traffic_policy", policy)]).set(number(count));
         };
-        let silent = self.left_out.get_or_create(&[("cause", "node_silent")]);
-        silent.set(number(done.totals.left_out));
+        // A family is locked as long as one of its metrics is held.
+        let left_out = |cause, count| {
+            self.left_out.get_or_create(&[("cause", cause)]).set(number(count));
+        };
+        left_out("node_silent", done.totals.left_out);
+        left_out("ejected", done.totals.ejected);
         no_local("internal", done.totals.no_local_internal);
         no_local("external", done.totals.no_local_external);
         if done.failed == 0 {
@@ -228,6 +236,11 @@ impl Metrics {
             // Pods of different labels may have sets of the same policies.
             self.would_drop.get_or_create(&labels).inc_by(counts.get(set).copied().unwrap_or(0));
         }
+    }
+
+    /// A backend was ejected.
+    pub(crate) fn ejected(&self) {
+        self.ejections.inc();
     }
 
     /// How many of the other nodes answer this one.

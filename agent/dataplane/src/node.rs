@@ -113,7 +113,8 @@ pub fn devices(bridge: Option<&str>) -> Result<Devices, weft_cni_netlink::Error>
     let mut found = Devices { bridge, overlay: named(OVERLAY), ..Devices::default() };
     found.overlay_up = links.iter().any(|link| link.index == found.overlay && link.up);
     let mut edges = BTreeSet::from([found.bridge, found.overlay]);
-    for address in netlink.addresses()? {
+    // The overlay's own address is its peers' router, and nobody's to ask.
+    for address in netlink.addresses()?.into_iter().filter(|address| address.index != found.overlay) {
         let ip = address.network.ip();
         let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
         if !link_local && links.iter().any(|link| link.index == address.index && !link.loopback) {

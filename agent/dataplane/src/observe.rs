@@ -17,9 +17,10 @@ pub mod path;
 pub mod pinned;
 pub mod probe;
 pub mod socket;
+pub mod tracked;
 pub mod wire;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use weft_cni_netlink::Netlink;
@@ -27,10 +28,10 @@ use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, Port, Ser
 
 pub use error::ObserveError;
 use pinned::Pinned;
-use wire::{Answer, Backend, BackendKeyed, Entries, Frontend, FrontendKey, Protocol, Request};
+use wire::{Answer, Backend, BackendKeyed, Ejected, Entries, Frontend, FrontendKey, Protocol, Request};
 
 use crate::peers::memory::Memory;
-use crate::{node, why};
+use crate::{ejection, node, why};
 
 /// Where a node's dataplane is found.
 #[derive(Clone, Debug)]
@@ -60,7 +61,12 @@ impl Observer {
             Request::Listening(about) => Ok(Answer::Listening(self.listening(about)?)),
             Request::Probe { to } => Ok(Answer::Probed(self.within(|| probe::ask(*to))?)),
             Request::Silent => Ok(Answer::Silent(Memory::of(&self.pins).load()?)),
+            Request::Ejected => Ok(Answer::Ejected(ejected(&self.pins)?)),
             Request::Health => Ok(Answer::Health(self.health()?)),
+            Request::Tracked { within_seconds } => {
+                Ok(Answer::Tracked(tracked::read(&self.pins, *within_seconds)?))
+            }
+            Request::NotOnTrial { pods } => Ok(Answer::NotOnTrial(self.not_on_trial(pods)?)),
             Request::Flows { .. } => Err(ObserveError::Agent("flows are watched, not asked for".to_owned())),
         }
     }
@@ -80,6 +86,19 @@ impl Observer {
             None => Vec::new(),
         };
         why::policy::ask(&self.pins, &devices, query)
+    }
+
+    /// A pod that has no process or device has nothing to be watched, and is not among them.
+    fn not_on_trial(&self, pods: &BTreeSet<String>) -> Result<BTreeSet<String>, ObserveError> {
+        let on_trial = tracked::on_trial(&self.pins)?;
+        let mut missing = BTreeSet::new();
+        for uid in pods {
+            let Some(process) = listeners::process_of(&self.cgroup, uid)? else { continue };
+            if host_devices(process)?.iter().any(|device| !on_trial.contains(device)) {
+                missing.insert(uid.clone());
+            }
+        }
+        Ok(missing)
     }
 
     /// Runs `work` in the node's network namespace.
@@ -110,6 +129,15 @@ fn host_devices(process: u32) -> Result<Vec<u32>, ObserveError> {
     let path = PathBuf::from(format!("/proc/{process}/ns/net"));
     let links = weft_cni_netlink::namespace::within(&path, || Netlink::open()?.links())??;
     Ok(links.into_iter().filter(|link| !link.loopback).filter_map(|link| link.peer_index).collect())
+}
+
+fn ejected(pins: &std::path::Path) -> Result<Vec<Ejected>, ObserveError> {
+    let keyed = |(key, seconds_left): (BackendKey, u32)| {
+        let protocol = Protocol::from_number(key.protocol)?;
+        let key = BackendKeyed { address: key.address.into(), port: key.port.get(), protocol };
+        Some(Ejected { key, seconds_left })
+    };
+    Ok(ejection::pinned(pins)?.into_iter().filter_map(keyed).collect())
 }
 
 /// All addresses and ports that are Services, without their backends: what this costs follows the number of Services.

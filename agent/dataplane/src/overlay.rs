@@ -2,19 +2,31 @@
 //!
 //! The device learns nothing (RFC 7348 §4 allows a control plane instead): the Nodes in the API say where pods are, and the
 //! hardware address of a node's end follows from the node's address, so nothing has to be published. Tunnels are of one
-//! family (IPv4 wherever nodes have it) and carry the pods' packets of both.
+//! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
+//! reached without ([`Routing`]).
+
+mod near;
+mod peer;
+pub mod trial;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
-use weft_cni_netlink::{
-    Class, Error, Event, FdbEntry, Link, LinkChange, Mac, Neighbour, NeighbourChange, Netlink, Route, Vxlan,
-};
+use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
+use weft_ebpf_abi::{NODE_NEAR, NodeConfig};
 
+use self::trial::Trials;
+use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
 use crate::OVERLAY;
 use crate::node::Devices;
+use crate::peers::echo::Question;
+
+pub use self::near::NearRanges;
+pub use self::peer::{Peer, mac, overhead_bytes};
+pub use self::ways::{Routing, UnknownRouting};
 
 /// VXLAN network identifier.
 pub const VNI: u32 = 4_242;
@@ -23,61 +35,24 @@ pub const PORT: u16 = 8_472;
 /// MTU if the underlay's device is not found.
 const DEFAULT_MTU_BYTES: u32 = 1_500;
 
-/// No link of IPv6 is narrower (RFC 8200 §5).
-const IPV6_LEAST_MTU_BYTES: u32 = 1_280;
-
-/// What VXLAN adds to a packet between ends of this family (RFC 7348 §5): Ethernet 14, IP, UDP 8, VXLAN 8.
-#[must_use]
-pub fn overhead_bytes(node: IpAddr) -> u32 {
-    match node {
-        IpAddr::V4(_) => 14 + 20 + 8 + 8,
-        IpAddr::V6(_) => 14 + 40 + 8 + 8,
-    }
-}
-
-/// Another node.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Peer {
-    /// Addresses of its pods: a range for each family.
-    pub pods: Vec<IpNetwork>,
-    /// Its own address: the other end of the tunnel.
-    pub address: IpAddr,
-}
-
-/// The hardware address of a node's end: locally administered, and the node's address (of an IPv6 one a hash of it: four bytes
-/// are left, and the addresses of one network differ where that network chose to).
-#[must_use]
-pub fn mac(node: IpAddr) -> Mac {
-    match node {
-        IpAddr::V4(ip) => {
-            let [a, b, c, d] = ip.octets();
-            Mac([0x02, 0x77, a, b, c, d])
-        }
-        IpAddr::V6(ip) => {
-            // FNV-1a: all nodes must agree on it, of whatever version.
-            let hash = ip
-                .octets()
-                .iter()
-                .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
-            let [a, b, c, d] = hash.to_be_bytes();
-            Mac([0x02, 0x78, a, b, c, d])
-        }
-    }
-}
-
 /// What other nodes need, and what is in the kernel.
 #[derive(Debug)]
 pub struct Overlay {
     node_name: String,
     node_ip: IpAddr,
+    routing: Routing,
     /// Peers by the name of their Node; the node's own is in it.
     nodes: BTreeMap<String, Peer>,
     addresses: BTreeSet<IpAddr>,
+    /// Ranges whose trial packets come through.
+    proven: BTreeSet<IpNetwork>,
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
     mtu_bytes: u32,
-    applied: BTreeSet<Peer>,
+    applied: BTreeMap<Peer, Entries>,
+    /// Second routes that are in the kernel, whichever peer they were put for.
+    seconds: BTreeMap<IpNetwork, Route>,
     /// What the ways to peers take that are narrower than the device, by the peer's address.
     narrow: BTreeMap<IpAddr, u32>,
     /// What an earlier agent left is looked through once.
@@ -85,25 +60,21 @@ pub struct Overlay {
     dirty: bool,
 }
 
-/// What the kernel must have for a peer.
-struct Entries {
-    /// A route for each range, with the neighbour that it leads to.
-    ranges: Vec<(Route, Neighbour)>,
-    fdb: FdbEntry,
-}
-
 impl Overlay {
     /// Nothing is known yet. `node_ip` is this node's end of the tunnels.
     #[must_use]
-    pub fn new(node_name: String, node_ip: IpAddr) -> Self {
+    pub fn new(node_name: String, node_ip: IpAddr, routing: Routing) -> Self {
         Self {
             node_name,
             node_ip,
+            routing,
             nodes: BTreeMap::new(),
             addresses: BTreeSet::new(),
+            proven: BTreeSet::new(),
             index: 0,
             mtu_bytes: 0,
-            applied: BTreeSet::new(),
+            applied: BTreeMap::new(),
+            seconds: BTreeMap::new(),
             narrow: BTreeMap::new(),
             pruned: false,
             dirty: true,
@@ -113,7 +84,7 @@ impl Overlay {
     /// Enters a Node.
     pub fn apply_node(&mut self, node: &Node) {
         let Some(name) = node.metadata.name.clone() else { return };
-        let before = match peer(node, self.node_ip.is_ipv6()) {
+        let before = match Peer::of(node, self.node_ip.is_ipv6()) {
             Some(peer) => self.nodes.insert(name.clone(), peer),
             None => self.nodes.remove(&name),
         };
@@ -145,33 +116,41 @@ impl Overlay {
         }
     }
 
+    /// Takes in which ranges' trial packets come through.
+    pub fn set_proven(&mut self, proven: BTreeSet<IpNetwork>) {
+        let turned: BTreeSet<IpNetwork> = self.proven.symmetric_difference(&proven).copied().collect();
+        self.proven = proven;
+        self.look_again(|peer, _| peer.pods.iter().any(|range| turned.contains(range)));
+    }
+
     /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
     /// does contradicts nothing.
     pub fn observe(&mut self, event: &Event) {
-        let before = self.applied.len();
+        let overlay = self.index;
         match *event {
-            Event::Lost => self.applied.clear(),
-            // The way to a peer may be a wider or narrower one now.
-            Event::Route { route: Some(route), .. } if route.index != self.index && self.is_way(&route) => {
-                self.applied.retain(|peer| !route.destination.contains(peer.address));
-            }
-            Event::Route { route: Some(route), gone } => {
-                let index = self.index;
-                let kept = route.index == index && route.gateway == Some(route.destination.network());
-                // Another route to the same pods may go as it came: ours is there all the while.
-                let broken = if gone { route.index == index } else { !kept };
-                self.applied.retain(|peer| !(broken && peer.pods.contains(&route.destination)));
-            }
-            Event::Neighbour(change) if change.index == self.index => {
-                self.applied.retain(|peer| !contradicts(peer, &change));
+            Event::Lost => self.look_again(|_, _| true),
+            // Its MTU may have changed; and the kernel drops the routes of one that is set down, and doesn't say so.
+            Event::Link(index) if index != overlay => self.look_again(|_, entries| entries.use_device(index)),
+            Event::Route { route: Some(route), gone } => self.look_again(|peer, entries| {
+                // The way to the peer may be a wider or narrower one now, or lead over another link.
+                (route.index != overlay && peer.is_within(route.destination))
+                    || entries.broken_by_route(&route, gone)
+            }),
+            Event::Neighbour(change) if change.index == overlay => {
+                self.look_again(|_, entries| entries.broken_by_neighbour(&change));
             }
             Event::Route { route: None, .. } | Event::Neighbour(_) | Event::Link(_) | Event::Address(_) => {}
         }
-        self.dirty |= self.applied.len() != before;
     }
 
-    fn is_way(&self, route: &Route) -> bool {
-        self.applied.iter().any(|peer| route.destination.contains(peer.address))
+    fn look_again(&mut self, at: impl Fn(&Peer, &Entries) -> bool) {
+        let before = self.applied.len();
+        self.applied.retain(|peer, entries| !at(peer, entries));
+        if self.applied.len() != before {
+            self.dirty = true;
+            // A peer may be gone before it is looked at.
+            self.pruned = false;
+        }
     }
 
     /// Whether the kernel lags behind.
@@ -180,18 +159,58 @@ impl Overlay {
         self.dirty
     }
 
-    /// The largest packet that all routes to peers take, if one takes less than the device; else 0.
+    /// Enters into what the programs are told what the ways to peers are like.
     #[must_use]
-    pub fn narrowest_bytes(&self) -> u32 {
-        self.narrow.values().copied().min().unwrap_or(0)
+    pub fn describe(&self, node: NodeConfig) -> NodeConfig {
+        let narrowest = self.narrow.values().copied().min().unwrap_or(0);
+        let near = self.applied.values().flat_map(|entries| &entries.ranges).any(|r| r.native().is_some());
+        NodeConfig {
+            narrowest_bytes: u16::try_from(narrowest).unwrap_or(u16::MAX),
+            flags: if near { NODE_NEAR } else { 0 },
+            ..node
+        }
+    }
+
+    /// The ranges that are reached past the tunnel, with the device of the link.
+    #[must_use]
+    pub fn near(&self) -> BTreeMap<IpNetwork, u32> {
+        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
+        ranges.filter_map(|range| Some((range.first.destination, range.native()?))).collect()
+    }
+
+    /// What has to be tried: whether packets from pods to those of each of these ranges get there by the link.
+    #[must_use]
+    pub fn trials(&self) -> Trials {
+        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
+        let of = |range: &Range| {
+            let (destination, hop) = (range.first.destination, range.hop?);
+            let question = Question {
+                to: peer::first(destination),
+                from: range.first.source?,
+                device: hop.index,
+                packet_bytes: usize::try_from(hop.takes_bytes()).unwrap_or(usize::MAX),
+            };
+            Some((destination, question))
+        };
+        if self.routing == Routing::Auto { ranges.filter_map(of).collect() } else { Trials::new() }
     }
 
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
     fn source(&self, v6: bool) -> Option<IpAddr> {
         let own = self.nodes.get(&self.node_name)?;
-        let gateway = first(*own.pods.iter().find(|range| range.is_ipv6() == v6)?);
+        let gateway = peer::first(*own.pods.iter().find(|range| range.is_ipv6() == v6)?);
         self.addresses.contains(&gateway).then_some(gateway)
+    }
+
+    fn local(&self) -> Local<'_> {
+        Local {
+            routing: self.routing,
+            proven: &self.proven,
+            index: self.index,
+            mtu_bytes: self.mtu_bytes,
+            sources: [self.source(false), self.source(true)],
+        }
     }
 
     /// Peers that should be reachable, with the ranges of the families that the node has an address to reach them from.
@@ -220,6 +239,51 @@ impl Overlay {
     pub fn sync(&mut self) -> Result<(), Error> {
         let mut netlink = Netlink::open()?;
         let wanted = self.wanted();
+        let Some(device) = self.device(&mut netlink, !wanted.is_empty())? else {
+            self.dirty = false;
+            return Ok(());
+        };
+        if device.index != self.index {
+            self.index = device.index;
+            self.mtu_bytes = device.mtu_bytes;
+            self.applied.clear();
+            self.seconds.clear();
+            self.pruned = false;
+        }
+        self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
+        let mut result = Ok(());
+        let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
+        for peer in gone.cloned().collect::<Vec<_>>() {
+            match self.remove(&mut netlink, &peer, &wanted) {
+                Ok(()) => drop(self.applied.remove(&peer)),
+                Err(error) => result = Err(error),
+            }
+        }
+        let missing: Vec<Peer> =
+            wanted.iter().filter(|peer| !self.applied.contains_key(peer)).cloned().collect();
+        if !missing.is_empty() {
+            if self.routing != Routing::Tunnel {
+                self.take_by_either_way(&mut netlink)?;
+            }
+            let links = netlink.links()?.into_iter().map(|link| (link.index, link)).collect();
+            for peer in missing {
+                match self.put(&mut netlink, &peer, &links) {
+                    Ok(entries) => drop(self.applied.insert(peer, entries)),
+                    Err(error) => result = Err(error),
+                }
+            }
+        }
+        // Half of what is wanted would take the rest for somebody's that is gone.
+        if !self.pruned && result.is_ok() {
+            self.prune(&mut netlink)?;
+            self.pruned = true;
+        }
+        self.dirty = result.is_err();
+        result
+    }
+
+    /// The tunnels' device, made where it is needed: a cluster of one node needs none.
+    fn device(&self, netlink: &mut Netlink, needed: bool) -> Result<Option<Link>, Error> {
         let device = match netlink.link(OVERLAY) {
             Ok(link) if link.mac == Some(mac(self.node_ip)) => Some(link),
             Ok(link) => {
@@ -231,42 +295,13 @@ impl Overlay {
         };
         let device = match device {
             Some(device) => device,
-            // A cluster of one node needs no overlay.
-            None if wanted.is_empty() => {
-                self.dirty = false;
-                return Ok(());
-            }
-            None => self.create(&mut netlink)?,
+            None if !needed => return Ok(None),
+            None => self.create(netlink)?,
         };
         if !device.up {
             netlink.change_link(device.index, &LinkChange { up: Some(true), ..LinkChange::default() })?;
         }
-        if device.index != self.index {
-            self.index = device.index;
-            self.mtu_bytes = device.mtu_bytes;
-            self.applied.clear();
-            self.pruned = false;
-        }
-        self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
-        let mut result = Ok(());
-        for peer in self.applied.difference(&wanted).cloned().collect::<Vec<_>>() {
-            match self.remove(&mut netlink, &peer, &wanted) {
-                Ok(()) => drop(self.applied.remove(&peer)),
-                Err(error) => result = Err(error),
-            }
-        }
-        for peer in wanted.difference(&self.applied).cloned().collect::<Vec<_>>() {
-            match self.put(&mut netlink, &peer) {
-                Ok(()) => drop(self.applied.insert(peer)),
-                Err(error) => result = Err(error),
-            }
-        }
-        if !self.pruned {
-            self.prune(&mut netlink, &wanted)?;
-            self.pruned = true;
-        }
-        self.dirty = result.is_err();
-        result
+        Ok(Some(device))
     }
 
     fn create(&self, netlink: &mut Netlink) -> Result<Link, Error> {
@@ -285,53 +320,66 @@ impl Overlay {
         netlink.link(OVERLAY)
     }
 
-    fn entries(&self, peer: &Peer) -> Entries {
-        let (index, mac) = (self.index, mac(peer.address));
-        let range = |range: &IpNetwork| {
-            let gateway = range.network();
-            let mut route = Route::new(*range, index);
-            route.gateway = Some(gateway);
-            route.onlink = true;
-            route.source = self.source(range.is_ipv6());
-            (route, Neighbour { index, address: gateway, mac })
-        };
-        Entries {
-            ranges: peer.pods.iter().map(range).collect(),
-            fdb: FdbEntry { index, mac, remote: peer.address },
+    /// A peer may send by the tunnel what this node sends by the link. Of a device without an address the kernel refuses that even
+    /// where it looks loosely (`fib_validate_source`); the address is what peers have as their router.
+    fn take_by_either_way(&self, netlink: &mut Netlink) -> Result<(), Error> {
+        let ranges = self.nodes.get(&self.node_name).into_iter().flat_map(|own| &own.pods);
+        if let Some(range) = ranges.into_iter().find(|range| range.is_ipv4()) {
+            netlink.add_address(self.index, range.network().into())?;
         }
+        sysctl::loosen_reverse_path(OVERLAY)
     }
 
-    /// The routes last: a packet that takes one finds the rest.
-    fn put(&mut self, netlink: &mut Netlink, peer: &Peer) -> Result<(), Error> {
-        let entries = self.entries(peer);
-        let way = netlink.route_to(peer.address)?.and_then(|way| way.mtu_bytes);
-        let within = way.map(|mtu| mtu.saturating_sub(overhead_bytes(peer.address)));
-        match within.filter(|mtu| *mtu < self.mtu_bytes) {
+    /// The routes last: a packet that takes one finds the rest. Of the routes the second first: there is a way at any time.
+    fn put(
+        &mut self,
+        netlink: &mut Netlink,
+        peer: &Peer,
+        links: &BTreeMap<u32, Link>,
+    ) -> Result<Entries, Error> {
+        let ground = Ground::find(netlink, peer, links, self.index)?;
+        let entries = entries(peer, &ground, &self.local());
+        match entries.narrow_bytes {
             Some(mtu) => drop(self.narrow.insert(peer.address, mtu)),
             None => drop(self.narrow.remove(&peer.address)),
         }
         netlink.put_fdb(&entries.fdb)?;
-        for (mut route, neighbour) in entries.ranges {
-            netlink.put_neighbour(&neighbour)?;
-            // On a narrow way the kernel would send tunnel packets in fragments; told of it, it tells the pods.
-            let least = if route.destination.is_ipv6() { IPV6_LEAST_MTU_BYTES } else { 0 };
-            route.mtu_bytes = within.filter(|mtu| *mtu < self.mtu_bytes).map(|mtu| mtu.max(least));
-            netlink.put_route(&route)?;
+        for range in &entries.ranges {
+            netlink.put_neighbour(&range.neighbour)?;
+            let destination = range.first.destination;
+            if let Some(second) = range.second {
+                if let Some(link) = range.hop.and_then(|hop| links.get(&hop.index)) {
+                    sysctl::loosen_reverse_path(&link.name)?;
+                }
+                netlink.put_route(&second)?;
+                self.seconds.insert(destination, second);
+            }
+            netlink.put_route(&range.first)?;
+            if range.second.is_none()
+                && let Some(second) = self.seconds.get(&destination)
+            {
+                netlink.delete_route(second)?;
+                self.seconds.remove(&destination);
+            }
         }
-        Ok(())
+        Ok(entries)
     }
 
     /// Leaves what another peer needs: a node may come back with other ranges, or its ranges go to another node.
-    fn remove(&self, netlink: &mut Netlink, peer: &Peer, wanted: &BTreeSet<Peer>) -> Result<(), Error> {
-        let entries = self.entries(peer);
-        for (mut route, neighbour) in entries.ranges {
-            if wanted.iter().any(|w| w.pods.contains(&route.destination)) {
+    fn remove(&mut self, netlink: &mut Netlink, peer: &Peer, wanted: &BTreeSet<Peer>) -> Result<(), Error> {
+        let Some(entries) = self.applied.get(peer) else { return Ok(()) };
+        for range in &entries.ranges {
+            let destination = range.first.destination;
+            if wanted.iter().any(|w| w.pods.contains(&destination)) {
                 continue;
             }
             // Without a source it matches whatever the route was made with.
-            route.source = None;
-            netlink.delete_route(&route)?;
-            netlink.delete_neighbour(&neighbour)?;
+            netlink.delete_route(&Route { source: None, ..range.first })?;
+            if let Some(second) = self.seconds.get(&destination) {
+                netlink.delete_route(second)?;
+                self.seconds.remove(&destination);
+            }
+            netlink.delete_neighbour(&range.neighbour)?;
         }
         if !wanted.iter().any(|w| w.address == peer.address) {
             netlink.delete_fdb(&entries.fdb)?;
@@ -339,114 +387,43 @@ impl Overlay {
         Ok(())
     }
 
-    fn prune(&self, netlink: &mut Netlink, wanted: &BTreeSet<Peer>) -> Result<(), Error> {
-        let wanted: Vec<_> = wanted.iter().map(|peer| self.entries(peer)).collect();
-        let ranges = || wanted.iter().flat_map(|entries| &entries.ranges);
-        for route in netlink.routes()?.into_iter().filter(|r| r.index == self.index && r.gateway.is_some()) {
-            if !ranges().any(|(r, _)| r.destination == route.destination) {
+    fn prune(&self, netlink: &mut Netlink) -> Result<(), Error> {
+        let ranges = || self.applied.values().flat_map(|entries| &entries.ranges);
+        for route in netlink.routes()?.into_iter().filter(|route| self.is_own(route)) {
+            let mut wanted = ranges().flat_map(|range| std::iter::once(&range.first).chain(&range.second));
+            if !wanted.any(|ours| same(ours, &route)) {
                 netlink.delete_route(&route)?;
             }
         }
         for neighbour in netlink.neighbours(self.index)? {
-            if !ranges().any(|(_, n)| *n == neighbour) {
+            if !ranges().any(|range| range.neighbour == neighbour) {
                 netlink.delete_neighbour(&neighbour)?;
             }
         }
         for entry in netlink.fdb(self.index)? {
-            if !wanted.iter().any(|entries| entries.fdb == entry) {
+            if !self.applied.values().any(|entries| entries.fdb == entry) {
                 netlink.delete_fdb(&entry)?;
             }
         }
         Ok(())
     }
-}
 
-/// Whether a neighbour or forwarding entry that a peer needs is gone or leads elsewhere.
-fn contradicts(peer: &Peer, change: &NeighbourChange) -> bool {
-    let wanted = mac(peer.address);
-    if change.forwarding {
-        return change.mac == Some(wanted) && (change.gone || change.address != Some(peer.address));
-    }
-    let is_peers = change.address.is_some_and(|ip| peer.pods.iter().any(|range| range.network() == ip));
-    is_peers && (change.gone || change.mac != Some(wanted))
-}
-
-/// The first address behind a range's own: its gateway.
-fn first(range: IpNetwork) -> IpAddr {
-    match range {
-        IpNetwork::V4(range) => IpAddr::V4((u32::from(range.network()) + 1).into()),
-        IpNetwork::V6(range) => IpAddr::V6((u128::from(range.network()) + 1).into()),
+    /// Routes of earlier versions are known by their device alone.
+    fn is_own(&self, route: &Route) -> bool {
+        route.gateway.is_some() && (route.protocol == PROTOCOL || route.index == self.index)
     }
 }
 
-/// `None` while the Node has no range, or no address of the tunnels' family.
-fn peer(node: &Node, v6: bool) -> Option<Peer> {
-    let spec = node.spec.as_ref()?;
-    let listed = spec.pod_cidrs.iter().flatten().map(String::as_str).chain(spec.pod_cidr.as_deref());
-    let mut pods: Vec<IpNetwork> = Vec::new();
-    for range in listed.filter_map(|range| range.parse::<IpNetwork>().ok()) {
-        if !pods.iter().any(|other| other.is_ipv6() == range.is_ipv6()) {
-            pods.push(range);
-        }
-    }
-    let addresses = node.status.as_ref()?.addresses.iter().flatten();
-    let internal = addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok());
-    let address = internal.into_iter().find(|address: &IpAddr| address.is_ipv6() == v6)?;
-    (!pods.is_empty()).then_some(Peer { pods, address })
+/// Removes the device and all routes, of the node of the calling thread's network namespace. What is gone already is no error.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn cleanup() -> Result<(), Error> {
+    let mut netlink = Netlink::open()?;
+    netlink.delete_link_named(OVERLAY)?;
+    let routes = netlink.routes()?.into_iter().filter(|route| route.protocol == PROTOCOL);
+    routes.collect::<Vec<_>>().iter().try_for_each(|route| netlink.delete_route(route))
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn node(name: &str, ranges: &[&str], addresses: &[&str]) -> Node {
-        let addresses: Vec<_> =
-            addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
-        let object = json!({"metadata": {"name": name},
-            "spec": {"podCIDR": ranges.first(), "podCIDRs": ranges}, "status": {"addresses": addresses}});
-        serde_json::from_value(object).unwrap()
-    }
-
-    fn wanted(overlay: &Overlay) -> Vec<String> {
-        let text = |peer: &Peer| {
-            let pods: Vec<_> = peer.pods.iter().map(ToString::to_string).collect();
-            format!("{} by {}", pods.join(" "), peer.address)
-        };
-        overlay.wanted().iter().map(text).collect()
-    }
-
-    #[test]
-    fn peers_are_reached_in_the_families_that_the_node_has_addresses_of() {
-        let mut overlay = Overlay::new("a".to_owned(), "192.0.2.1".parse().unwrap());
-        overlay.apply_node(&node("a", &["10.42.0.0/24", "fd42::/64"], &["192.0.2.1", "fd44::1"]));
-        overlay.apply_node(&node("b", &["10.42.1.0/24", "fd42:0:0:1::/64"], &["fd44::2", "192.0.2.2"]));
-        overlay.apply_node(&node("c", &["10.42.2.0/24"], &["192.0.2.3"]));
-        overlay.apply_node(&node("no-range", &[], &["192.0.2.4"]));
-        overlay.apply_node(&node("other-family", &["10.42.5.0/24"], &["fd44::5"]));
-        let mut devices = Devices::default();
-        let rows: [(&[&str], &[&str]); 4] = [
-            (&[], &[]),
-            (&["10.42.0.1"], &["10.42.1.0/24 by 192.0.2.2", "10.42.2.0/24 by 192.0.2.3"]),
-            (&["fd42::1"], &["fd42:0:0:1::/64 by 192.0.2.2"]),
-            (
-                &["10.42.0.1", "fd42::1"],
-                &["10.42.1.0/24 fd42:0:0:1::/64 by 192.0.2.2", "10.42.2.0/24 by 192.0.2.3"],
-            ),
-        ];
-        for (addresses, expected) in rows {
-            devices.addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
-            overlay.set_devices(&devices);
-            assert_eq!(wanted(&overlay), expected, "{addresses:?}");
-        }
-    }
-
-    #[test]
-    fn hardware_addresses_follow_from_the_nodes_own() {
-        assert_eq!(mac("10.44.0.2".parse().unwrap()).to_string(), "02:77:0a:2c:00:02");
-        let macs: BTreeSet<_> =
-            (2..=65_u16).map(|n| mac(IpAddr::from([0xfd44, 0, 0, 0, 0, 0, 0, n]))).collect();
-        assert_eq!(macs.len(), 64, "the nodes of one machine all differ");
-    }
-}
+mod tests;

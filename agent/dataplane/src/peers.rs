@@ -5,7 +5,7 @@
 //! anybody takes that for its own link's fault. (docs/adr/0011)
 
 mod detector;
-mod echo;
+pub(crate) mod echo;
 pub(crate) mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,6 +30,8 @@ pub use detector::Counts;
 pub const PORT: u16 = 8_474;
 /// Peers that a node watches all the time: a node's death is seen even if all but one of those who watch it die with it.
 pub const WATCHED: usize = 8;
+/// Of those in the process who ask by ICMP echo.
+const ECHO_NUMBER: u16 = 0;
 /// After a socket failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// First bytes of a hint, with its version; the address follows in its 128-bit form.
@@ -130,7 +132,7 @@ struct Watch {
 impl Watch {
     /// Ends when nobody tells of nodes any more.
     async fn run(&mut self, nodes: &mut watch::Receiver<Nodes>) -> io::Result<()> {
-        let mut echo = Echo::open()?;
+        let mut echo = Echo::open(ECHO_NUMBER)?;
         self.hints = match listen().await {
             Ok(socket) => Some(socket),
             Err(error) => {
@@ -140,7 +142,7 @@ impl Watch {
         };
         loop {
             // Answers that wait are taken in before anybody is judged by the clock.
-            while let Some(from) = echo.try_answer()? {
+            while let Some((from, _)) = echo.try_answer()? {
                 let actions = self.detector.answered(from, Instant::now());
                 self.act(&actions, &mut echo).await;
             }

@@ -16,8 +16,8 @@ use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKe
 
 use self::contest::Contests;
 use self::owned::{Id, Owned, Users};
-use crate::desired::Desired;
-use crate::maglev;
+use crate::desired::{Desired, ListName};
+use crate::maglev::{self, Shares};
 use crate::tables::ServiceName;
 
 /// Plans changes of the maps. It owns the numbers of lists and generations.
@@ -302,8 +302,9 @@ impl Planner {
         for (list, number) in &owned.lists {
             let slots = self.ledger.lists.get(number).map_or(&[][..], Vec::as_slice);
             let wanted = desired.lists.get(list).unwrap_or(&nothing);
-            if list.hashed {
-                lists::plan_table(*number, slots, &maglev::table(wanted), ops);
+            let shares = Shares::of(wanted, &desired.weights);
+            if is_table(list, &shares) {
+                lists::plan_table(*number, slots, &maglev::table(&shares), ops);
             } else {
                 lists::plan_slots(*number, slots, wanted, ops);
             }
@@ -313,6 +314,14 @@ impl Planner {
 
     fn plan_services(&self, id: Id, desired: &Desired, ops: &mut Vec<Op>) {
         let Some(owned) = self.owned.get(&id) else { return };
+        let places: HashMap<_, _> = desired
+            .lists
+            .iter()
+            .map(|(list, backends)| {
+                let shares = Shares::of(backends, &desired.weights);
+                (*list, if is_table(list, &shares) { maglev::size(&shares) } else { shares.backends() })
+            })
+            .collect();
         for (key, _) in &owned.frontends {
             let current = self.ledger.services.get(key);
             let Some(frontend) = desired.frontends.get(key) else {
@@ -321,12 +330,7 @@ impl Planner {
                 }
                 continue;
             };
-            let list = frontend.list.and_then(|list| {
-                let backends = desired.lists.get(&list)?.len();
-                let count =
-                    if list.hashed { maglev::size(backends) } else { u32::try_from(backends).ok()? };
-                Some((owned.number(&list)?, count))
-            });
+            let list = frontend.list.and_then(|list| Some((owned.number(&list)?, *places.get(&list)?)));
             let (list, count) = list.unwrap_or((0, 0));
             let (affinity_seconds, flags) = (frontend.affinity_seconds, frontend.flags);
             let value = ServiceValue { list, count, affinity_seconds, flags };
@@ -344,4 +348,10 @@ impl Planner {
             self.owned.remove(&id);
         }
     }
+}
+
+/// Whether a list stands in the maps as a Maglev table, of which each backend has as many places as its share: a random place
+/// is a choice by weight, too. Else each backend stands in it once.
+fn is_table(list: &ListName, shares: &Shares) -> bool {
+    list.hashed || !shares.are_even()
 }

@@ -35,6 +35,9 @@ pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
 pub(crate) const EDGE_HOOKS: [(&str, u32, &str); 2] =
     [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
 
+/// Tells of connections that fail, while a Service wants it: program and attach type.
+const SOCKET_STATES: (&str, u32) = ("weft_sockops", 3);
+
 /// Why the programs could not be put in place.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
@@ -134,13 +137,15 @@ impl Programs {
         // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
         let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
         let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
-        for name in
-            names.chain(crate::policy::edges::HOOKS.map(|(name, ..)| name)).chain([crate::xdp::PROGRAM])
+        for name in names
+            .chain(crate::policy::edges::HOOKS.map(|(name, ..)| name))
+            .chain([crate::xdp::PROGRAM, SOCKET_STATES.0])
         {
             let result = match ebpf.program_mut(name) {
                 Some(Program::CgroupSockAddr(program)) => program.load(),
                 Some(Program::SchedClassifier(program)) => program.load(),
                 Some(Program::Xdp(program)) => program.load(),
+                Some(Program::SockOps(program)) => program.load(),
                 _ => return Err(mismatch(name)),
             };
             result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
@@ -224,6 +229,19 @@ impl Programs {
         Ok(())
     }
 
+    /// Has a program see how sockets' connections come about, or no longer: where nobody wants it, they pay nothing.
+    pub fn watch_sockets(&self, cgroup: &Path, wanted: bool) -> Result<(), ProgramError> {
+        let (name, attach_type) = SOCKET_STATES;
+        let pin = self.links.join(name);
+        if !wanted {
+            return if pin.exists() { Ok(remove_link(&pin)?) } else { Ok(()) };
+        }
+        let folder = fs::File::open(cgroup).map_err(failed("open cgroup", cgroup))?;
+        let target = u32::try_from(folder.as_raw_fd()).unwrap_or(u32::MAX);
+        let wrap = |source| ProgramError::Attach { name, target: cgroup.display().to_string(), source };
+        attach(self.program_fd(name)?, &pin, target, attach_type).map_err(wrap)
+    }
+
     /// Attaches the edge programs to these devices, and lets go of all others.
     pub fn attach_edges(&self, devices: &BTreeMap<u32, String>) -> Result<(), ProgramError> {
         let mut wanted = Vec::new();
@@ -254,6 +272,7 @@ impl Programs {
             Some(Program::CgroupSockAddr(program)) => program.fd(),
             Some(Program::SchedClassifier(program)) => program.fd(),
             Some(Program::Xdp(program)) => program.fd(),
+            Some(Program::SockOps(program)) => program.fd(),
             _ => return Err(mismatch(name)),
         };
         fd.map(AsFd::as_fd).map_err(|source| ProgramError::Program { name, source: Box::new(source) })

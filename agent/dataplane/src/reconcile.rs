@@ -6,7 +6,7 @@ mod text;
 pub use text::{dangling, render};
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
@@ -77,6 +77,8 @@ pub struct Reconciler<M> {
     health: HashMap<ServiceName, Health>,
     answers: Answers,
     health_changes: BTreeSet<ServiceName>,
+    watched: HashMap<ServiceName, BTreeMap<BackendKey, u64>>,
+    watched_changed: bool,
     left: BTreeSet<BackendKey>,
     node_addresses: BTreeSet<Address>,
     prune: Prune,
@@ -107,6 +109,9 @@ impl<M: MapSet> Reconciler<M> {
             health: HashMap::new(),
             answers: Answers::default(),
             health_changes: BTreeSet::new(),
+            watched: HashMap::new(),
+            // What an earlier agent left is to be compared, too.
+            watched_changed: true,
             left: BTreeSet::new(),
             node_addresses,
             prune: Prune::Nothing,
@@ -170,6 +175,27 @@ impl<M: MapSet> Reconciler<M> {
         changed.into_iter().map(|name| (name.clone(), self.health.get(&name).copied())).collect()
     }
 
+    /// The backends whose connections are to be watched, with their owners, if that has changed since the last call.
+    pub fn take_watched(&mut self) -> Option<BTreeMap<BackendKey, u64>> {
+        if !std::mem::take(&mut self.watched_changed) {
+            return None;
+        }
+        let mut all = BTreeMap::new();
+        for (key, owner) in self.watched.values().flatten() {
+            // Two Services may name another owner: always the same one counts.
+            let known = all.entry(*key).or_insert(*owner);
+            *known = (*known).max(*owner);
+        }
+        Some(all)
+    }
+
+    /// The Services that have a backend's connections watched.
+    #[must_use]
+    pub fn watchers(&self, backend: &BackendKey) -> Vec<ServiceName> {
+        let with = self.watched.iter().filter(|(_, backends)| backends.contains_key(backend));
+        with.map(|(name, _)| name.clone()).collect()
+    }
+
     /// UDP backends that sockets must leave since the last call.
     pub fn take_left(&mut self) -> BTreeSet<BackendKey> {
         std::mem::take(&mut self.left)
@@ -189,7 +215,7 @@ impl<M: MapSet> Reconciler<M> {
     }
 
     /// The load-balancer addresses to answer for, if they have changed since the last call.
-    pub fn take_answers(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+    pub fn take_answers(&mut self) -> Option<BTreeSet<IpAddr>> {
         self.answers.take()
     }
 
@@ -248,6 +274,7 @@ impl<M: MapSet> Reconciler<M> {
             let wanted = wanted.map(|(service, slices)| desired(service, &slices, self.tables.view()));
             let wanted = wanted.unwrap_or_default();
             self.note_health(&name, wanted.health);
+            self.note_watched(&name, &wanted.watched);
             self.answers.note(&name, &wanted.answers);
             changes.push((name, wanted));
         }
@@ -268,6 +295,19 @@ impl<M: MapSet> Reconciler<M> {
         };
         if before != health {
             self.health_changes.insert(name.clone());
+        }
+    }
+
+    fn note_watched(&mut self, name: &ServiceName, wanted: &BTreeMap<BackendKey, u64>) {
+        let nothing = BTreeMap::new();
+        if self.watched.get(name).unwrap_or(&nothing) == wanted {
+            return;
+        }
+        self.watched_changed = true;
+        if wanted.is_empty() {
+            self.watched.remove(name);
+        } else {
+            self.watched.insert(name.clone(), wanted.clone());
         }
     }
 

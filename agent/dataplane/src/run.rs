@@ -1,10 +1,11 @@
 //! The running dataplane: watches, synchronisation, devices.
 
 mod absorb;
+mod eject;
 mod say;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,17 +16,17 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_cni_netlink::Netlink;
 use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
+use crate::ejection::EjectionError;
 use crate::maps::MapError;
 use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::{Metrics, Synced};
 use crate::node::{self, Devices, NodeError};
-use crate::overlay::Overlay;
+use crate::overlay::{self, NearRanges, Overlay, Routing, trial};
 use crate::peers::memory::Memory;
 use crate::peers::{self, Nodes, Told};
 use crate::policy;
@@ -38,6 +39,7 @@ use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
+use self::eject::Ejecting;
 use self::say::Versions;
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
@@ -46,6 +48,8 @@ const MAX_EVENTS_PER_SYNC: usize = 4_096;
 const MAX_TROUBLES: usize = 64;
 /// Nodes that fall silent or come back, to be told of while the API is slow.
 const MAX_TURNS: usize = 64;
+/// Backends that are ejected or come back, likewise.
+const MAX_EJECTIONS: usize = 256;
 /// First and longest wait before failed operations are tried again.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(30);
@@ -79,6 +83,8 @@ pub struct Config {
     pub balancer_pools: Vec<IpNetwork>,
     /// Whose pods the node has.
     pub pod_network: PodNetwork,
+    /// How packets get to pods of nodes on the same link.
+    pub routing: Routing,
     /// Takes what there is to say of the node's Services, for [`report::keep`](crate::report::keep).
     pub reports: Option<watch::Sender<Report>>,
 }
@@ -125,6 +131,9 @@ pub enum Error {
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
     Devices(#[from] weft_cni_netlink::Error),
+    /// Failures of connections can't be read.
+    #[error(transparent)]
+    Ejections(#[from] EjectionError),
     /// Load-balancer addresses could not be taken away.
     #[error(transparent)]
     Announce(#[from] announce::Error),
@@ -161,14 +170,15 @@ pub async fn run_with_metrics(
 ) -> Result<(), Error> {
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
-    let (programs, reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
+    let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
-    let node_cgroup = node::cgroup2_mount()?.join(&config.node_cgroup);
+    let cgroup2 = node::cgroup2_mount()?;
+    let node_cgroup = cgroup2.join(&config.node_cgroup);
     let (troubles, troubled) = mpsc::channel(MAX_TROUBLES);
     let (answers, wanted) = watch::channel(BTreeSet::new());
     let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
@@ -183,10 +193,16 @@ pub async fn run_with_metrics(
         pins: config.pin_dir.clone(),
     };
     let watching = Box::pin(peers::run(watching, known_nodes, told, shutdown.clone()));
+    let (tell, ejected) = mpsc::channel(MAX_EJECTIONS);
+    let ejecting = Ejecting::adopt(&programs, &mut reconciler, cgroup2, tell)?;
+    let (links, trying) = trial::begin(shutdown.clone());
     let mut dataplane = Dataplane {
+        ejecting,
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
-        overlay: Overlay::new(config.node_name.clone(), config.node_ip),
+        overlay: Overlay::new(config.node_name.clone(), config.node_ip, config.routing),
+        near: NearRanges::adopt(&programs)?,
+        links,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
@@ -213,7 +229,7 @@ pub async fn run_with_metrics(
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned));
+    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected));
     tokio::select! {
         outcome = dataplane.run(client, shutdown) => outcome,
         () = telling => Ok(()),
@@ -221,6 +237,7 @@ pub async fn run_with_metrics(
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
         () = watching => Ok(()),
+        () = trying => Ok(()),
     }
 }
 
@@ -235,7 +252,7 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
     tokio::task::spawn_blocking(move || {
         programs::remove(&pins)?;
         if own {
-            Netlink::open()?.delete_link_named(crate::OVERLAY)?;
+            overlay::cleanup()?;
             announce::cleanup()?;
         }
         node::remove_cgroup(&node::cgroup2_mount()?, &cgroup)?;
@@ -284,7 +301,10 @@ fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConf
 struct Dataplane {
     programs: Programs,
     reconciler: Reconciler<KernelMaps>,
+    ejecting: Ejecting,
     overlay: Overlay,
+    near: NearRanges,
+    links: trial::Ends,
     carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
@@ -299,7 +319,7 @@ struct Dataplane {
     programmed: watch::Sender<bool>,
     balancer_pools: Vec<IpNetwork>,
     /// Load-balancer addresses that this node is fit to answer for.
-    answers: watch::Sender<BTreeSet<Ipv4Addr>>,
+    answers: watch::Sender<BTreeSet<IpAddr>>,
     peers: Peers,
     reports: Option<watch::Sender<Report>>,
     seen: Versions,
@@ -352,6 +372,11 @@ impl Dataplane {
                     self.refresh_devices()?;
                 }
                 Ok(()) = self.peers.silent.changed() => self.take_silent(),
+                () = self.ejecting.ready() => self.take_ejections(),
+                Ok(()) = self.links.proven.changed() => {
+                    let proven = self.links.proven.borrow_and_update().clone();
+                    self.overlay.set_proven(proven);
+                }
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;
@@ -373,12 +398,17 @@ impl Dataplane {
         if !self.relists.all_known() {
             return;
         }
-        if self.overlay.is_dirty()
-            && let Err(error) = self.overlay.sync()
-        {
-            tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+        if self.overlay.is_dirty() {
+            // What may change counts as the tunnel's until it has: there is a route into that at any time.
+            self.tell_ways();
+            if let Err(error) = self.overlay.sync() {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+            }
         }
-        self.tell_narrowest();
+        self.tell_ways();
+        if !self.overlay.is_dirty() {
+            self.links.set(self.overlay.trials());
+        }
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
@@ -391,18 +421,19 @@ impl Dataplane {
         }
     }
 
-    /// Tells the programs what fits through every tunnel; what doesn't is the stack's.
-    fn tell_narrowest(&mut self) {
-        let narrowest_bytes = self.overlay.narrowest_bytes();
-        if self.identity.narrowest_bytes == narrowest_bytes {
-            return;
-        }
-        let identity = NodeConfig { narrowest_bytes, ..self.identity };
-        match self.programs.configure(identity) {
-            Ok(()) => self.identity = identity,
-            Err(error) => {
-                tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs do not know of a narrow way, will be told again");
+    /// Tells the programs who is reached past the tunnel, and what fits by every way; what doesn't is the stack's.
+    fn tell_ways(&mut self) {
+        let near = self.overlay.near();
+        let told = self.near.set(&near).and_then(|()| {
+            let identity = self.overlay.describe(self.identity);
+            if identity != self.identity {
+                self.programs.configure(identity)?;
+                self.identity = identity;
             }
+            Ok(())
+        });
+        if let Err(error) = told {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs are behind the ways to other nodes, will be told again");
         }
     }
 
@@ -444,8 +475,9 @@ impl Dataplane {
         }
         self.checks.apply(self.reconciler.take_health_changes());
         self.searches.add(self.reconciler.take_left());
+        self.watch_backends();
         if let Some(mut answers) = self.reconciler.take_answers() {
-            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(IpAddr::V4(*ip))));
+            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(*ip)));
             self.answers.send_replace(answers);
         }
     }

@@ -353,5 +353,17 @@ pub(crate) fn icmp_socket(v6: bool, accepted: u8) -> io::Result<OwnedFd> {
     let size = libc::socklen_t::try_from(size).map_err(io::Error::other)?;
     // SAFETY: the socket is open, and the value has at least the size given.
     let set = unsafe { libc::setsockopt(fd, level, FILTER, blocked.as_ptr().cast(), size) };
+    if set < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // What is sent is not cut, whatever is known of the way: too much for the device is an error.
+    let (level, name) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    };
+    let whole = libc::IP_PMTUDISC_PROBE;
+    let size = libc::socklen_t::try_from(size_of_val(&whole)).map_err(io::Error::other)?;
+    // SAFETY: the socket is open, and the value has the size given; both families number it alike.
+    let set = unsafe { libc::setsockopt(fd, level, name, (&raw const whole).cast(), size) };
     if set < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use weft_ebpf_abi::Address;
+use weft_ebpf_abi::{Address, BackendKey};
 
 /// Label on a slice that names its Service.
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -114,6 +114,10 @@ pub struct Service {
     pub ranges: Box<[PortRange]>,
     /// Seconds of affinity by client; 0 for none.
     pub affinity_seconds: u32,
+    /// From outside a client's hash chooses the backend (Maglev), as it does unless the annotation `weft.dev/backend-choice` says otherwise.
+    pub hashed: bool,
+    /// Endpoints whose connections fail are left out for a while (annotation `weft.dev/ejection`).
+    pub ejection: bool,
     /// internalTrafficPolicy is Local.
     pub internal_local: bool,
     /// externalTrafficPolicy is Local.
@@ -159,6 +163,8 @@ pub struct View<'a> {
     pub zone: Option<&'a str>,
     /// Nodes that don't answer it.
     pub silent: &'a BTreeSet<NodeId>,
+    /// Backends whose connections failed: left out where the Service wants it.
+    pub ejected: &'a BTreeSet<BackendKey>,
 }
 
 /// A slice of endpoints, all of one family.
@@ -183,6 +189,8 @@ pub struct Endpoint {
     pub local: bool,
     /// Whether it may get traffic.
     pub state: EndpointState,
+    /// Its share of new connections, in proportion to others' (annotation `weft.dev/weight` of its slice).
+    pub weight: u8,
     /// Whom it is for, if it is not for all.
     pub hints: Option<Box<Hints>>,
 }
@@ -223,6 +231,7 @@ pub struct Tables {
     /// Numbers of the nodes that endpoints were ever on.
     node_ids: HashMap<Box<str>, NodeId>,
     silent: BTreeSet<NodeId>,
+    ejected: BTreeSet<BackendKey>,
 }
 
 /// A Service, and slices that name it; either may come first.
@@ -256,7 +265,7 @@ impl Tables {
     /// What the choice of endpoints depends on besides a Service and its slices.
     #[must_use]
     pub fn view(&self) -> View<'_> {
-        View { zone: self.zone.as_deref(), silent: &self.silent }
+        View { zone: self.zone.as_deref(), silent: &self.silent, ejected: &self.ejected }
     }
 
     /// Whether a Node is this node's own.
@@ -292,6 +301,18 @@ impl Tables {
         }
         let on_one = |slice: &Slice| slice.endpoints.iter().any(|e| turned.contains(&e.node));
         let concerned = self.known.iter().filter(|(_, known)| known.slices.iter().any(|(_, s)| on_one(s)));
+        concerned.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Enters the backends whose connections fail; returns the Services that leave out those which are new or no longer among them.
+    pub fn set_ejected(&mut self, ejected: BTreeSet<BackendKey>) -> Vec<ServiceName> {
+        let turned: BTreeSet<_> =
+            ejected.symmetric_difference(&self.ejected).map(|backend| backend.address).collect();
+        self.ejected = ejected;
+        let has_one = |slice: &Slice| slice.endpoints.iter().any(|e| turned.contains(&e.address));
+        let concerned = self.known.iter().filter(|(_, known)| {
+            known.service.as_ref().is_some_and(|s| s.ejection) && known.slices.iter().any(|(_, s)| has_one(s))
+        });
         concerned.map(|(name, _)| name.clone()).collect()
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use serde_json::{Value, json};
-use weft_ebpf_abi::Address;
+use weft_ebpf_abi::{Address, BackendKey, Port, TCP};
 
 use crate::maps::MapSet;
 use crate::maps::faulty::FaultyMaps;
@@ -89,6 +89,10 @@ fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
             let names = names.as_array().unwrap().iter().map(|name| name.as_str().unwrap());
             let changed = reconciler.tables.set_silent(names);
             reconciler.mark(changed);
+        } else if let Some(backends) = step.get("ejected") {
+            let backends = backends.as_array().unwrap().iter().map(|at| tcp(at.as_str().unwrap()));
+            let changed = reconciler.tables.set_ejected(backends.collect());
+            reconciler.mark(changed);
         } else if let Some(zone) = step.get("zone") {
             let labels = json!({"topology.kubernetes.io/zone": zone});
             let node = json!({"metadata": {"name": "node-a", "labels": labels}});
@@ -105,6 +109,11 @@ fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
     }
     assert!(expectations > 0, "{file} expects nothing");
     reconciler
+}
+
+fn tcp(at: &str) -> BackendKey {
+    let at: std::net::SocketAddr = at.parse().unwrap();
+    BackendKey { address: at.ip().into(), port: Port::new(at.port()), protocol: TCP, pad: 0 }
 }
 
 fn golden_files() -> Vec<(String, String)> {

@@ -1,16 +1,22 @@
 //! Tells of Services that can't be programmed on this node and of nodes that don't answer it, as Events on them.
 
+use std::net::SocketAddr;
+
 use k8s_openapi::api::core::v1::{Node, ObjectReference, Service};
 use kube::api::ListParams;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource as _};
 use tokio::sync::mpsc;
 
+use crate::ejection;
 use crate::peers::Turn;
 use crate::tables::ServiceName;
 
 /// A Service, and why it is not as it should be.
 pub(crate) type Trouble = (ServiceName, String);
+
+/// A Service, and which of its backends is ejected or comes back.
+pub(crate) type Ejection = (ServiceName, ejection::Turn);
 
 /// Tells of all that come; it ends only with the senders.
 pub(crate) async fn tell(
@@ -18,6 +24,7 @@ pub(crate) async fn tell(
     node: &str,
     mut troubles: mpsc::Receiver<Trouble>,
     mut turns: mpsc::Receiver<Turn>,
+    mut ejections: mpsc::Receiver<Ejection>,
 ) {
     let reporter = Reporter { controller: "weft-proxy".to_owned(), instance: Some(node.to_owned()) };
     let teller = Teller { recorder: Recorder::new(client.clone(), reporter), client, node };
@@ -25,6 +32,7 @@ pub(crate) async fn tell(
         let (about, told) = tokio::select! {
             Some(trouble) = troubles.recv() => (trouble.0.to_string(), teller.trouble(&trouble).await),
             Some(turn) = turns.recv() => (turn.node.to_string(), teller.turn(&turn).await),
+            Some(ejection) = ejections.recv() => (ejection.0.to_string(), teller.ejection(&ejection).await),
             else => return,
         };
         if let Err(error) = told {
@@ -48,6 +56,32 @@ impl Teller<'_> {
             action: "Programming".to_owned(),
             secondary: None,
         };
+        match find(&self.client, service).await? {
+            Some(reference) => self.recorder.publish(&event, &reference).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn ejection(&self, (service, turn): &Ejection) -> Result<(), kube::Error> {
+        let backend = SocketAddr::new(turn.backend.address.into(), turn.backend.port.get());
+        let (type_, reason, note) = match turn.seconds {
+            Some(seconds) => (
+                EventType::Warning,
+                "EndpointEjected",
+                format!(
+                    "node {}: connections to {backend} failed, it is left out for {seconds} s \
+                     (never more than half of the endpoints are)",
+                    self.node
+                ),
+            ),
+            None => (
+                EventType::Normal,
+                "EndpointReturned",
+                format!("node {}: {backend} is tried again", self.node),
+            ),
+        };
+        let (reason, action) = (reason.to_owned(), "Ejecting".to_owned());
+        let event = Event { type_, reason, note: Some(note), action, secondary: None };
         match find(&self.client, service).await? {
             Some(reference) => self.recorder.publish(&event, &reference).await,
             None => Ok(()),

@@ -10,7 +10,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
@@ -27,6 +27,9 @@ mod log;
 
 /// Names the boot that the kernel is in.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Hexadecimal digits in five groups.
+const BOOT_ID_BYTES: usize = 36;
 
 /// The log's name. It is locked for as long as it is read or changed.
 const LOG: &str = "leases";
@@ -122,8 +125,12 @@ impl Leases {
     /// # Errors
     /// If the boot has no name.
     pub fn open(state: &Path) -> Result<Self, Error> {
-        let boot = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
-        Ok(Self::open_for(state, boot.trim()))
+        let failed = failed("read", Path::new(BOOT_ID));
+        let mut boot = [0; BOOT_ID_BYTES];
+        File::open(BOOT_ID).and_then(|mut file| file.read_exact(&mut boot)).map_err(&failed)?;
+        let boot = str::from_utf8(&boot);
+        let boot = boot.map_err(|error| failed(io::Error::new(io::ErrorKind::InvalidData, error)))?;
+        Ok(Self::open_for(state, boot))
     }
 
     fn open_for(state: &Path, boot: &str) -> Self {

@@ -7,6 +7,7 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use nix::errno::Errno;
 
+use crate::link::FoundLink;
 use crate::socket::About;
 use crate::{Error, Link, LinkChange, Neighbour, Netlink, Route, address, link, neighbour, route};
 
@@ -132,9 +133,7 @@ impl Netlink {
                     continue;
                 };
                 match payload {
-                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
-                        links.push(link::read(&message));
-                    }
+                    NetlinkPayload::InnerMessage(FoundLink(Some(link))) => links.push(link),
                     NetlinkPayload::Error(error) => {
                         let code = error.code.map_or(0, std::num::NonZeroI32::get);
                         if code != 0 && *fine != Some(Errno::from_raw(code.saturating_neg())) {

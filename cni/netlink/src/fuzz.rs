@@ -8,6 +8,7 @@ use crate::{diag, event, link, lookup, neighbour, route, socket};
 
 /// A datagram of the route socket, read as every request and event reads it.
 pub fn route_reply(datagram: &[u8]) {
+    let _devices = socket::parse::<link::FoundLink>("read", datagram);
     let Ok(messages) = socket::parse::<RouteNetlinkMessage>("read", datagram) else { return };
     for message in messages {
         if let NetlinkPayload::InnerMessage(inner) = &message.payload {
@@ -19,7 +20,6 @@ pub fn route_reply(datagram: &[u8]) {
 
 fn read_route(message: &RouteNetlinkMessage) {
     match message {
-        RouteNetlinkMessage::NewLink(message) => drop(link::read(message)),
         RouteNetlinkMessage::NewAddress(message) => drop(crate::address::read(message)),
         RouteNetlinkMessage::NewRoute(message) => {
             route::read(message);

@@ -3,11 +3,13 @@
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL};
+use netlink_packet_core::{
+    DecodeError, NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NetlinkDeserializable, NetlinkHeader, NlasIterator,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridgePort, InfoData, InfoPortData, InfoPortKind,
-    InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
+    InfoVeth, LinkAttribute, LinkExtentMask, LinkInfo, LinkMessage,
 };
 
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
@@ -15,6 +17,14 @@ use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan}
 use crate::error::ok_if_gone;
 use crate::socket::About;
 use crate::{Class, Error, Mac, Netlink};
+
+/// `struct ifinfomsg` of linux/rtnetlink.h: its length, and where the number and the flags are.
+const HEADER_BYTES: usize = 16;
+const INDEX_AT: usize = 4;
+const FLAGS_AT: usize = 8;
+/// `IF_OPER_UNKNOWN` and `IF_OPER_UP` of linux/if.h.
+const OPERATES_UNKNOWN: u8 = 0;
+const OPERATES: u8 = 6;
 
 /// A device as found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,10 +118,7 @@ impl Netlink {
     /// If the kernel can't be asked.
     pub fn links(&mut self) -> Result<Vec<Link>, Error> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        self.dump("list the devices", &request, |message| match message {
-            RouteNetlinkMessage::NewLink(message) => Some(read(&message)),
-            _ => None,
-        })
+        self.dump("list the devices", &request, |FoundLink(found)| found)
     }
 
     /// The device of a name.
@@ -120,10 +127,8 @@ impl Netlink {
     /// [`Class::NotFound`] if there is none.
     pub fn link(&mut self, name: &str) -> Result<Link, Error> {
         let about = About { op: "find the device", subject: name };
-        match self.get(about, RouteNetlinkMessage::GetLink(question(name)))? {
-            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
-            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
-        }
+        let FoundLink(found) = self.get(about, RouteNetlinkMessage::GetLink(question(name)))?;
+        found.ok_or_else(|| Error::Decode { op: about.op, reason: "not a device".to_owned() })
     }
 
     /// The device of a number.
@@ -135,10 +140,8 @@ impl Netlink {
         message.header.index = index;
         let subject = index.to_string();
         let about = About { op: "find the device", subject: &subject };
-        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
-            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
-            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
-        }
+        let FoundLink(found) = self.get(about, RouteNetlinkMessage::GetLink(message))?;
+        found.ok_or_else(|| Error::Decode { op: about.op, reason: "not a device".to_owned() })
     }
 
     /// The device of a number in another namespace, by the number that this one has for it ([`Link::peer_namespace`]).
@@ -151,10 +154,8 @@ impl Netlink {
         message.attributes.push(LinkAttribute::IfNetnsId(namespace));
         let subject = index.to_string();
         let about = About { op: "find the other end", subject: &subject };
-        match self.get(about, RouteNetlinkMessage::GetLink(message))? {
-            RouteNetlinkMessage::NewLink(message) => Ok(read(&message)),
-            _ => Err(Error::Decode { op: about.op, reason: "not a device".to_owned() }),
-        }
+        let FoundLink(found) = self.get(about, RouteNetlinkMessage::GetLink(message))?;
+        found.ok_or_else(|| Error::Decode { op: about.op, reason: "not a device".to_owned() })
     }
 
     /// The bridge of a name, made and set up if it is missing.
@@ -209,11 +210,7 @@ impl Netlink {
             pair = one_queue(pair.controller(bridge));
         }
         let echo = self.create("create the veth pair", host.name, pair.up().build())?;
-        let mut made = echo.iter().filter_map(|message| match message {
-            RouteNetlinkMessage::NewLink(message) => Some(read(message)),
-            _ => None,
-        });
-        Ok(made.find(|link| link.name == host.name))
+        Ok(echo.into_iter().find(|link| link.name == host.name))
     }
 
     /// Makes a VXLAN device and sets it up.
@@ -230,12 +227,7 @@ impl Netlink {
         self.create("create the VXLAN device", vxlan.name, device.build()).map(|_| ())
     }
 
-    fn create(
-        &mut self,
-        op: &'static str,
-        subject: &str,
-        message: LinkMessage,
-    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    fn create(&mut self, op: &'static str, subject: &str, message: LinkMessage) -> Result<Vec<Link>, Error> {
         let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ECHO;
         self.request_echo(About { op, subject }, RouteNetlinkMessage::NewLink(message), flags)
     }
@@ -347,41 +339,77 @@ fn end<T>(builder: LinkMessageBuilder<T>, end: &VethEnd<'_>) -> LinkMessageBuild
     }
 }
 
-pub(crate) fn read(message: &LinkMessage) -> Link {
+/// The device of a message, if it is about one that there is.
+///
+/// Read from the bytes: of a device the kernel tells some sixty things, and to make all of them was a third of what ADD computed.
+#[derive(Debug)]
+pub(crate) struct FoundLink(pub(crate) Option<Link>);
+
+impl NetlinkDeserializable for FoundLink {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        let found = (header.message_type == libc::RTM_NEWLINK).then(|| read(payload)).transpose()?;
+        Ok(Self(found))
+    }
+}
+
+/// `struct ifinfomsg` and attributes.
+fn read(payload: &[u8]) -> Result<Link, DecodeError> {
+    let attributes = payload.get(HEADER_BYTES..).ok_or("a device without its header")?;
+    let flags = word(&payload[FLAGS_AT..])?;
+    let has = |flag: libc::c_int| flags & flag.cast_unsigned() != 0;
     let mut link = Link {
-        index: message.header.index,
+        index: word(&payload[INDEX_AT..])?,
         name: String::new(),
         mac: None,
         mtu_bytes: 0,
-        up: message.header.flags.contains(LinkFlags::Up),
+        up: has(libc::IFF_UP),
         running: false,
-        loopback: message.header.flags.contains(LinkFlags::Loopback),
+        loopback: has(libc::IFF_LOOPBACK),
         master: None,
         peer_index: None,
         peer_namespace: None,
         kind: String::new(),
         queue: String::new(),
     };
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Address(bytes) => link.mac = bytes.as_slice().try_into().ok().map(Mac),
-            LinkAttribute::Mtu(bytes) => link.mtu_bytes = *bytes,
+    for attribute in NlasIterator::new(attributes) {
+        let attribute = attribute?;
+        let value = attribute.value();
+        match attribute.kind() {
+            libc::IFLA_IFNAME => link.name = text(value),
+            libc::IFLA_ADDRESS => link.mac = value.try_into().ok().map(Mac),
+            libc::IFLA_MTU => link.mtu_bytes = word(value)?,
             // Loopback and its like never say more than "unknown".
-            LinkAttribute::OperState(state) => link.running = matches!(state, State::Up | State::Unknown),
-            LinkAttribute::Controller(index) => link.master = Some(*index),
-            LinkAttribute::Link(index) => link.peer_index = Some(*index),
-            LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(*id),
-            LinkAttribute::Qdisc(kind) => link.queue.clone_from(kind),
-            LinkAttribute::LinkInfo(infos) => {
-                for info in infos {
-                    if let LinkInfo::Kind(kind) = info {
-                        link.kind = kind.to_string();
+            libc::IFLA_OPERSTATE => link.running = matches!(value, [OPERATES_UNKNOWN | OPERATES]),
+            libc::IFLA_MASTER => link.master = Some(word(value)?),
+            libc::IFLA_LINK => link.peer_index = Some(word(value)?),
+            libc::IFLA_LINK_NETNSID => link.peer_namespace = Some(word(value)?.cast_signed()),
+            libc::IFLA_QDISC => link.queue = text(value),
+            libc::IFLA_LINKINFO => {
+                for info in NlasIterator::new(value) {
+                    let info = info?;
+                    if info.kind() == libc::IFLA_INFO_KIND {
+                        link.kind = text(info.value());
                     }
                 }
             }
             _ => {}
         }
     }
-    link
+    Ok(link)
 }
+
+fn word(bytes: &[u8]) -> Result<u32, DecodeError> {
+    let first = bytes.first_chunk().ok_or("a number that is cut off")?;
+    Ok(u32::from_ne_bytes(*first))
+}
+
+/// Up to its end, which is a zero. The name of a device may be any bytes.
+fn text(bytes: &[u8]) -> String {
+    let bytes = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests;

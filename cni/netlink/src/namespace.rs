@@ -48,12 +48,23 @@ pub fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T
 /// # Errors
 /// If the namespace can't be entered, or the thread can't come back; then it must not go on.
 pub fn during<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> Result<T, Error> {
+    during_from(open(Path::new(CURRENT))?.as_fd(), namespace, work)
+}
+
+/// The same for who has a descriptor of the namespace that the thread is in, as of [`crate::Netlink::namespace`].
+///
+/// # Errors
+/// As [`during`].
+pub fn during_from<T>(
+    own: BorrowedFd<'_>,
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce() -> T,
+) -> Result<T, Error> {
     let current = Path::new(CURRENT);
-    let own = open(current)?;
     let step = |op| move |errno: nix::errno::Errno| failed(op, current, errno.into());
     setns(namespace, CloneFlags::CLONE_NEWNET).map_err(step("leave"))?;
     let outcome = work();
-    setns(own.as_fd(), CloneFlags::CLONE_NEWNET).map_err(step("return to"))?;
+    setns(own, CloneFlags::CLONE_NEWNET).map_err(step("return to"))?;
     Ok(outcome)
 }
 

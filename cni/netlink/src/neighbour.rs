@@ -70,6 +70,46 @@ impl Netlink {
         })
     }
 
+    /// Has the kernel answer on a device for an address that is not the device's own. One that it answers for already is no error.
+    /// Of IPv6; [`sysctl::answer_for_proxies`](crate::sysctl::answer_for_proxies) lets it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn put_proxy(&mut self, index: u32, address: IpAddr) -> Result<(), Error> {
+        let subject = address.to_string();
+        let about = About { op: "answer for the address", subject: &subject };
+        let message = RouteNetlinkMessage::NewNeighbour(proxy_message(index, address));
+        self.request(about, message, NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Has the kernel no longer answer for an address. One that it doesn't answer for is no error.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn delete_proxy(&mut self, index: u32, address: IpAddr) -> Result<(), Error> {
+        let subject = address.to_string();
+        let about = About { op: "no longer answer for the address", subject: &subject };
+        ok_if_gone(self.request(about, RouteNetlinkMessage::DelNeighbour(proxy_message(index, address)), 0))
+    }
+
+    /// The addresses that the kernel answers for, each with the device's number.
+    ///
+    /// # Errors
+    /// If the kernel can't be asked.
+    pub fn proxies(&mut self) -> Result<Vec<(u32, IpAddr)>, Error> {
+        let mut message = NeighbourMessage::default();
+        message.header.flags = NeighbourFlags::Proxy;
+        let request = RouteNetlinkMessage::GetNeighbour(message);
+        self.dump("list the addresses answered for", &request, |message| match message {
+            RouteNetlinkMessage::NewNeighbour(message)
+                if message.header.flags.contains(NeighbourFlags::Proxy) =>
+            {
+                Some((message.header.ifindex, destination(&message)?))
+            }
+            _ => None,
+        })
+    }
+
     /// Puts a forwarding entry, in place of one for the same hardware address.
     ///
     /// # Errors
@@ -108,10 +148,7 @@ impl Netlink {
 
 pub(crate) fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
-    message.header.family = match neighbour.address {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
-    };
+    message.header.family = family(neighbour.address);
     message.header.ifindex = neighbour.index;
     message.header.state = NeighbourState::Permanent;
     message.header.kind = RouteType::Unicast;
@@ -120,6 +157,22 @@ pub(crate) fn neighbour_message(neighbour: &Neighbour) -> NeighbourMessage {
         NeighbourAttribute::LinkLayerAddress(neighbour.mac.0.to_vec()),
     ];
     message
+}
+
+fn proxy_message(index: u32, address: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = index;
+    message.header.flags = NeighbourFlags::Proxy;
+    message.attributes = vec![NeighbourAttribute::Destination(address.into())];
+    message
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
 }
 
 fn fdb_message(entry: &FdbEntry) -> NeighbourMessage {

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use crate::Error;
 
 /// `SIOCETHTOOL` of linux/sockios.h.
-const SIOCETHTOOL: u64 = 0x8946;
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
 /// `ETHTOOL_STXCSUM` and `ETHTOOL_SGRO` of linux/ethtool.h.
 const SET_TRANSMIT_CHECKSUMS: u32 = 0x17;
 const SET_RECEIVE_BATCHES: u32 = 0x2c;

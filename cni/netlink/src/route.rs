@@ -31,12 +31,28 @@ pub struct Route {
     pub onlink: bool,
     /// Largest packet in bytes on this route.
     pub mtu_bytes: Option<u32>,
+    /// Of routes to one destination the least is taken; 0 leaves it to the kernel, which makes it 0 of IPv4 and 1024 of IPv6.
+    pub metric: u32,
+    /// Who put it: a number of `rtnetlink(7)`, or one of 5 to 255 that a program has given itself.
+    pub protocol: u8,
 }
+
+/// An administrator's routes.
+const STATIC: u8 = 4;
 
 impl Route {
     /// A route to a destination out of a device, with nothing else said.
     pub fn new(destination: IpNetwork, index: u32) -> Self {
-        Self { destination, gateway: None, index, source: None, onlink: false, mtu_bytes: None }
+        Self {
+            destination,
+            gateway: None,
+            index,
+            source: None,
+            onlink: false,
+            mtu_bytes: None,
+            metric: 0,
+            protocol: STATIC,
+        }
     }
 }
 
@@ -118,7 +134,7 @@ pub(crate) fn message(route: &Route) -> RouteMessage {
         address_family: family(route.destination),
         destination_prefix_length: route.destination.prefix(),
         table: RouteHeader::RT_TABLE_MAIN,
-        protocol: RouteProtocol::Static,
+        protocol: RouteProtocol::from(route.protocol),
         scope: if on_the_link { RouteScope::Link } else { RouteScope::Universe },
         kind: RouteType::Unicast,
         flags: if route.onlink { RouteFlags::Onlink } else { RouteFlags::empty() },
@@ -130,6 +146,9 @@ pub(crate) fn message(route: &Route) -> RouteMessage {
     message.attributes.extend(route.gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
     message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
     message.attributes.push(RouteAttribute::Oif(route.index));
+    if route.metric > 0 {
+        message.attributes.push(RouteAttribute::Priority(route.metric));
+    }
     message
         .attributes
         .extend(route.mtu_bytes.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
@@ -157,12 +176,14 @@ pub(crate) fn read(message: &RouteMessage) -> Option<Route> {
     let mut destination = any;
     let mut route = Route::new(IpNetwork::from(any), 0);
     route.onlink = message.header.flags.contains(RouteFlags::Onlink);
+    route.protocol = message.header.protocol.into();
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(address) => destination = ip(address)?,
             RouteAttribute::Gateway(address) => route.gateway = ip(address),
             RouteAttribute::PrefSource(address) => route.source = ip(address),
             RouteAttribute::Oif(index) => route.index = *index,
+            RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::Metrics(metrics) => {
                 for metric in metrics {
                     if let RouteMetric::Mtu(mtu) = metric {

@@ -1,6 +1,7 @@
 //! One route socket: requests with an acknowledgement, and dumps that are repeated when they were interrupted.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{
@@ -15,7 +16,11 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-use crate::{Error, namespace};
+use crate::link::FoundLink;
+use crate::{Error, Link, namespace};
+
+/// `SIOCGSKNS` of linux/sockios.h.
+const SIOCGSKNS: libc::Ioctl = 0x894c;
 
 /// A dump that was interrupted this many times in a row is given up.
 const DUMP_TRIES: u32 = 16;
@@ -31,9 +36,10 @@ pub struct Netlink {
     answer: Vec<u8>,
 }
 
-/// No datagram of the kernel's is longer: it sends an answer that is in parts of at most 32 KiB, and a device without
-/// virtual functions takes 5 KiB.
-const MAX_ANSWER_BYTES: usize = 64 << 10;
+/// The longest answer that is one datagram: a device without virtual functions takes 5 KiB.
+const ANSWER_BYTES: usize = 16 << 10;
+/// The longest part of an answer that comes in parts; the kernel sends at most 32 KiB.
+const PART_BYTES: usize = 64 << 10;
 
 /// What the kernel does in the background takes moments; on a machine that is overwhelmed, longer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,7 +69,7 @@ impl Netlink {
         let mut socket = Socket::new(NETLINK_ROUTE).map_err(failed("open"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(failed("connect"))?;
-        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(MAX_ANSWER_BYTES) })
+        Ok(Self { socket, sequence: 0, events: 0, answer: Vec::with_capacity(ANSWER_BYTES) })
     }
 
     /// Opens a socket in another namespace, which the calling thread enters for that moment.
@@ -74,16 +80,16 @@ impl Netlink {
         namespace::during(namespace, Self::open)?
     }
 
-    pub(crate) fn check_strictly(&self) -> std::io::Result<()> {
+    pub(crate) fn check_strictly(&self) -> io::Result<()> {
         self.socket.set_netlink_get_strict_chk(true)
     }
 
     /// Asks for one thing and waits for it, or for the reason why not.
-    pub(crate) fn get(
+    pub(crate) fn get<T: NetlinkDeserializable>(
         &mut self,
         about: About<'_>,
         message: RouteNetlinkMessage,
-    ) -> Result<RouteNetlinkMessage, Error> {
+    ) -> Result<T, Error> {
         self.send(about.op, message, NLM_F_REQUEST)?;
         loop {
             for message in self.receive(about.op)? {
@@ -121,11 +127,9 @@ impl Netlink {
                     return Ok(());
                 }
                 if netlink.events == seen {
-                    match netlink.receive(about.op) {
+                    match netlink.receive::<RouteNetlinkMessage>(about.op) {
                         Ok(_) => {}
-                        Err(Error::Socket { source, .. })
-                            if source.kind() == std::io::ErrorKind::WouldBlock =>
-                        {
+                        Err(Error::Socket { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
                             return Err(about.refused(-libc::EAGAIN));
                         }
                         Err(error) => return Err(error),
@@ -160,6 +164,21 @@ impl Netlink {
         self.sequence
     }
 
+    /// The namespace that the socket is of, whatever namespace its thread is in by now. Nothing below /proc is opened: for a new process
+    /// the kernel makes that anew.
+    ///
+    /// # Errors
+    /// If there are no more descriptors.
+    pub fn namespace(&self) -> Result<OwnedFd, Error> {
+        // SAFETY: the ioctl takes no argument and returns a new descriptor or -1.
+        let fd = unsafe { libc::ioctl(self.raw().as_raw_fd(), SIOCGSKNS) };
+        if fd < 0 {
+            return Err(Error::Socket { op: "ask for the namespace of", source: io::Error::last_os_error() });
+        }
+        // SAFETY: the kernel has just returned this descriptor, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
     /// The socket's descriptor.
     pub(crate) fn raw(&self) -> BorrowedFd<'_> {
         borrowed(&self.socket)
@@ -175,13 +194,13 @@ impl Netlink {
         self.request_echo(about, message, flags).map(|_| ())
     }
 
-    /// The same, with what the kernel says of what it made: with `NLM_F_ECHO`, and if it is new enough.
+    /// The same, with what the kernel says of the devices that it made: with `NLM_F_ECHO`, and if it is new enough.
     pub(crate) fn request_echo(
         &mut self,
         about: About<'_>,
         message: RouteNetlinkMessage,
         flags: u16,
-    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    ) -> Result<Vec<Link>, Error> {
         self.send(about.op, message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
         let mut echo = Vec::new();
         loop {
@@ -191,7 +210,7 @@ impl Netlink {
                     continue;
                 }
                 match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => echo.push(inner),
+                    NetlinkPayload::InnerMessage(FoundLink(link)) => echo.extend(link),
                     NetlinkPayload::Error(error) => {
                         return error.code.map_or(Ok(echo), |code| Err(about.refused(code.get())));
                     }
@@ -203,12 +222,14 @@ impl Netlink {
 
     /// Sends a dump request and collects what `pick` takes of the answers. The one place where a dump is read: an
     /// interrupted one is incomplete, so it is repeated.
-    pub(crate) fn dump<T>(
+    pub(crate) fn dump<M: NetlinkDeserializable, T>(
         &mut self,
         op: &'static str,
         message: &RouteNetlinkMessage,
-        mut pick: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+        mut pick: impl FnMut(M) -> Option<T>,
     ) -> Result<Vec<T>, Error> {
+        self.answer.clear();
+        self.answer.reserve(PART_BYTES);
         for _ in 0..DUMP_TRIES {
             self.send(op, message.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
             if let Some(found) = self.collect(op, &mut pick)? {
@@ -218,10 +239,10 @@ impl Netlink {
         Err(Error::Interrupted { op })
     }
 
-    fn collect<T>(
+    fn collect<M: NetlinkDeserializable, T>(
         &mut self,
         op: &'static str,
-        pick: &mut impl FnMut(RouteNetlinkMessage) -> Option<T>,
+        pick: &mut impl FnMut(M) -> Option<T>,
     ) -> Result<Option<Vec<T>>, Error> {
         let mut found = Vec::new();
         let mut interrupted = false;
@@ -263,10 +284,10 @@ impl Netlink {
     }
 
     /// Waits for a datagram. One call: to ask for its length first is to receive it twice.
-    pub(crate) fn receive(
+    pub(crate) fn receive<T: NetlinkDeserializable>(
         &mut self,
         op: &'static str,
-    ) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, Error> {
+    ) -> Result<Vec<NetlinkMessage<T>>, Error> {
         self.answer.clear();
         let received = self.socket.recv(&mut self.answer, libc::MSG_TRUNC);
         let length = received.map_err(|source| Error::Socket { op, source })?;

@@ -1,13 +1,17 @@
 //! The kernel's switches of a network namespace. `/proc/sys/net` shows those of the thread that opens a file.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
 
 const IPV4: &str = "/proc/sys/net/ipv4";
 const IPV6: &str = "/proc/sys/net/ipv6/conf";
+const IPV6_NEIGHBOURS: &str = "/proc/sys/net/ipv6/neigh";
+
+/// More than any switch has.
+const MAX_VALUE_BYTES: usize = 16;
 
 /// `accept_ra`: take routers' announcements although the machine forwards.
 const ACCEPT_ALTHOUGH_FORWARDING: &[u8] = b"2";
@@ -84,6 +88,32 @@ pub fn route_loopback(device: &str) -> Result<(), Error> {
     set(&Path::new(IPV4).join("conf").join(device).join("route_localnet"), b"1")
 }
 
+/// Lets a device take packets whose answers leave by another one, where the kernel would check that they don't (RFC 3704 §2.2); of
+/// the two checks the loose one is left. There is none of IPv6.
+///
+/// # Errors
+/// If the switch can't be read or written.
+pub fn loosen_reverse_path(device: &str) -> Result<(), Error> {
+    let conf = Path::new(IPV4).join("conf");
+    let own = conf.join(device).join("rp_filter");
+    // The greater of the two holds.
+    let strict = |path: &Path| read(path).map(|value| value.trim_ascii() == b"1");
+    if strict(&own)? || strict(&conf.join("all/rp_filter"))? {
+        set(&own, b"2")?;
+    }
+    Ok(())
+}
+
+/// Lets the kernel answer on a device for addresses that it is told to answer for, and at once: a router in their place would wait
+/// for their owner to be faster.
+///
+/// # Errors
+/// If a switch can't be written, as without IPv6.
+pub fn answer_for_proxies(device: &str) -> Result<(), Error> {
+    set(&Path::new(IPV6).join(device).join("proxy_ndp"), b"1")?;
+    set(&Path::new(IPV6_NEIGHBOURS).join(device).join("proxy_delay"), b"0")
+}
+
 /// Writes a value unless it is there already: reading takes no lock, writing may.
 fn set(path: &Path, value: &[u8]) -> Result<(), Error> {
     if read(path)?.trim_ascii() == value {
@@ -92,8 +122,12 @@ fn set(path: &Path, value: &[u8]) -> Result<(), Error> {
     fs::write(path, value).map_err(failed("write", path))
 }
 
+/// A switch is a small number, and comes whole.
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(failed("read", path))
+    let mut value = vec![0; MAX_VALUE_BYTES];
+    let read = fs::File::open(path).and_then(|mut file| file.read(&mut value));
+    value.truncate(read.map_err(failed("read", path))?);
+    Ok(value)
 }
 
 fn ok_if_gone(outcome: Result<(), Error>) -> Result<(), Error> {

@@ -98,7 +98,7 @@ impl Attachment<'_> {
             Some(port) => port,
             None => host.link(&self.host_name)?,
         };
-        let mut pod = self.configure_pod(&port, &bridge)?;
+        let mut pod = self.configure_pod(&host, &port, &bridge)?;
         self.configure_port(&mut host, &port, &bridge)?;
         self.add_capabilities(&mut host, &port, &mut pod, made)?;
         Ok(self.result(&bridge, &port))
@@ -156,8 +156,9 @@ impl Attachment<'_> {
         Ok(bridge)
     }
 
-    fn configure_pod(&self, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
-        let (mut pod, offloads) = namespace::during(self.netns.as_fd(), || {
+    fn configure_pod(&self, host: &Netlink, port: &Link, bridge: &Link) -> Result<Netlink, PluginError> {
+        let own = host.namespace()?;
+        let (mut pod, offloads) = namespace::during_from(own.as_fd(), self.netns.as_fd(), || {
             self.switch_pod()?;
             Ok::<_, weft_cni_netlink::Error>((Netlink::open()?, Offloads::open()?))
         })??;

@@ -169,7 +169,7 @@ fn same_endpoint(a: &Pod, b: &Pod) -> bool {
         let names = (spec.and_then(|s| s.hostname.clone()), spec.and_then(|s| s.subdomain.clone()));
         let ips = (build::addresses(pod, "IPv4"), build::addresses(pod, "IPv6"));
         let state = (pod::is_ready(pod), pod::is_terminal(pod), pod::is_terminating(pod));
-        (names, ips, state, pod::node_name(pod).to_owned())
+        (names, ips, state, build::weight(&pod.metadata), pod::node_name(pod).to_owned())
     };
     a.metadata.labels == b.metadata.labels && a.metadata.uid == b.metadata.uid && shape(a) == shape(b)
 }

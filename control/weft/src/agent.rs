@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane as dataplane;
+use weft_agent_dataplane::overlay::Routing;
 use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dns as dns;
 use weft_agent_kubelet as kubelet;
@@ -43,7 +44,14 @@ pub(crate) struct Node {
     /// The kubelet's serving certificate.
     pub(crate) serving: Identity,
     pub(crate) authority: String,
+    pub(crate) ways: Ways,
+}
+
+/// What an operator decides on the ways of packets.
+#[derive(Clone, Copy)]
+pub(crate) struct Ways {
     pub(crate) xdp: Xdp,
+    pub(crate) routing: Routing,
 }
 
 impl Node {
@@ -181,7 +189,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
         programs: artifacts::unpack(&paths.bin())?,
         serving: Identity { certificate: read("serving.crt")?, key: read("serving.key")? },
         authority: read("ca.crt")?,
-        xdp: args.xdp,
+        ways: Ways { xdp: args.xdp, routing: args.routing },
     })
 }
 
@@ -262,9 +270,10 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         node_cgroup: node.paths.node_cgroup(&node.name),
         ebpf_object: node.programs.ebpf,
         gate: Some(dataplane::policy::Gate::default()),
-        proxy: dataplane::ProxyConfig { xdp: node.xdp, ..dataplane::ProxyConfig::default() },
+        proxy: dataplane::ProxyConfig { xdp: node.ways.xdp, ..dataplane::ProxyConfig::default() },
         balancer_pools: node.cluster.load_balancer_pools.clone(),
         pod_network: dataplane::PodNetwork::Own,
+        routing: node.ways.routing,
         reports: None,
     }
 }

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
+use weft_agent_dataplane::overlay::Routing;
 use weft_agent_dataplane::xdp::Xdp;
 
-use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, ServiceCommand, WhyArgs};
+use crate::agent::Ways;
+use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, PolicyCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 use crate::proxy::ProxyArgs;
 use crate::ranges::PerFamily;
@@ -45,6 +47,9 @@ pub(crate) enum Command {
     Why(WhyArgs),
     /// Watch connections get their backends, and what is refused or dropped, as it happens
     Flows(FlowsArgs),
+    /// Propose NetworkPolicies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Try the network of the running cluster
     #[command(subcommand)]
     Net(NetCommand),
@@ -70,8 +75,19 @@ pub(crate) struct UpArgs {
     /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
     #[arg(long, value_name = "MODE", default_value = "auto")]
     pub(crate) xdp: Xdp,
+    /// How packets get to pods of nodes on the same link: tunnel, native (a plain route), auto (native where packets with pods'
+    /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
+    #[arg(long, value_name = "MODE", default_value = "tunnel")]
+    pub(crate) routing: Routing,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
+}
+
+impl UpArgs {
+    /// What is decided on the ways of packets.
+    pub(crate) fn ways(&self) -> Ways {
+        Ways { xdp: self.xdp, routing: self.routing }
+    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -126,6 +142,10 @@ pub(crate) struct AgentArgs {
     /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
     #[arg(long, value_name = "MODE", default_value = "auto")]
     pub(crate) xdp: Xdp,
+    /// How packets get to pods of nodes on the same link: tunnel, native (a plain route), auto (native where packets with pods'
+    /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
+    #[arg(long, value_name = "MODE", default_value = "tunnel")]
+    pub(crate) routing: Routing,
     /// Stop the node's pods instead of running it
     #[arg(long, hide = true)]
     pub(crate) stop: bool,

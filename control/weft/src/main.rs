@@ -47,6 +47,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Why(args) => return Ok(net::why(&paths, &args)),
         Command::Flows(args) => return Ok(net::flows(&paths, &args)),
+        Command::Policy(command) => return Ok(net::policy(&paths, &command)),
         Command::Net(command) => return Ok(net::net(&paths, &command)),
         Command::Doctor(args) => return Ok(net::doctor(&paths, &args)),
         Command::Service(command) => return Ok(net::service(&paths, &command)),

@@ -1,10 +1,11 @@
-//! What an administrator sees of the network: `weft service`, `why`, `flows`, `net check`, `doctor`.
+//! What an administrator sees of the network: `weft service`, `why`, `flows`, `policy learn`, `net check`, `doctor`.
 
 pub(crate) mod args;
 mod check;
 mod doctor;
 mod endpoints;
 mod flows;
+mod learn;
 mod reach;
 mod service;
 mod table;
@@ -14,7 +15,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use crate::paths::Paths;
-use args::{DoctorArgs, FlowsArgs, NetCommand, Output, ServiceCommand, WhyArgs};
+use args::{DoctorArgs, FlowsArgs, NetCommand, Output, PolicyCommand, ServiceCommand, WhyArgs};
 use reach::Reach;
 
 /// The question was answered, and the answer is no.
@@ -47,6 +48,14 @@ pub(crate) fn net(paths: &Paths, command: &NetCommand) -> ExitCode {
     })
 }
 
+/// `weft policy`.
+pub(crate) fn policy(paths: &Paths, command: &PolicyCommand) -> ExitCode {
+    let PolicyCommand::Learn(args) = command;
+    let kubeconfig = args.kubeconfig.clone().unwrap_or_else(|| paths.admin_kubeconfig());
+    let open = Reach::open_as(paths, &kubeconfig);
+    answer(open, async |reach| Box::pin(learn::learn(&reach, args)).await)
+}
+
 /// `weft flows`.
 pub(crate) fn flows(paths: &Paths, args: &FlowsArgs) -> ExitCode {
     finish(paths, async |reach| flows::flows(&reach, args).await)
@@ -76,9 +85,16 @@ impl Said {
 
 /// Runs a command and says how it ended: 0 for yes, 1 for no, 2 if there is no answer.
 fn finish(paths: &Paths, command: impl AsyncFnOnce(Reach) -> anyhow::Result<Said>) -> ExitCode {
+    answer(Reach::open(paths), command)
+}
+
+fn answer(
+    open: impl Future<Output = anyhow::Result<Reach>>,
+    command: impl AsyncFnOnce(Reach) -> anyhow::Result<Said>,
+) -> ExitCode {
     let outcome = crate::up::runtime().and_then(|runtime| {
         runtime.block_on(async {
-            let reach = Reach::open(paths).await?;
+            let reach = open.await?;
             command(reach).await
         })
     });

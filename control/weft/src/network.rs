@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1 as core;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use serde_json::json;
 use tokio::sync::watch;
+use weft_agent_dataplane::overlay::{self, Routing, overhead_bytes};
 use weft_cni_netlink::{Address, Class, Netlink, Route, sysctl};
 
 use crate::agent::Node;
@@ -20,8 +21,6 @@ use crate::ranges::{self, Family as _, PerFamily};
 
 /// Bridge of a node's pods.
 pub(crate) const POD_BRIDGE: &str = "weft0";
-/// VXLAN device to the other nodes.
-pub(crate) const OVERLAY: &str = "weft.vx";
 /// Bridge that joins the nodes of this machine.
 pub(crate) const UNDERLAY_BRIDGE: &str = "weftu0";
 const UNDERLAY_MTU_BYTES: u32 = 1500;
@@ -159,8 +158,8 @@ pub(crate) fn remove_node(node: &Node, paths: &NodePaths) -> Vec<String> {
 }
 
 fn remove_devices(node: &Node) -> anyhow::Result<()> {
+    overlay::cleanup()?;
     let mut netlink = Netlink::open()?;
-    netlink.delete_link_named(OVERLAY)?;
     netlink.delete_link_named(POD_BRIDGE)?;
     match netlink.link("lo") {
         Ok(loopback) => {
@@ -192,6 +191,7 @@ pub(crate) struct Task {
     node: String,
     /// The node's end of the tunnels.
     tunnel: IpAddr,
+    routing: Routing,
     cluster_cidr: PerFamily<IpNetwork>,
     conf: PathBuf,
     state: PathBuf,
@@ -203,6 +203,7 @@ impl Task {
         Self {
             node: node.name.clone(),
             tunnel: node.tunnel(),
+            routing: node.ways.routing,
             cluster_cidr: node.cluster.cluster_cidr,
             conf: paths.cni_conf().join("10-weft.conflist"),
             state: paths.data.join("cni"),
@@ -242,9 +243,11 @@ impl Task {
     }
 
     fn apply(&self, ranges: PerFamily<IpNetwork>) -> anyhow::Result<()> {
-        let mtu_bytes =
-            mtu_of(self.tunnel)?.saturating_sub(weft_agent_dataplane::overlay::overhead_bytes(self.tunnel));
         let mut netlink = Netlink::open()?;
+        let mtu_bytes = match pods_mtu(&mut netlink)? {
+            Some(mtu_bytes) => mtu_bytes,
+            None => new_pods_mtu(self.routing, mtu_of(self.tunnel)?, self.tunnel),
+        };
         let bridge = netlink.ensure_bridge(POD_BRIDGE, mtu_bytes)?;
         for range in ranges.iter() {
             netlink.add_address(bridge.index, IpNetwork::new(ranges::nth(range, 1), range.prefix())?)?;
@@ -263,6 +266,24 @@ impl Task {
             }],
         });
         Ok(pki::write(&self.conf, &serde_json::to_string_pretty(&conf)?, 0o644)?)
+    }
+}
+
+/// The largest packet of the pods that the node has: as long as there are some, others get no larger one, since between ports
+/// of one bridge nobody would tell a sender what a receiver takes.
+fn pods_mtu(netlink: &mut Netlink) -> anyhow::Result<Option<u32>> {
+    let links = netlink.links()?;
+    let Some(bridge) = links.iter().find(|link| link.name == POD_BRIDGE) else { return Ok(None) };
+    let has_pods = links.iter().any(|link| link.master == Some(bridge.index));
+    Ok(has_pods.then_some(bridge.mtu_bytes))
+}
+
+/// The largest packet of new pods, on a link of this MTU. What may go by the tunnel at any time fits into it; what goes by it to
+/// few nodes only is told so by the routes.
+fn new_pods_mtu(routing: Routing, link_mtu_bytes: u32, tunnel: IpAddr) -> u32 {
+    match routing {
+        Routing::Native => link_mtu_bytes,
+        Routing::Auto | Routing::Tunnel => link_mtu_bytes.saturating_sub(overhead_bytes(tunnel)),
     }
 }
 

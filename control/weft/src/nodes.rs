@@ -17,9 +17,9 @@ use nix::sys::signal::Signal;
 use nix::sys::statfs::statfs;
 use nix::unistd::Pid;
 use tokio_util::sync::CancellationToken;
-use weft_agent_dataplane::xdp::Xdp;
 use weft_cni_netlink::{LinkChange, Netlink, Route, VethEnd, namespace};
 
+use crate::agent::Ways;
 use crate::cluster::Cluster;
 use crate::lock::{self, Process};
 use crate::network;
@@ -180,17 +180,17 @@ pub(crate) struct Supervisor {
     name: String,
     addresses: PerFamily<IpAddr>,
     namespaces: PathBuf,
-    xdp: Xdp,
+    ways: Ways,
 }
 
 impl Supervisor {
-    pub(crate) fn new(paths: &Paths, name: &str, addresses: PerFamily<IpAddr>, xdp: Xdp) -> Self {
+    pub(crate) fn new(paths: &Paths, name: &str, addresses: PerFamily<IpAddr>, ways: Ways) -> Self {
         Self {
             paths: paths.clone(),
             name: name.to_owned(),
             addresses,
             namespaces: paths.node(name).namespaces(),
-            xdp,
+            ways,
         }
     }
 
@@ -225,7 +225,8 @@ impl Supervisor {
         let mut command = tokio::process::Command::new(std::env::current_exe()?);
         command.arg("--data-dir").arg(&self.paths.data).args(["agent", "--node", &self.name]);
         command.arg("--node-ip").arg(self.addresses.to_string()).arg("--enter").arg(&self.namespaces);
-        command.arg("--xdp").arg(self.xdp.to_string());
+        command.arg("--xdp").arg(self.ways.xdp.to_string());
+        command.arg("--routing").arg(self.ways.routing.to_string());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child =
             command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;

@@ -10,6 +10,7 @@ use clap::Args;
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::overlay::Routing;
 use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dataplane::{self as dataplane, PodNetwork, ProxyConfig};
 
@@ -108,6 +109,7 @@ fn config(args: &ProxyArgs) -> anyhow::Result<dataplane::Config> {
             xdp: args.xdp,
         },
         balancer_pools: Vec::new(),
+        routing: Routing::Tunnel,
         pod_network: PodNetwork::Others { bridge: args.pod_bridge_interface.clone() },
         // A proxy alone has no Lease to write to.
         reports: None,

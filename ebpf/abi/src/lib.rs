@@ -8,12 +8,14 @@
 
 mod address;
 mod event;
+mod failure;
 pub mod policy;
 mod reason;
 mod xdp;
 
 pub use address::{Address, Port};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
+pub use failure::{FAILURES_IN_A_ROW, Failures};
 pub use reason::DropReason;
 pub use xdp::XdpPod;
 
@@ -68,12 +70,19 @@ pub mod names {
     pub const WOULD_DROP: &str = "weft_dry_2";
     /// [`Address`](super::Address) to [`LocalPod`](super::LocalPod): pods of this node whose edges have programs.
     pub const LOCAL_PODS: &str = "weft_local_2";
+    /// Prefix trie of [`RangeKey`](super::policy::RangeKey) to `u32`: pods of nodes on a link of this one that are reached past the
+    /// tunnel, with the link's device.
+    pub const NEAR: &str = "weft_near_2";
     /// Index 0 for IPv4 and 1 for IPv6 to [`PodRange`](super::PodRange).
     pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
     pub const XDP_PODS: &str = "weft_xpod_2";
-    /// All of them.
-    pub const ALL: [&str; 23] = [
+    /// [`BackendKey`](super::BackendKey) to [`Failures`](super::Failures): backends whose connections are watched.
+    pub const FAILURES: &str = "weft_fail_2";
+    /// Ring of [`BackendKey`](super::BackendKey): those with too many failures. Not pinned: it wakes the agent, which reads the map above.
+    pub const WAKE: &str = "weft_wake";
+    /// All that are pinned.
+    pub const ALL: [&str; 25] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -96,7 +105,9 @@ pub mod names {
         WOULD_DROP,
         LOCAL_PODS,
         POD_RANGES,
+        NEAR,
         XDP_PODS,
+        FAILURES,
     ];
 }
 
@@ -135,8 +146,14 @@ pub mod sizes {
     pub const WOULD_DROP: u32 = 4_096;
     /// Addresses of this node's pods.
     pub const LOCAL_PODS: u32 = 8_192;
+    /// Ranges of pods: two for each node.
+    pub const NEAR: u32 = 16_384;
     /// Addresses of pods of one node: two for each.
     pub const XDP_PODS: u32 = 8_192;
+    /// Backends of Services that opted in to ejection.
+    pub const FAILURES: u32 = 16_384;
+    /// The ring that wakes the agent: some 100 backends, each told of again at its next failure.
+    pub const WAKE_BYTES: u32 = 4_096;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }
@@ -181,6 +198,8 @@ pub const SERVICE_CHECK_SOURCE: u32 = 2;
 pub const SERVICE_HASHED: u32 = 4;
 /// Without a backend, packets are dropped instead of refused: another node has one (externalTrafficPolicy Local).
 pub const SERVICE_DROP_EMPTY: u32 = 8;
+/// Connections are watched: a backend whose connections fail is to be ejected.
+pub const SERVICE_WATCHED: u32 = 16;
 
 /// Where a Service's traffic goes.
 #[derive(
@@ -321,6 +340,8 @@ const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_p
 pub const FLOW_REPLY: u32 = 1;
 /// A FIN or RST was seen: a SYN with the same ports begins a new flow.
 pub const FLOW_CLOSING: u32 = 2;
+/// What this direction says of the connection's coming about is still to be counted.
+pub const FLOW_WATCHED: u32 = 4;
 
 /// What a packet of a flow becomes. The entry of the other direction is this one reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -416,10 +437,15 @@ pub struct NodeConfig {
     pub overlay_ifindex: u32,
     /// [`LAYOUT`]; the programs do nothing while it is 0.
     pub layout: u32,
-    /// The largest packet that every route into the overlay takes, if one takes less than its device; else 0.
-    pub narrowest_bytes: u32,
+    /// The largest packet that every route to other nodes' pods takes, if one takes less than its device; else 0.
+    pub narrowest_bytes: u16,
+    /// `NODE_…`.
+    pub flags: u16,
 }
 const _: () = assert!(size_of::<NodeConfig>() == 32);
+
+/// The map of ranges that are reached past the tunnel is not empty.
+pub const NODE_NEAR: u16 = 1;
 
 /// Packets to the pod wait in a queue at its device (a bound on its bandwidth): they are not handed to it past that.
 pub const LOCAL_QUEUED: u32 = 1;

@@ -4,6 +4,7 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod connecting;
 pub mod fast;
 pub mod flow;
 pub mod hash;

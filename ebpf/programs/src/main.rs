@@ -3,6 +3,7 @@
 #![no_main]
 
 mod events;
+mod failure;
 mod family;
 mod maps;
 mod pod;

@@ -38,6 +38,8 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::pinne
 pub static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL_PODS, NO_PREALLOC);
 #[map(name = "weft_pods_2")]
 static POD_RANGES: Array<PodRange> = Array::pinned(2, 0);
+#[map(name = "weft_near_2")]
+static NEAR: LpmTrie<Address, u32> = LpmTrie::pinned(sizes::NEAR, NO_PREALLOC);
 /// Not pinned: nothing in it outlives a packet.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -51,7 +53,8 @@ pub struct Work {
     pub entry: FlowValue,
     /// The way of a flow that begins.
     pub route: Route,
-    /// The device that it came in by; the bridge for what a pod's edge sees.
+    /// The device that it came in by; the bridge for what a pod's edge sees, and the overlay for what another node's pods send past
+    /// the tunnel.
     pub came_by: u32,
     /// Whether it is looked at where its pod sends it.
     pub at_pod: bool,
@@ -107,6 +110,15 @@ pub fn config() -> Option<&'static NodeConfig> {
 #[inline(always)]
 pub fn is_pods(address: &Address, is_v6: bool) -> bool {
     POD_RANGES.get(u32::from(is_v6)).is_some_and(|range| range.contains(address))
+}
+
+/// The device of the link by which a pod of another node is reached past the tunnel; 0 for any other address.
+#[inline(always)]
+pub fn near(config: &NodeConfig, address: &Address) -> u32 {
+    if config.flags & NODE_NEAR == 0 {
+        return 0;
+    }
+    NEAR.get(Key::new(128, *address)).copied().unwrap_or(0)
 }
 
 /// Counts a drop.

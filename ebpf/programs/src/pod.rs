@@ -3,14 +3,14 @@
 //! Behind the program of policy on the same hook. What has no short way is the plain one's: bridge, routes, VXLAN device.
 
 use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, bpf_fib_lookup as FibLookup};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_peer, bpf_skb_change_type};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, Family as _, V4, V6};
 
 use crate::family::Family;
-use crate::maps::{Work, config, count, is_pods, work};
+use crate::maps::{Work, config, count, is_pods, near, work};
 use crate::policy;
 use crate::tc::{NOBODYS, TO_POD, TO_STACK, ethertype, ingress_ifindex, raw, serve};
 
@@ -78,21 +78,36 @@ fn read_ends<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
     Some(())
 }
 
-/// Whether a packet comes from the overlay, for a pod of this node that it can be handed to. What may have to be translated back
-/// can not, nor what no pod sent: answers to a node's own address leave past the overlay by the stack, which translates the source of all
-/// that it has not seen the beginning of.
+/// Whether a packet comes from other nodes' pods, for a pod of this node that it can be handed to. What may have to be translated
+/// back can not, nor what no pod sent: answers to a node's own address leave past the overlay by the stack, which translates the source of
+/// all that it has not seen the beginning of.
 #[inline(always)]
 pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
-    match config() {
-        Some(config) if config.overlay_ifindex == work.came_by => {}
-        _ => return false,
-    }
-    read_ends::<F>(ctx, work).is_some()
+    is_from_afar::<F>(ctx, work)
         && is_pods(&work.ends[SOURCE], F::ETHERTYPE == V6::ETHERTYPE)
         && work.find_end(DESTINATION)
         && work.pod.translated[0] == 0
         && work.pod.flags & LOCAL_QUEUED == 0
         && F::hop(ctx).is_some()
+}
+
+/// Whether a packet comes from other nodes' pods: out of the overlay, or over the link by which they are reached past it; then it
+/// counts as the overlay's. If so its ends are read.
+#[inline(never)]
+fn is_from_afar<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
+    let Some(config) = config() else { return false };
+    let overlay = config.overlay_ifindex;
+    if work.came_by == overlay {
+        return read_ends::<F>(ctx, work).is_some();
+    }
+    if overlay == 0 || config.flags & NODE_NEAR == 0 || read_ends::<F>(ctx, work).is_none() {
+        return false;
+    }
+    if near(config, &work.ends[SOURCE]) != work.came_by {
+        return false;
+    }
+    work.came_by = overlay;
+    true
 }
 
 /// Hands a packet to a pod: past the bridge, and past the pod's device, whose program would have asked its policies.
@@ -128,13 +143,13 @@ fn address_to(ctx: &TcContext, pod: &LocalPod) -> Option<()> {
     ctx.store(0, &[mac[0], mac[1], mac[2], a, b, c], 0).ok()
 }
 
-/// Sends a packet to a pod of another node straight into the overlay, if the node's routes lead there: what the stack would do with
-/// it, without the bridge, the hooks of its firewall and a second look at the route.
+/// Sends a packet to a pod of another node straight into the overlay or onto the link, if the node's routes lead there: what the
+/// stack would do with it, without the bridge and the hooks of its firewall.
 #[inline(never)]
 fn depart<F: Family>(ctx: &TcContext, work: &Work) -> i32 {
     let (Some(config), Some(bytes)) = (config(), longest::<F>(ctx, work)) else { return NOBODYS };
     // The kernel's answer to the question below heeds a route's own size for IPv6 only.
-    let too_large = config.narrowest_bytes != 0 && u32::from(bytes) > config.narrowest_bytes;
+    let too_large = config.narrowest_bytes != 0 && bytes > config.narrowest_bytes;
     if config.overlay_ifindex == 0 || too_large {
         return NOBODYS;
     }
@@ -148,11 +163,20 @@ fn depart<F: Family>(ctx: &TcContext, work: &Work) -> i32 {
     let result =
         unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut fib, size_of::<FibLookup>() as i32, 0) };
     // What is too big for the route is the stack's too, which says so to the sender.
-    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) || fib.ifindex != config.overlay_ifindex {
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+        return NOBODYS;
+    }
+    let by_link = fib.ifindex != config.overlay_ifindex;
+    if by_link && fib.ifindex != near(config, &work.ends[DESTINATION]) {
         return NOBODYS;
     }
     if F::hop(ctx).is_none() {
         return NOBODYS;
+    }
+    if by_link {
+        // The kernel has to see that the neighbour is used, or it would never ask whether it is still there.
+        // SAFETY: no parameters are given; the kernel finds the router by the packet's destination.
+        return unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) as i32 };
     }
     if ctx.store(0, &[fib.dmac, fib.smac], 0).is_err() {
         count(DropReason::RewriteFailed);

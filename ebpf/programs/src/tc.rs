@@ -10,13 +10,15 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::connecting::{self, Connecting};
 use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, PodDevices, Route};
 use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
 
 use crate::events;
+use crate::failure;
 use crate::family::{Family, Frame};
-use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, work};
+use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, near, work};
 use crate::pod;
 use crate::policy;
 use crate::reject::{reject, too_big};
@@ -109,7 +111,10 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     };
     match outcome {
         Outcome::Pass => NOBODYS,
-        Outcome::Goes => go::<F>(ctx, work),
+        Outcome::Goes => {
+            watch(&work.packet, &work.entry);
+            go::<F>(ctx, work)
+        }
         Outcome::Begins => {
             let Work { packet, entry, route, came_by, .. } = work;
             match record(&packet.key, route, *came_by, entry) {
@@ -150,6 +155,7 @@ fn told(packet: &Packet, reason: DropReason) -> i32 {
 /// Sends a packet on as what it becomes, if it fits.
 #[inline(always)]
 fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    choose_link(work);
     if let Some(mtu_bytes) = too_big_for(ctx, work.packet.total_bytes, work.entry.ifindex) {
         return too_big::<F>(ctx, &work.packet, mtu_bytes);
     }
@@ -174,6 +180,7 @@ fn egress<F: Family>(ctx: &TcContext) -> i32 {
         return PASS;
     }
     touch(packet, entry);
+    watch(packet, entry);
     translate::<F>(ctx, packet, entry).map_or_else(dropped, |()| PASS)
 }
 
@@ -228,7 +235,10 @@ fn error<F: Family>(ctx: &TcContext, work: &mut Work, came_in: bool) -> i32 {
         return NOBODYS;
     }
     match rewrite_error::<F>(ctx, &work.packet, &work.quoted, &work.entry) {
-        Some(()) if came_in => leave(work),
+        Some(()) if came_in => {
+            choose_link(work);
+            leave(work)
+        }
         Some(()) => TO_STACK,
         None => dropped(DropReason::RewriteFailed),
     }
@@ -287,6 +297,15 @@ fn touch(packet: &Packet, entry: &FlowValue) {
     }
 }
 
+/// Counts what the packet tells of a connection that is watched. (Not where it is judged: the stack is full there.)
+#[inline(always)]
+fn watch(packet: &Packet, entry: &FlowValue) {
+    let came = connecting::judge(entry, packet.flags);
+    if !matches!(came, Connecting::Nothing) {
+        failure::note(packet, entry, came);
+    }
+}
+
 /// Removes both directions of a flow.
 #[inline(always)]
 fn forget(key: &FlowKey, forward: &FlowValue) {
@@ -331,12 +350,19 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     if find_route::<F>(ctx, ifindex, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
     }
+    // Past the tunnel or not, it is a way to pods, and may be the other one by the next packet.
+    if route.ifindex != 0 && route.ifindex == near(config, &backend.address) {
+        route.ifindex = config.overlay_ifindex;
+    }
     route.keeps_source |= pods.keep_source(ifindex, route.ifindex, service.flags);
     if *at_pod && route.ifindex == config.bridge_ifindex {
         let has_edge = LOCAL_PODS.get_ptr(backend.address).is_some();
         route.keeps_source |= flow::keep_source_at_edge(&key.source, &backend.address, has_edge);
     }
     *entry = flow::forward(&backend, (key.source, key.source_port), route.ifindex, known.generation);
+    if key.protocol == TCP && service.flags & SERVICE_WATCHED != 0 {
+        entry.flags |= FLOW_WATCHED;
+    }
     Outcome::Begins
 }
 
@@ -388,6 +414,7 @@ fn record(key: &FlowKey, route: &Route, ifindex: u32, entry: &mut FlowValue) -> 
     entry.last_seen = Kernel.now_seconds();
     let mut reply = flow::reply(key, ifindex, entry.generation);
     reply.last_seen = entry.last_seen;
+    reply.flags |= entry.flags & FLOW_WATCHED;
     // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's. A pod never
     // keeps it: it may use the same port towards the same backend directly, past any table of flows.
     let mut entered = false;
@@ -445,6 +472,18 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
         known.map_err(|_| DropReason::FlowTableFull)?;
     }
     rewrite::<F>(ctx, packet, entry).ok_or(DropReason::RewriteFailed)
+}
+
+/// What goes to other nodes' pods leaves by the overlay, or past it by the link that they are reached by now.
+#[inline(never)]
+fn choose_link(work: &mut Work) {
+    let Some(config) = config() else { return };
+    if work.entry.ifindex == config.overlay_ifindex {
+        let link = near(config, &work.entry.destination);
+        if link != 0 {
+            work.entry.ifindex = link;
+        }
+    }
 }
 
 /// The MTU of the next device, if the packet exceeds it.

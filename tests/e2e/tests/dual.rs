@@ -1,10 +1,15 @@
 //! Clusters of both address families and of IPv6 alone, on two nodes: addresses, pods on one node and across, names, egress.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use weft_tests_e2e::{NEEDS, eventually, image_archive, sleeper};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::netns::ip;
-use weft_tests_harness::require;
+use weft_tests_harness::{require, wait_until};
+
+/// A bound against waiting for ever.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The families of a cluster, and what follows from them.
 struct Families {
@@ -56,7 +61,12 @@ const SIX: Families = Families {
 
 impl Families {
     fn start(&self, test: &str, label: &str) -> anyhow::Result<Option<Cluster>> {
+        self.start_with(test, label, &[])
+    }
+
+    fn start_with(&self, test: &str, label: &str, more: &[&str]) -> anyhow::Result<Option<Cluster>> {
         let flags = ["--nodes", "2", "--cluster-cidr", self.cluster, "--service-cidr", self.services];
+        let flags = [&flags, more].concat();
         if !require(test, NEEDS) {
             return Ok(None);
         }
@@ -121,6 +131,32 @@ fn two_nodes_with_ipv6_first() -> anyhow::Result<()> {
 fn two_nodes_of_ipv6_alone() -> anyhow::Result<()> {
     let Some(mut cluster) = SIX.start("dual::two_nodes_of_ipv6_alone", "six")? else { return Ok(()) };
     all_of(&cluster, &SIX)?;
+    cluster.purge()
+}
+
+/// The nodes of one machine are on one link, which takes pods' packets.
+#[test]
+fn two_nodes_that_find_their_link() -> anyhow::Result<()> {
+    by_link("dual::two_nodes_that_find_their_link", "auto", "1450")
+}
+
+#[test]
+fn two_nodes_that_are_told_of_their_link() -> anyhow::Result<()> {
+    by_link("dual::two_nodes_that_are_told_of_their_link", "native", "1500")
+}
+
+fn by_link(test: &str, routing: &str, mtu: &str) -> anyhow::Result<()> {
+    let Some(mut cluster) = BOTH.start_with(test, "link", &["--routing", routing])? else { return Ok(()) };
+    let mut says = String::new();
+    let waited = wait_until("both ranges of either node by the link", PATIENCE, || {
+        says = String::from_utf8_lossy(&cluster.weft()?.arg("doctor").output()?.stdout).into_owned();
+        let by_link = says.matches("2 ranges of pods on other nodes are reached over their link").count();
+        Ok((by_link == 2 && !says.contains("reached by tunnels")).then_some(()))
+    });
+    waited.with_context(|| format!("the doctor said last:\n{says}"))?;
+    all_of(&cluster, &BOTH)?;
+    let of_pod = cluster.kubectl(&["exec", "client-1", "--", "cat", "/sys/class/net/eth0/mtu"])?;
+    assert_eq!(of_pod.trim(), mtu);
     cluster.purge()
 }
 

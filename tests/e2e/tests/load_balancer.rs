@@ -1,11 +1,12 @@
 //! Services of type LoadBalancer: an address from the pool, answered on the nodes' link, by another node when the first dies.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{AddrParseError, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use weft_tests_e2e::traffic::Clients;
-use weft_tests_e2e::{cluster, eventually, nginx};
+use weft_tests_e2e::{cluster, eventually, image_archive, nginx};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::netns::ip;
 use weft_tests_harness::wait_until;
@@ -27,6 +28,14 @@ spec:
   selector: {app: one}
   ports: [{port: 80}]
 ";
+/// It listens on both families.
+const SERVER: &str = "apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {app: web}}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{name: main, image: \"weft-probe:1\", command: [weft-probe, serve, 80/tcp]}]
+";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[test]
@@ -39,7 +48,7 @@ fn an_address_of_the_pool_answers_and_outlives_its_node() -> anyhow::Result<()> 
     for name in ["web", "one"] {
         cluster.kubectl(&["rollout", "status", &format!("deployment/{name}"), "--timeout=60s"])?;
     }
-    let (web, local) = (address(&cluster, "web")?, address(&cluster, "local")?);
+    let (web, local): (Ipv4Addr, Ipv4Addr) = (address(&cluster, "web")?, address(&cluster, "local")?);
     assert_ne!(web, local);
 
     // Local: the node that answers is the one with the pod.
@@ -65,15 +74,31 @@ fn an_address_of_the_pool_answers_and_outlives_its_node() -> anyhow::Result<()> 
     cluster.purge()
 }
 
-fn address(cluster: &Cluster, service: &str) -> anyhow::Result<Ipv4Addr> {
+/// Of neighbour discovery only that it leads there: how an address moves is the same for both families, and tested without a cluster.
+#[test]
+fn an_address_of_ipv6_answers() -> anyhow::Result<()> {
+    let ranges = ["--cluster-cidr", "fd42::/56", "--service-cidr", "fd43::/112"];
+    let flags = [&["--nodes", "2", "--load-balancer-pool", "fd44::c8/125"], &ranges[..]].concat();
+    let Some(mut cluster) = cluster("load_balancer::ipv6", "lb6", &flags)? else { return Ok(()) };
+    cluster.import(&image_archive("probe")?)?;
+    cluster.apply(SERVER)?;
+    cluster.apply(SERVICES)?;
+    cluster.kubectl(&["wait", "pod/web", "--for=condition=Ready", "--timeout=60s"])?;
+    let web: Ipv6Addr = address(&cluster, "web")?;
+    answers(&cluster, web)?;
+    cluster.purge()
+}
+
+fn address<A: FromStr<Err = AddrParseError>>(cluster: &Cluster, service: &str) -> anyhow::Result<A> {
     let path = "jsonpath={.status.loadBalancer.ingress[0].ip}";
     let text = eventually(cluster, &["get", "service", service, "-o", path], |text| !text.is_empty())?;
     text.parse().with_context(|| format!("{text} is no address"))
 }
 
 /// Waits until a request is answered, by whichever node.
-fn answers(cluster: &Cluster, address: Ipv4Addr) -> anyhow::Result<()> {
+fn answers(cluster: &Cluster, address: impl Into<IpAddr>) -> anyhow::Result<()> {
     // Several: one that is sent to a pod of the dead node waits for an answer that never comes.
+    let address = address.into();
     let clients =
         Clients::start(&cluster.netns, SocketAddr::from((address, 80)), 6, Duration::from_millis(20))?;
     wait_until("the address answers", PATIENCE, || Ok((clients.answered() > 5).then_some(())))

@@ -46,6 +46,7 @@ pub const TARGETS: &[Target] = &[
     target("service_steps", services::steps, 600),
     target("service_objects", services::objects, 2_000),
     target("arp_frame", netlink::arp, 10_000),
+    target("ndp_message", netlink::ndp, 10_000),
     target("netlink_reply", netlink::reply, 5_000),
     target("cni_config", plugin::config, 5_000),
     target("cni_call", plugin::call, 5_000),

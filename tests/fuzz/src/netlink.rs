@@ -7,6 +7,10 @@ pub(crate) fn arp(bytes: &[u8]) {
     fuzz::arp(bytes);
 }
 
+pub(crate) fn ndp(bytes: &[u8]) {
+    fuzz::ndp(bytes);
+}
+
 pub(crate) fn reply(bytes: &[u8]) {
     kernel::route_reply(bytes);
     kernel::netfilter_reply(bytes);

@@ -1,22 +1,22 @@
 //! The load-balancer addresses of all Services that this node is fit to answer for. An address may be several Services'.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use crate::tables::ServiceName;
 
 /// Kept by the change of one Service at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
-    of: HashMap<ServiceName, BTreeSet<Ipv4Addr>>,
+    of: HashMap<ServiceName, BTreeSet<IpAddr>>,
     /// How many Services have an address.
-    users: BTreeMap<Ipv4Addr, usize>,
+    users: BTreeMap<IpAddr, usize>,
     changed: bool,
 }
 
 impl Answers {
     /// Notes what one Service has now.
-    pub(crate) fn note(&mut self, name: &ServiceName, addresses: &BTreeSet<Ipv4Addr>) {
+    pub(crate) fn note(&mut self, name: &ServiceName, addresses: &BTreeSet<IpAddr>) {
         let before = if addresses.is_empty() {
             self.of.remove(name)
         } else if self.of.get(name) == Some(addresses) {
@@ -42,7 +42,7 @@ impl Answers {
     }
 
     /// All addresses, if they have changed since the last call.
-    pub(crate) fn take(&mut self) -> Option<BTreeSet<Ipv4Addr>> {
+    pub(crate) fn take(&mut self) -> Option<BTreeSet<IpAddr>> {
         std::mem::take(&mut self.changed).then(|| self.users.keys().copied().collect())
     }
 }
@@ -54,7 +54,7 @@ mod tests {
     #[test]
     fn an_address_stays_until_its_last_service_goes() {
         let name = |name: &str| ServiceName::new("default", name);
-        let set = |last: &[u8]| last.iter().map(|n| Ipv4Addr::new(10, 44, 0, *n)).collect::<BTreeSet<_>>();
+        let set = |last: &[u8]| last.iter().map(|n| IpAddr::from([10, 44, 0, *n])).collect::<BTreeSet<_>>();
         let mut answers = Answers::default();
         assert_eq!(answers.take(), None);
         answers.note(&name("a"), &set(&[1, 2]));

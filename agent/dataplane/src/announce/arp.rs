@@ -1,5 +1,9 @@
 //! ARP for IPv4 over Ethernet (RFC 826) as bytes.
 
+mod socket;
+
+pub(super) use self::socket::ArpSocket;
+
 use std::net::Ipv4Addr;
 
 use weft_cni_netlink::Mac;
@@ -37,6 +41,14 @@ impl Frame {
     /// "`address` is here" (RFC 5227 §3: an announcement is a request for the sender's own address).
     pub(super) fn announcement(own: Mac, address: Ipv4Addr) -> Self {
         Self::request(own, address, address)
+    }
+
+    /// Whether it says who has an address: a reply, or a request from the address itself (RFC 5227's announcement).
+    pub(super) fn tells(&self) -> bool {
+        match self.operation {
+            Operation::Reply => true,
+            Operation::Request => self.sender == self.target,
+        }
     }
 
     /// As sent to `to`.

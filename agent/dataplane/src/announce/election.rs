@@ -1,7 +1,7 @@
 //! Who answers for an address, from what one node hears. Pure: time and frames come in, actions go out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use weft_cni_netlink::Mac;
@@ -12,7 +12,7 @@ const ASK_EVERY: Duration = Duration::from_millis(250);
 const SILENCE: Duration = Duration::from_millis(1_000);
 /// Nodes wait up to this much longer, each its own time, so that mostly one is first.
 const SPREAD_MILLIS: u64 = 300;
-/// Gratuitous ARP is repeated, since it may be lost (RFC 5227 §1.1 has the same).
+/// Announcements are repeated, since they may be lost (RFC 5227 §1.1 and RFC 4861 §7.2.6 have the same).
 const REPEATS: u8 = 3;
 const REPEAT_EVERY: Duration = Duration::from_millis(250);
 
@@ -20,13 +20,13 @@ const REPEAT_EVERY: Duration = Duration::from_millis(250);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Ask who has the address: its last holder if one is known, else everybody.
-    Ask(Ipv4Addr, Option<Mac>),
+    Ask(IpAddr, Option<Mac>),
     /// Take the address.
-    Take(Ipv4Addr),
+    Take(IpAddr),
     /// Tell everybody on the link that it is here.
-    Announce(Ipv4Addr),
+    Announce(IpAddr),
     /// Let go of it.
-    Give(Ipv4Addr),
+    Give(IpAddr),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,23 +39,24 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Election {
     own: Mac,
-    states: BTreeMap<Ipv4Addr, State>,
+    states: BTreeMap<IpAddr, State>,
 }
 
 impl Election {
     /// `held` are the addresses that are on the node already; the first [`want`](Self::want) decides on them.
-    pub(super) fn new(own: Mac, held: BTreeSet<Ipv4Addr>, now: Instant) -> Self {
+    pub(super) fn new(own: Mac, held: BTreeSet<IpAddr>, now: Instant) -> Self {
         let holding = State::Holding { repeats: 1, next: now };
         Self { own, states: held.into_iter().map(|address| (address, holding)).collect() }
     }
 
     /// This node's hardware address.
-    pub(super) fn own(&self) -> Mac {
+    #[cfg(test)]
+    fn own(&self) -> Mac {
         self.own
     }
 
     /// The addresses that this node is fit to hold have changed.
-    pub(super) fn want(&mut self, wanted: &BTreeSet<Ipv4Addr>, now: Instant) -> Vec<Action> {
+    pub(super) fn want(&mut self, wanted: &BTreeSet<IpAddr>, now: Instant) -> Vec<Action> {
         let gone: Vec<_> = self.states.keys().filter(|a| !wanted.contains(a)).copied().collect();
         let mut actions = Vec::new();
         for address in gone {
@@ -70,7 +71,7 @@ impl Election {
     }
 
     /// A frame says that `mac` has the address.
-    pub(super) fn heard(&mut self, address: Ipv4Addr, mac: Mac, now: Instant) -> Vec<Action> {
+    pub(super) fn heard(&mut self, address: IpAddr, mac: Mac, now: Instant) -> Vec<Action> {
         let own = self.own;
         let Some(state) = self.states.get_mut(&address).filter(|_| mac != own) else { return Vec::new() };
         match state {
@@ -124,8 +125,12 @@ impl Election {
 }
 
 /// A node's own delay for an address: spreads addresses over nodes, and nodes over time.
-fn spread(own: Mac, address: Ipv4Addr) -> Duration {
-    let bytes = own.0.into_iter().chain(address.octets());
+fn spread(own: Mac, address: IpAddr) -> Duration {
+    let octets = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let bytes = own.0.into_iter().chain(octets);
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });
@@ -134,14 +139,16 @@ fn spread(own: Mac, address: Ipv4Addr) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
-    const VIP: Ipv4Addr = Ipv4Addr::new(10, 44, 0, 200);
+    const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 44, 0, 200));
     const STEP: Duration = Duration::from_millis(10);
 
     /// Nodes on one link: a question is answered by whoever holds the address, an announcement is heard by all.
     struct Link {
-        nodes: Vec<(Election, BTreeSet<Ipv4Addr>, bool)>,
+        nodes: Vec<(Election, BTreeSet<IpAddr>, bool)>,
         now: Instant,
     }
 
@@ -153,7 +160,7 @@ mod tests {
             Self { nodes: (0..count).map(node).collect(), now }
         }
 
-        fn want(&mut self, node: usize, wanted: &[Ipv4Addr]) {
+        fn want(&mut self, node: usize, wanted: &[IpAddr]) {
             let wanted = wanted.iter().copied().collect();
             let actions = self.nodes[node].0.want(&wanted, self.now);
             self.act(node, actions);
@@ -255,7 +262,7 @@ mod tests {
     #[test]
     fn what_an_earlier_agent_holds_is_kept_if_it_is_wanted() {
         let now = Instant::now();
-        let other = Ipv4Addr::new(10, 44, 0, 201);
+        let other = IpAddr::from([10, 44, 0, 201]);
         let mut election = Election::new(Mac([2; 6]), BTreeSet::from([VIP, other]), now);
         assert_eq!(election.want(&BTreeSet::from([VIP]), now), [Action::Give(other)]);
         assert_eq!(election.due(now).0, [Action::Announce(VIP)]);

@@ -10,3 +10,10 @@ pub fn arp(bytes: &[u8]) -> bool {
     assert_eq!(bytes[12..FRAME_BYTES], written[12..], "all of the packet is kept");
     true
 }
+
+/// What the socket for neighbour discovery hands over. Whether it says who has an address.
+pub fn ndp(bytes: &[u8]) -> bool {
+    let Some((target, mac)) = super::ndp::read_advertisement(bytes) else { return false };
+    assert_eq!(super::ndp::read_advertisement(&super::ndp::advertisement(mac, target)), Some((target, mac)));
+    true
+}

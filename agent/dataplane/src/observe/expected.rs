@@ -18,6 +18,10 @@ pub struct Expected {
     pub frontends: BTreeMap<FrontendKey, BTreeSet<BackendKeyed>>,
     /// Every endpoint, in a list or not.
     pub backends: BTreeSet<BackendKeyed>,
+    /// Backends that are left out because connections to them failed.
+    pub ejected: BTreeSet<BackendKeyed>,
+    /// Some backends have more places than others.
+    pub weighted: bool,
 }
 
 /// A node, as far as it matters to what it should have.
@@ -29,8 +33,17 @@ pub struct ForNode<'a> {
     pub object: Option<&'a Node>,
     /// Addresses of Services that it answers itself.
     pub node_local: &'a [IpAddr],
+    /// What it has found out of others.
+    pub found: &'a Found,
+}
+
+/// What a node has found out by itself, and leaves out of Services.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
     /// Names of the nodes that don't answer it.
-    pub silent: &'a BTreeSet<String>,
+    pub silent: BTreeSet<String>,
+    /// Backends whose connections failed.
+    pub ejected: BTreeSet<BackendKeyed>,
 }
 
 /// Derives it as the node's own reconciler does.
@@ -41,7 +54,8 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
     if let Some(object) = node.object {
         tables.apply_node(object);
     }
-    tables.set_silent(node.silent.iter().map(String::as_str));
+    tables.set_silent(node.found.silent.iter().map(String::as_str));
+    tables.set_ejected(node.found.ejected.iter().map(|backend| (*backend).into()).collect());
     tables.apply_service(service);
     for slice in slices {
         tables.apply_slice(slice);
@@ -61,7 +75,12 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
         let members = list.into_iter().flatten().filter_map(keyed).collect();
         Some((FrontendKey::try_from(*key).ok()?, members))
     });
-    Expected { frontends: frontends.collect(), backends: found.backends.keys().filter_map(keyed).collect() }
+    Expected {
+        frontends: frontends.collect(),
+        backends: found.backends.keys().filter_map(keyed).collect(),
+        weighted: !found.weights.is_empty(),
+        ejected: found.ejected.iter().filter_map(keyed).collect(),
+    }
 }
 
 impl Expected {

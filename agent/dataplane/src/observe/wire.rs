@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 use weft_ebpf_abi::{
     Address, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SCTP, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
-    SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey, TCP, UDP,
+    SERVICE_HASHED, SERVICE_KEEP_SOURCE, SERVICE_WATCHED, ServiceKey, TCP, UDP,
 };
 
 use super::flows::Seen;
@@ -15,6 +15,7 @@ use super::health::Health;
 use super::listeners::{Listener as ListenerOf, Listening as ListeningOf};
 use super::path::Path;
 use super::probe::Probed;
+use super::tracked::Tracked;
 use crate::why::policy::{PolicyQuery, PolicyVerdict};
 use crate::why::{Query, Trace};
 
@@ -54,8 +55,20 @@ pub enum Request {
     },
     /// What the dataplane stands on.
     Health,
+    /// Flows that the pods' edges remember.
+    Tracked {
+        /// Only those that were used in the last seconds.
+        within_seconds: u32,
+    },
+    /// Which of these pods, by their uids, have a way that no policy on trial is about.
+    NotOnTrial {
+        /// The pods.
+        pods: BTreeSet<String>,
+    },
     /// Which other nodes don't answer this one.
     Silent,
+    /// Which backends' connections failed, of Services that want to know.
+    Ejected,
     /// Flows, from now until the connection ends.
     Flows {
         /// Only what is refused or dropped.
@@ -83,8 +96,14 @@ pub enum Answer {
     Probed(Probed),
     /// To [`Request::Health`].
     Health(Health),
+    /// To [`Request::Tracked`].
+    Tracked(Tracked),
+    /// To [`Request::NotOnTrial`].
+    NotOnTrial(BTreeSet<String>),
     /// To [`Request::Silent`]: their addresses.
     Silent(BTreeSet<IpAddr>),
+    /// To [`Request::Ejected`].
+    Ejected(Vec<Ejected>),
     /// To [`Request::Flows`], again and again.
     Seen(Seen),
 }
@@ -105,7 +124,8 @@ macro_rules! from_answer {
     )*};
 }
 from_answer!(Frontends: Vec<Frontend>, Entries: Entries, Why: Trace, Path: Path, Listening: Listening, Probed: Probed, Health: Health,
-    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>);
+    Policy: PolicyVerdict, Silent: BTreeSet<IpAddr>, Tracked: Tracked,
+    NotOnTrial: BTreeSet<String>, Ejected: Vec<Ejected>);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -280,6 +300,17 @@ pub struct Backend {
     pub slots: u32,
 }
 
+/// A backend that is ejected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ejected {
+    /// Which.
+    #[serde(flatten)]
+    pub key: BackendKeyed,
+    /// Seconds until it is tried again.
+    pub seconds_left: u32,
+}
+
 /// An answer to [`Request::Entries`]; what the maps don't have is not in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -298,6 +329,7 @@ pub fn flag_names(flags: u32) -> Vec<String> {
         (SERVICE_CHECK_SOURCE, "check-source"),
         (SERVICE_HASHED, "hashed"),
         (SERVICE_DROP_EMPTY, "drop-empty"),
+        (SERVICE_WATCHED, "watched"),
     ];
     let set = known.iter().filter(|(bit, _)| flags & bit != 0);
     set.map(|(_, name)| (*name).to_owned()).collect()

@@ -1,8 +1,10 @@
 //! ICMP echo over raw sockets: what a node's kernel answers, whatever becomes of its agent.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
 use tokio::net::UdpSocket;
 
 use crate::sys;
@@ -16,9 +18,26 @@ const HEADER_BYTES: usize = 8;
 /// Room for an IPv4 header with all options, and the answer.
 const BUFFER_BYTES: usize = 128;
 
+/// Headers in front of it, without options.
+const IPV4_BYTES: usize = 20;
+const IPV6_BYTES: usize = 40;
+
+/// Whom to ask, and how the question has to go there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Whom.
+    pub to: IpAddr,
+    /// An address of the node's.
+    pub from: IpAddr,
+    /// The device to leave by.
+    pub device: u32,
+    /// Size of the packet, which nobody may cut.
+    pub packet_bytes: usize,
+}
+
 /// The sockets of both families, as far as the kernel has them.
 #[derive(Debug)]
-pub(super) struct Echo {
+pub(crate) struct Echo {
     v4: Option<UdpSocket>,
     v6: Option<UdpSocket>,
     /// Tells our answers from those to others on the node.
@@ -27,15 +46,33 @@ pub(super) struct Echo {
 }
 
 impl Echo {
-    /// Opens them in the calling thread's network namespace.
-    pub(super) fn open() -> io::Result<Self> {
-        let id = u16::try_from(std::process::id() & 0xffff).unwrap_or(0);
+    /// Opens them in the calling thread's network namespace. All who ask in a process have their own `number`.
+    pub(crate) fn open(number: u16) -> io::Result<Self> {
+        let id = u16::try_from(std::process::id() & 0xffff).unwrap_or(0).wrapping_add(number);
         let v4 = open(false);
         // A kernel without one of the families is no error.
         match (v4, open(true)) {
             (Err(error), Err(_)) => Err(error),
             (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok(), id, sequence: 0 }),
         }
+    }
+
+    /// Asks past the routes' preference. Answers with the number of the question.
+    pub(crate) fn ask_by(&mut self, question: &Question) -> u16 {
+        self.sequence = self.sequence.wrapping_add(1);
+        let (socket, kind) = match question.to {
+            IpAddr::V4(_) => (&self.v4, ECHO_REQUEST_V4),
+            IpAddr::V6(_) => (&self.v6, ECHO_REQUEST_V6),
+        };
+        let Some(socket) = socket else { return self.sequence };
+        // Zeros behind the header leave its checksum as it is.
+        let mut packet = request(kind, self.id, self.sequence).to_vec();
+        let header_bytes = if question.to.is_ipv4() { IPV4_BYTES } else { IPV6_BYTES };
+        packet.resize(question.packet_bytes.saturating_sub(header_bytes).max(HEADER_BYTES), 0);
+        if let Err(error) = send_by(socket, &packet, question) {
+            tracing::debug!(?question, %error, "cannot ask by a link");
+        }
+        self.sequence
     }
 
     /// Asks an address. What the kernel can't send now is a question without an answer.
@@ -52,16 +89,16 @@ impl Echo {
         }
     }
 
-    /// Who has answered meanwhile, without waiting.
-    pub(super) fn try_answer(&self) -> io::Result<Option<IpAddr>> {
+    /// Who has answered meanwhile which question, without waiting.
+    pub(crate) fn try_answer(&self) -> io::Result<Option<(IpAddr, u16)>> {
         for socket in [&self.v4, &self.v6].into_iter().flatten() {
             let mut bytes = [0; BUFFER_BYTES];
             loop {
                 match socket.try_recv_from(&mut bytes) {
                     Ok((count, from)) => {
                         let bytes = bytes.get(..count).unwrap_or_default();
-                        if answers(bytes, from.is_ipv6(), self.id) {
-                            return Ok(Some(from.ip()));
+                        if let Some(sequence) = answers(bytes, from.is_ipv6(), self.id) {
+                            return Ok(Some((from.ip(), sequence)));
                         }
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -75,7 +112,7 @@ impl Echo {
     }
 
     /// Waits until something may have come. Cancel safe.
-    pub(super) async fn ready(&self) -> io::Result<()> {
+    pub(crate) async fn ready(&self) -> io::Result<()> {
         tokio::select! {
             ready = readable(self.v4.as_ref()) => ready,
             ready = readable(self.v6.as_ref()) => ready,
@@ -90,8 +127,40 @@ async fn readable(socket: Option<&UdpSocket>) -> io::Result<()> {
     }
 }
 
+fn send_by(socket: &UdpSocket, packet: &[u8], question: &Question) -> io::Result<()> {
+    let device = question.device;
+    let payload = [io::IoSlice::new(packet)];
+    let to = SockaddrStorage::from(SocketAddr::new(question.to, 0));
+    let fd = socket.as_raw_fd();
+    let send = |message| sendmsg(fd, &payload, &[message], MsgFlags::MSG_DONTWAIT, Some(&to));
+    let sent = match question.from {
+        IpAddr::V4(from) => {
+            let from = libc::in_addr { s_addr: u32::from(from).to_be() };
+            let ipi_ifindex = i32::try_from(device).map_err(io::Error::other)?;
+            send(ControlMessage::Ipv4PacketInfo(&libc::in_pktinfo {
+                ipi_ifindex,
+                ipi_spec_dst: from,
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            }))
+        }
+        // Told of a source, IPv6 would heed the device no more (`ip6_route_output_flags`); the device's route gives the same.
+        IpAddr::V6(_) => {
+            let ipi6_addr = libc::in6_addr { s6_addr: Ipv6Addr::UNSPECIFIED.octets() };
+            send(ControlMessage::Ipv6PacketInfo(&libc::in6_pktinfo { ipi6_addr, ipi6_ifindex: device }))
+        }
+    };
+    sent.map(drop).map_err(io::Error::from)
+}
+
 fn is_of_one_question(error: &io::Error) -> bool {
-    let known = [libc::EHOSTUNREACH, libc::ENETUNREACH, libc::ECONNREFUSED, libc::EHOSTDOWN, libc::ENETDOWN];
+    let known = [
+        libc::EMSGSIZE,
+        libc::EHOSTUNREACH,
+        libc::ENETUNREACH,
+        libc::ECONNREFUSED,
+        libc::EHOSTDOWN,
+        libc::ENETDOWN,
+    ];
     error.raw_os_error().is_some_and(|code| known.contains(&code))
 }
 
@@ -121,15 +190,16 @@ fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap_or(u16::MAX)
 }
 
-/// Whether a packet is an answer to a question of ours. Raw sockets of IPv4 get the IP header too.
-fn answers(bytes: &[u8], v6: bool, id: u16) -> bool {
+/// The number of the question of ours that a packet answers. Raw sockets of IPv4 get the IP header too.
+fn answers(bytes: &[u8], v6: bool, id: u16) -> Option<u16> {
     let (header, kind) = match (v6, bytes.first()) {
         (true, _) => (0, ECHO_REPLY_V6),
         (false, Some(first)) => (usize::from(first & 0x0f) * 4, ECHO_REPLY_V4),
-        (false, None) => return false,
+        (false, None) => return None,
     };
-    let Some(packet) = bytes.get(header..).and_then(|rest| rest.get(..HEADER_BYTES)) else { return false };
-    packet[0] == kind && packet[1] == 0 && packet[4..6] == id.to_be_bytes()
+    let packet = bytes.get(header..).and_then(|rest| rest.get(..HEADER_BYTES))?;
+    let ours = packet[0] == kind && packet[1] == 0 && packet[4..6] == id.to_be_bytes();
+    ours.then(|| u16::from_be_bytes([packet[6], packet[7]]))
 }
 
 #[cfg(test)]
@@ -142,12 +212,12 @@ mod tests {
         assert_eq!(checksum(&packet), 0, "with its checksum in it, a packet sums to nothing");
         let mut answer = vec![0x46; 24];
         answer.extend([ECHO_REPLY_V4, 0, 0, 0, 0xbe, 0xef, 0, 7]);
-        assert!(answers(&answer, false, 0xbeef), "behind a header with options");
-        assert!(!answers(&answer, false, 0xbeee), "somebody else's");
-        assert!(!answers(&answer[..31], false, 0xbeef), "cut short");
-        assert!(!answers(&[], false, 0));
+        assert_eq!(answers(&answer, false, 0xbeef), Some(7), "behind a header with options");
+        assert_eq!(answers(&answer, false, 0xbeee), None, "somebody else's");
+        assert_eq!(answers(&answer[..31], false, 0xbeef), None, "cut short");
+        assert_eq!(answers(&[], false, 0), None);
         answer[24] = 3;
-        assert!(!answers(&answer, false, 0xbeef), "an ICMP error");
-        assert!(answers(&[ECHO_REPLY_V6, 0, 1, 2, 0xbe, 0xef, 0, 7], true, 0xbeef));
+        assert_eq!(answers(&answer, false, 0xbeef), None, "an ICMP error");
+        assert_eq!(answers(&[ECHO_REPLY_V6, 0, 1, 2, 0xbe, 0xef, 0, 7], true, 0xbeef), Some(7));
     }
 }

@@ -27,6 +27,7 @@ pub(super) struct Owned {
 pub(super) struct Facts {
     live: bool,
     left_out: usize,
+    ejected: usize,
     no_local_internal: bool,
     no_local_external: bool,
 }
@@ -64,6 +65,7 @@ impl Owned {
         let facts = Facts {
             live: !desired.frontends.is_empty(),
             left_out: desired.left_out,
+            ejected: desired.ejected.len(),
             no_local_internal: desired.no_local_internal,
             no_local_external: desired.no_local_external,
         };
@@ -82,6 +84,8 @@ pub struct Totals {
     pub services: usize,
     /// Endpoints of theirs that are left out because their node doesn't answer.
     pub left_out: usize,
+    /// Backends of theirs that are left out because connections failed.
+    pub ejected: usize,
     /// Services with internalTrafficPolicy Local that have endpoints, and none on this node.
     pub no_local_internal: usize,
     /// Likewise with externalTrafficPolicy Local.
@@ -94,6 +98,7 @@ impl Totals {
             |total: &mut usize, old: bool, new: bool| *total = *total + usize::from(new) - usize::from(old);
         count(&mut self.services, old.live, new.live);
         self.left_out = self.left_out + new.left_out - old.left_out;
+        self.ejected = self.ejected + new.ejected - old.ejected;
         count(&mut self.no_local_internal, old.no_local_internal, new.no_local_internal);
         count(&mut self.no_local_external, old.no_local_external, new.no_local_external);
     }

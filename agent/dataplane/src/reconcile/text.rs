@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use weft_ebpf_abi::{
     Address, BACKEND_ACTIVE, BackendKey, SCOPE_EXTERNAL, SCTP, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
-    SERVICE_HASHED, SERVICE_KEEP_SOURCE, ServiceKey, SlotKey, SourceKey, TCP, UDP,
+    SERVICE_HASHED, SERVICE_KEEP_SOURCE, SERVICE_WATCHED, ServiceKey, SlotKey, SourceKey, TCP, UDP,
 };
 
 use crate::plan::Ledger;
@@ -47,6 +47,7 @@ fn flags_text(flags: u32) -> String {
         (SERVICE_KEEP_SOURCE, " keeps source"),
         (SERVICE_CHECK_SOURCE, " checks source"),
         (SERVICE_DROP_EMPTY, " drops"),
+        (SERVICE_WATCHED, " watched"),
     ];
     names.iter().filter(|(flag, _)| flags & flag != 0).map(|(_, name)| *name).collect()
 }

@@ -61,7 +61,7 @@ impl Dataplane {
         }
     }
 
-    fn mark(&mut self, changed: Vec<ServiceName>) {
+    pub(super) fn mark(&mut self, changed: Vec<ServiceName>) {
         if !changed.is_empty() {
             self.shared.health.lock().queued(Instant::now());
             self.reconciler.mark(changed);

@@ -16,6 +16,15 @@ const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 pub(super) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 /// Annotation on a Service: `10000-10099/UDP, 7000-7009`.
 const PORT_RANGES_ANNOTATION: &str = "weft.dev/port-ranges";
+/// Annotation on a Service: `true` has endpoints left out whose connections fail.
+const EJECTION_ANNOTATION: &str = "weft.dev/ejection";
+/// Annotation on a Service: how a backend is chosen for clients outside, `maglev` or `random`.
+const CHOICE_ANNOTATION: &str = "weft.dev/backend-choice";
+/// Annotation on an EndpointSlice: the weight of each of its endpoints.
+const WEIGHT_ANNOTATION: &str = "weft.dev/weight";
+/// The weight of endpoints whose slice names none.
+const DEFAULT_WEIGHT: u8 = 1;
+const MOST_WEIGHT: u8 = 100;
 /// Ports in a Service's ranges: each takes as many entries of the maps as a port that is written out.
 const MAX_RANGE_PORTS: usize = 1_024;
 /// Affinity when the Service gives no timeout (the API's default: 3 hours).
@@ -68,6 +77,8 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
     Some(Service {
         sources: sources(spec),
         ranges: port_ranges(object),
+        ejection: ejection(object),
+        hashed: hashed(object),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
         affinity_seconds: affinity_seconds(spec),
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
@@ -121,6 +132,34 @@ fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
     ordered(ranges).into()
 }
 
+/// Sockets choose at random in any case: they have no port yet.
+fn hashed(object: &core::Service) -> bool {
+    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(CHOICE_ANNOTATION));
+    match text.map(String::as_str) {
+        Some("random") => false,
+        None | Some("maglev") => true,
+        Some(other) => {
+            tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
+                value = other, "annotation {CHOICE_ANNOTATION} is neither maglev nor random");
+            true
+        }
+    }
+}
+
+/// Off unless it is wanted: readiness alone decides then, as upstream has it.
+fn ejection(object: &core::Service) -> bool {
+    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(EJECTION_ANNOTATION));
+    match text.map(String::as_str) {
+        Some("true") => true,
+        None | Some("false") => false,
+        Some(other) => {
+            tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
+                value = other, "annotation {EJECTION_ANNOTATION} is neither true nor false");
+            false
+        }
+    }
+}
+
 fn port_range(text: &str) -> Option<PortRange> {
     let (ports, kind) = text.split_once('/').map_or((text, None), |(ports, kind)| (ports, Some(kind)));
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
@@ -165,6 +204,7 @@ pub(super) fn slice(
         let number = u16::try_from(p.port?).ok()?;
         Some((p.name.as_deref().unwrap_or_default().into(), protocol(p.protocol.as_deref())?, number))
     });
+    let weight = weight(object);
     let endpoints = object.endpoints.iter().flatten().filter_map(|e| {
         let uid = e.target_ref.as_ref().and_then(|t| t.uid.as_deref()).unwrap_or("");
         Some(Endpoint {
@@ -174,10 +214,25 @@ pub(super) fn slice(
             node: e.node_name.as_deref().map_or(NodeId::default(), &mut number),
             local: e.node_name.as_deref() == Some(node_name),
             state: endpoint_state(e.conditions.as_ref()),
+            weight,
             hints: e.hints.as_ref().and_then(|hints| trim_hints(hints, node_name)),
         })
     });
     Slice { ports: ports.collect(), endpoints: endpoints.collect() }
+}
+
+/// One that can't be read is that of all others: the endpoints must go on.
+fn weight(object: &discovery::EndpointSlice) -> u8 {
+    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(WEIGHT_ANNOTATION));
+    let Some(text) = text else { return DEFAULT_WEIGHT };
+    match text.parse() {
+        Ok(weight) if (1..=MOST_WEIGHT).contains(&weight) => weight,
+        _ => {
+            tracing::warn!(slice = ?object.metadata.name, namespace = ?object.metadata.namespace, weight = text,
+                "annotation {WEIGHT_ANNOTATION} is no number from 1 to {MOST_WEIGHT}");
+            DEFAULT_WEIGHT
+        }
+    }
 }
 
 /// What is missing means yes for ready and serving, no for terminating (discovery/v1 EndpointConditions).

@@ -21,7 +21,7 @@ use crate::sys;
 const ADDRESS_BITS: u32 = 128;
 
 /// Which way a connection crosses a pod's edge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum PolicyWay {
     /// Out of the pod.

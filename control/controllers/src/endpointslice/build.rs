@@ -5,6 +5,7 @@ use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod, Service, ServicePor
 use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, ForNode, ForZone,
 };
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -50,8 +51,24 @@ impl Ports {
     }
 }
 
-/// The endpoints wanted for one address family, by ports and then by the pod's uid.
-pub(crate) type Wanted = BTreeMap<Ports, BTreeMap<String, Endpoint>>;
+/// Annotation on a pod, and on a slice of such pods: their share of new connections, in proportion to others'.
+pub(crate) const WEIGHT: &str = "weft.dev/weight";
+
+/// What the endpoints of a slice have in common.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Group {
+    pub(crate) ports: Ports,
+    /// As it is written; the nodes read it.
+    pub(crate) weight: Option<String>,
+}
+
+/// The endpoints wanted for one address family, by group and then by the pod's uid.
+pub(crate) type Wanted = BTreeMap<Group, BTreeMap<String, Endpoint>>;
+
+/// The weight of a pod or a slice.
+pub(crate) fn weight(metadata: &ObjectMeta) -> Option<String> {
+    metadata.annotations.as_ref()?.get(WEIGHT).cloned()
+}
 
 /// Whether a pod can be an endpoint at all.
 pub(crate) fn has_endpoint(pod: &Pod, include_terminating: bool) -> bool {
@@ -189,7 +206,8 @@ pub(crate) fn wanted(
             continue;
         }
         let endpoint = endpoint(service, pod, of_node.as_deref(), addresses);
-        wanted.entry(ports).or_default().insert(pod.metadata.uid.clone().unwrap_or_default(), endpoint);
+        let group = Group { ports, weight: weight(&pod.metadata) };
+        wanted.entry(group).or_default().insert(pod.metadata.uid.clone().unwrap_or_default(), endpoint);
     }
     (wanted, node_missing)
 }
@@ -199,7 +217,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::pod::tests::pod;
     use k8s_openapi::api::core::v1::{Container, ContainerPort, ServiceSpec};
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
     pub(crate) fn service(target: IntOrString) -> Service {
         let port = ServicePort {

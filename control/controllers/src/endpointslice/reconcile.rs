@@ -1,6 +1,6 @@
 //! Owns the difference between a Service's slices and its endpoints: as few and as small writes as it takes.
 
-use super::build::{Ports, Wanted, is_headless};
+use super::build::{Group, Ports, WEIGHT, Wanted, is_headless, weight};
 use crate::shared::SERVICE_NAME;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
@@ -45,20 +45,21 @@ pub(crate) fn plan(
     trigger_time: Option<&str>,
 ) -> Plan {
     let mut plan = Plan::default();
-    let mut by_ports: BTreeMap<Ports, Vec<Arc<EndpointSlice>>> = BTreeMap::new();
+    let mut by_group: BTreeMap<Group, Vec<Arc<EndpointSlice>>> = BTreeMap::new();
     for slice in slices {
         let ports = Ports::from_slice(slice.ports.as_deref().unwrap_or_default());
-        by_ports.entry(ports).or_default().push(slice.clone());
+        let group = Group { ports, weight: weight(&slice.metadata) };
+        by_group.entry(group).or_default().push(slice.clone());
     }
     if wanted.is_empty() {
         // Readers tell "no endpoints" from "not reconciled yet" by an empty slice.
-        wanted.insert(Ports(vec![]), BTreeMap::new());
+        wanted.insert(Group { ports: Ports(vec![]), weight: None }, BTreeMap::new());
     }
-    for (ports, endpoints) in wanted {
-        let existing = by_ports.remove(&ports).unwrap_or_default();
-        reconcile_ports(service, family, &ports, (existing, endpoints), &mut plan);
+    for (group, endpoints) in wanted {
+        let existing = by_group.remove(&group).unwrap_or_default();
+        reconcile_group(service, family, &group, (existing, endpoints), &mut plan);
     }
-    plan.delete.extend(by_ports.into_values().flatten());
+    plan.delete.extend(by_group.into_values().flatten());
     for slice in plan.create.iter_mut().chain(&mut plan.update) {
         let annotations = slice.metadata.annotations.get_or_insert_default();
         match trigger_time {
@@ -69,10 +70,10 @@ pub(crate) fn plan(
     plan
 }
 
-fn reconcile_ports(
+fn reconcile_group(
     service: &Service,
     family: &str,
-    ports: &Ports,
+    group: &Group,
     (slices, mut wanted): (Vec<Arc<EndpointSlice>>, BTreeMap<String, Endpoint>),
     plan: &mut Plan,
 ) {
@@ -82,13 +83,13 @@ fn reconcile_ports(
     let nothing_new = left.is_empty();
     while !left.is_empty() {
         let rest = left.split_off(left.len().min(MAX_ENDPOINTS));
-        plan.create.push(new_slice(service, family, ports, std::mem::replace(&mut left, rest)));
+        plan.create.push(new_slice(service, family, group, std::mem::replace(&mut left, rest)));
     }
     // One empty slice may stay (or come) as the placeholder if there is nothing else.
     let all_empty = nothing_new && existing.iter().all(|e| e.endpoints.is_empty());
-    let placeholder = all_empty && ports.0.is_empty();
+    let placeholder = all_empty && group.ports.0.is_empty();
     if placeholder && existing.is_empty() {
-        plan.create.push(new_slice(service, family, ports, vec![]));
+        plan.create.push(new_slice(service, family, group, vec![]));
     }
     for (at, entry) in existing.into_iter().enumerate() {
         let keep_empty = placeholder && at == 0;
@@ -165,12 +166,14 @@ fn new_metadata(service: &Service) -> ObjectMeta {
     }
 }
 
-fn new_slice(service: &Service, family: &str, ports: &Ports, endpoints: Vec<Endpoint>) -> EndpointSlice {
+fn new_slice(service: &Service, family: &str, group: &Group, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    let weight = group.weight.iter().map(|weight| (WEIGHT.to_owned(), weight.clone()));
+    let annotations = group.weight.is_some().then(|| weight.collect());
     EndpointSlice {
         address_type: family.into(),
         endpoints: Some(endpoints),
-        metadata: new_metadata(service),
-        ports: Some(ports.to_slice()),
+        metadata: ObjectMeta { annotations, ..new_metadata(service) },
+        ports: Some(group.ports.to_slice()),
     }
 }
 
@@ -256,6 +259,26 @@ mod tests {
         let slices = carried_out(&slices, &filled, "b");
         let emptied = planned(&slices, &[]);
         assert_eq!(sizes(&carried_out(&slices, &emptied, "c")), [0]);
+    }
+
+    #[test]
+    fn pods_of_another_weight_have_their_own_slice() {
+        let mut all = pods(0..4);
+        let slices = carried_out(&[], &planned(&[], &all), "a");
+        let weigh = |pod: &mut Arc<Pod>, weight: &str| {
+            Arc::make_mut(pod).metadata.annotations = Some([(WEIGHT.to_owned(), weight.to_owned())].into());
+        };
+        weigh(&mut all[3], "10");
+        let plan = planned(&slices, &all);
+        assert_eq!((plan.create.len(), plan.update.len(), plan.delete.len()), (1, 1, 0));
+        assert_eq!(plan.create[0].metadata.annotations.as_ref().unwrap()[WEIGHT], "10");
+        let slices = carried_out(&slices, &plan, "b");
+        assert_eq!(sizes(&slices), [3, 1]);
+        assert!(planned(&slices, &all).is_empty());
+        all.iter_mut().for_each(|pod| weigh(pod, "10"));
+        let plan = planned(&slices, &all);
+        assert_eq!((plan.create.len(), plan.update.len(), plan.delete.len()), (0, 1, 1));
+        assert_eq!(sizes(&carried_out(&slices, &plan, "c")), [4]);
     }
 
     #[test]

@@ -1,5 +1,9 @@
 //! Flags of the commands about the network.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand, ValueEnum};
 
 /// How an answer is written.
@@ -84,6 +88,38 @@ pub(crate) struct FlowsArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Watch the traffic of a namespace's pods, and write NetworkPolicies that allow what was seen
+    Learn(LearnArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LearnArgs {
+    /// The namespace
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) namespace: String,
+    /// How long to watch: 90s, 10m, 2h
+    #[arg(long, default_value = "60s", value_name = "DURATION", value_parser = duration)]
+    pub(crate) duration: Duration,
+    /// Who asks the API [default: the administrator]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+}
+
+/// A number with its unit.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no duration: 90s, 10m or 2h");
+    let (number, seconds) = match text.char_indices().last() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3_600),
+        _ => return Err(wrong()),
+    };
+    let number: u64 = number.parse().ok().filter(|number| *number > 0).ok_or_else(wrong)?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum NetCommand {
     /// Let small pods on every node ask each other over every way that traffic takes, and remove them again
     Check(CheckArgs),
@@ -107,4 +143,20 @@ pub(crate) struct DoctorArgs {
     /// Write JSON
     #[arg(short, long, value_enum)]
     pub(crate) output: Option<Output>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("2h"), Ok(Duration::from_secs(7_200)));
+        assert!(
+            ["", "s", "0s", "5", "1.5m", "99999999999999999999h", "18446744073709551615m"]
+                .iter()
+                .all(|text| duration(text).is_err())
+        );
+    }
 }

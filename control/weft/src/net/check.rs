@@ -178,9 +178,9 @@ impl Checks<'_> {
                 let object = self.nodes.iter().find(|object| object.name_any() == node.name);
                 loop {
                     let slices = self.reach.slices(Some(self.namespace), Some(&name)).await?;
-                    let silent = node.silent(self.nodes)?;
+                    let found_out = node.found(self.nodes)?;
                     let of_node =
-                        ForNode { name: &node.name, object, node_local: &node_local, silent: &silent };
+                        ForNode { name: &node.name, object, node_local: &node_local, found: &found_out };
                     let wanted = expected(of_node, service, &slices);
                     let frontends = wanted.frontends.keys().copied().collect();
                     let found: Entries = node.ask(&Request::Entries { frontends, backends: Vec::new() })?;

@@ -34,15 +34,18 @@ impl Endpoint {
     }
 }
 
-/// The endpoints that a node leaves out because theirs are among the `silent`, and why.
+/// The endpoints that a node leaves out, and why: theirs is among the `silent`, or connections to them failed.
 pub(crate) fn left_out(
     endpoints: &BTreeMap<BackendKeyed, Endpoint>,
     silent: &BTreeSet<String>,
+    ejected: &BTreeSet<BackendKeyed>,
 ) -> BTreeMap<BackendKeyed, String> {
     let usable = endpoints.iter().filter(|(_, e)| e.ready || (e.serving && e.terminating));
     let on_silent =
         usable.filter_map(|(key, e)| Some((key, e.node.as_ref().filter(|n| silent.contains(*n))?)));
-    on_silent.map(|(key, node)| (*key, format!("node {node} doesn't answer"))).collect()
+    let on_silent = on_silent.map(|(key, node)| (*key, format!("node {node} doesn't answer")));
+    let failing = ejected.iter().map(|key| (*key, "connections to it failed".to_owned()));
+    failing.chain(on_silent).collect()
 }
 
 /// The endpoints of slices, by address and port.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
@@ -10,7 +10,8 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
-use weft_agent_dataplane::observe::wire::{FromAnswer, Request};
+use weft_agent_dataplane::observe::expected::Found;
+use weft_agent_dataplane::observe::wire::{Ejected, FromAnswer, Request};
 use weft_agent_dataplane::observe::{Observer, socket};
 
 use crate::cluster::Cluster;
@@ -37,13 +38,17 @@ pub(crate) struct NodeHandle {
 }
 
 impl Reach {
-    /// Finds the cluster of the data directory.
+    /// Finds the cluster of the data directory, and asks its API as the administrator.
     pub(crate) async fn open(paths: &Paths) -> anyhow::Result<Self> {
+        Self::open_as(paths, &paths.admin_kubeconfig()).await
+    }
+
+    /// Finds the cluster of the data directory, and asks its API with a kubeconfig.
+    pub(crate) async fn open_as(paths: &Paths, path: &Path) -> anyhow::Result<Self> {
         let cluster = Cluster::read(&paths.cluster_file())?.with_context(|| {
             format!("there is no cluster in {}; start one with `weft up`", paths.data.display())
         })?;
-        let path = paths.admin_kubeconfig();
-        let file = kube::config::Kubeconfig::read_from(&path)
+        let file = kube::config::Kubeconfig::read_from(path)
             .with_context(|| format!("cannot use {}", path.display()))?;
         let options = kube::config::KubeConfigOptions::default();
         let config = kube::Config::from_custom_kubeconfig(file, &options).await?;
@@ -156,6 +161,13 @@ impl NodeHandle {
     pub(crate) async fn watch(&self, drops_only: bool) -> anyhow::Result<socket::Watch> {
         let watch = socket::Watch::open(&self.socket, &self.observer, drops_only).await;
         watch.with_context(|| format!("node {}", self.name))
+    }
+
+    /// What it has found out by itself, and leaves out of Services.
+    pub(crate) fn found(&self, nodes: &[Node]) -> anyhow::Result<Found> {
+        let ejected: Vec<Ejected> = self.ask(&Request::Ejected)?;
+        let ejected = ejected.into_iter().map(|one| one.key).collect();
+        Ok(Found { silent: self.silent(nodes)?, ejected })
     }
 
     /// Names of the other nodes that don't answer it: their endpoints are left out there.

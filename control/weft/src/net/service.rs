@@ -2,14 +2,14 @@
 
 mod one;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::ResourceExt as _;
 use serde::Serialize;
-use weft_agent_dataplane::observe::expected::{Expected, ForNode, expected};
+use weft_agent_dataplane::observe::expected::{Expected, ForNode, Found, expected};
 use weft_agent_dataplane::observe::wire::{Frontend, FrontendKey, Request};
 
 use super::args::ListArgs;
@@ -43,10 +43,10 @@ struct Listed {
 /// What the nodes have; one that could not be asked has an error instead.
 type Held = BTreeMap<String, Result<OfNode, String>>;
 
-/// What a node has, by address and port, and which others don't answer it.
+/// What a node has, by address and port, and what it has found out of others.
 struct OfNode {
     frontends: HashMap<FrontendKey, Frontend>,
-    silent: BTreeSet<String>,
+    found: Found,
 }
 
 /// `weft service list`.
@@ -89,7 +89,7 @@ fn held(node: &super::reach::NodeHandle, nodes: &[Node]) -> Result<OfNode, Strin
     let failed = |error: anyhow::Error| format!("{error:#}");
     let frontends: Vec<Frontend> = node.ask(&Request::Frontends).map_err(failed)?;
     let frontends = frontends.into_iter().map(|frontend| (frontend.key, frontend)).collect();
-    Ok(OfNode { frontends, silent: node.silent(nodes).map_err(failed)? })
+    Ok(OfNode { frontends, found: node.found(nodes).map_err(failed)? })
 }
 
 fn listed(
@@ -103,11 +103,11 @@ fn listed(
     let node_local = reach.node_local();
     let (mut programmed, mut behind) = (Vec::new(), BTreeMap::new());
     let mut in_kernel = false;
-    let nobody = BTreeSet::new();
+    let nothing = Found::default();
     for (node, held) in held {
         let object = nodes.iter().find(|object| object.name_any() == *node);
-        let silent = held.as_ref().map_or(&nobody, |held| &held.silent);
-        let of_node = ForNode { name: node, object, node_local: &node_local, silent };
+        let found = held.as_ref().map_or(&nothing, |held| &held.found);
+        let of_node = ForNode { name: node, object, node_local: &node_local, found };
         let wanted = expected(of_node, service, slices);
         if wanted.frontends.is_empty() {
             continue;
@@ -145,8 +145,8 @@ fn listed(
 fn shortfall(wanted: &Expected, frontends: &HashMap<FrontendKey, Frontend>) -> Option<String> {
     wanted.frontends.iter().find_map(|(key, members)| {
         let Some(found) = frontends.get(key) else { return Some(format!("{key} is missing")) };
-        // A hashed list has many places for each backend.
-        let hashed = found.flags.iter().any(|flag| flag == "hashed");
+        // A table has many places for each backend.
+        let hashed = wanted.weighted || found.flags.iter().any(|flag| flag == "hashed");
         let fits = if hashed {
             (found.count > 0) != members.is_empty()
         } else {

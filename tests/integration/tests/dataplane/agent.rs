@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use weft_agent_dataplane::overlay::Routing;
 use weft_agent_dataplane::report::Report;
 use weft_agent_dataplane::{Config, PodNetwork, ProxyConfig, cleanup, run};
 use weft_tests_harness::{artifact, require};
@@ -117,6 +118,7 @@ pub(crate) fn config(place: &Place) -> Config {
         proxy: ProxyConfig::default(),
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Own,
+        routing: Routing::Tunnel,
         reports: None,
     }
 }

@@ -14,7 +14,7 @@ use nix::sys::socket::{
 use weft_agent_dataplane::node;
 use weft_agent_dataplane::policy::edges::Edges;
 use weft_ebpf_abi::policy::{POLICY_INGRESS, PolicyPod};
-use weft_ebpf_abi::{Address, NodeConfig, names};
+use weft_ebpf_abi::{Address, names};
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 use zerocopy::IntoBytes as _;
@@ -35,11 +35,11 @@ const MANY: u64 = 200;
 const BODY_BYTES: usize = 4 << 20;
 
 /// The programs of one node, with one pod.
-struct Side {
-    running: Running,
+pub(crate) struct Side {
+    pub(crate) running: Running,
     edges: Edges,
     pins: PathBuf,
-    cgroup: PathBuf,
+    pub(crate) cgroup: PathBuf,
     _folder: tempfile::TempDir,
 }
 
@@ -49,7 +49,7 @@ fn pods(number: u8) -> [IpAddr; 2] {
 }
 
 impl Side {
-    fn start(netns: &Netns) -> Self {
+    pub(crate) fn start(netns: &Netns) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let pins = folder.path().join("bpf");
         node::ensure_bpffs(&pins).unwrap();
@@ -59,7 +59,7 @@ impl Side {
         Self { running, edges, pins, cgroup, _folder: folder }
     }
 
-    fn publish(&mut self, netns: &Netns, pod: [IpAddr; 2], host_ports: &[IpAddr]) {
+    pub(crate) fn publish(&mut self, netns: &Netns, pod: [IpAddr; 2], host_ports: &[IpAddr]) {
         let host_ports: BTreeSet<Address> = host_ports.iter().copied().map(Address::from).collect();
         within(netns, || {
             self.edges.refresh(&pod.map(Address::from)).unwrap();
@@ -88,7 +88,7 @@ fn reaches(to: SocketAddr, hops: u8) -> bool {
 }
 
 /// A body there, and the same body back.
-fn echo(from: &Netns, at: &Netns, address: IpAddr) {
+pub(crate) fn echo(from: &Netns, at: &Netns, address: IpAddr) {
     let listener = within(at, || TcpListener::bind((address, 0)).unwrap());
     let to = listener.local_addr().unwrap();
     let server = std::thread::spawn(move || {
@@ -270,12 +270,12 @@ fn the_short_way_knows_a_narrow_one() {
     sides[1].publish(&netns[1], pods(2), &[]);
     let narrow = ["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "1400"];
     repair(&mut overlay_of_first, &netns[0], "a narrow way", || ip(&narrow).unwrap());
-    let narrowest_bytes = overlay_of_first.narrowest_bytes();
-    assert_eq!(narrowest_bytes, 1_350);
     within(&netns[0], || {
         let devices = node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap();
         let identity = place::identity(&devices, &sides[0].cgroup).unwrap();
-        sides[0].running.programs.configure(NodeConfig { narrowest_bytes, ..identity }).unwrap();
+        let identity = overlay_of_first.describe(identity);
+        assert_eq!(identity.narrowest_bytes, 1_350);
+        sides[0].running.programs.configure(identity).unwrap();
     });
     bodies_get_through_a_narrow_way(&there);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use serde_json::json;
 use weft_agent_dataplane::node;
-use weft_agent_dataplane::overlay::Overlay;
+use weft_agent_dataplane::overlay::{Overlay, Routing};
 use weft_cni_netlink::Netlink;
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
@@ -27,7 +27,7 @@ fn node_object(name: &str, number: u8, underlay: &str) -> serde_json::Value {
 
 pub(crate) fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&str, u8)]) -> Overlay {
     let address: IpAddr = format!("{underlay}{number}").parse().unwrap();
-    let mut overlay = Overlay::new(format!("node-{number}"), address);
+    let mut overlay = Overlay::new(format!("node-{number}"), address, Routing::Tunnel);
     for (name, n) in nodes {
         overlay.apply_node(&serde_json::from_value(node_object(name, *n, underlay)).unwrap());
     }
@@ -171,7 +171,7 @@ fn what_others_take_away_is_put_back() {
         "route replace 10.42.2.0/24 dev lo",
         "-6 route del fd42:0:0:2::/64",
         "neigh del 10.42.2.0 dev weft.vx",
-        "neigh replace fd42:0:0:2:: lladdr 02:00:00:00:00:99 dev weft.vx nud permanent",
+        "neigh replace fe80::77:c0ff:fea8:4f02 lladdr 02:00:00:00:00:99 dev weft.vx nud permanent",
         "link set weft.vx down",
         "link del weft.vx",
     ] {
@@ -204,6 +204,27 @@ fn a_narrow_way_to_a_peer_is_found() {
     let narrow = ["-n", netns[0].name(), "route", "add", "192.168.79.2/32", "dev", "up0", "mtu", "1400"];
     repair(&mut first, &netns[0], "a narrow way", || ip(&narrow).unwrap());
     bodies_get_through_a_narrow_way(&pods);
+}
+
+#[test]
+fn a_link_that_becomes_narrow_is_followed() {
+    if !require("dataplane::overlay_link_mtu", &["root", "ip"]) {
+        return;
+    }
+    let (netns, pods) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let mut first = overlay(1, (&netns[0], "192.168.79."), &both);
+    let _second = overlay(2, (&netns[1], "192.168.79."), &both);
+    let narrow = ["-n", netns[0].name(), "link", "set", "up0", "mtu", "1400"];
+    repair(&mut first, &netns[0], "a narrow link", || ip(&narrow).unwrap());
+    bodies_get_through_a_narrow_way(&pods);
+    let wide = ["-n", netns[0].name(), "link", "set", "up0", "mtu", "1500"];
+    repair(&mut first, &netns[0], "a wide link", || ip(&wide).unwrap());
+    let mtu = |address: &str| {
+        let route = within(&netns[0], || Netlink::open().unwrap().route_to(address.parse().unwrap()));
+        route.unwrap().unwrap().mtu_bytes
+    };
+    assert_eq!(["10.42.2.2", "fd42:0:0:2::2"].map(mtu), [None; 2]);
 }
 
 /// And the pod's kernel was told what fits.

@@ -72,12 +72,21 @@ fn take_in(place: &Place, edges: &mut Edges, addresses: &[IpAddr]) {
 
 /// Packets that a device has sent.
 pub(crate) fn sent(netns: &Netns, device: &str) -> u64 {
+    packets(netns, device, "tx")
+}
+
+/// Packets that a device of a namespace has received.
+pub(crate) fn received(netns: &Netns, device: &str) -> u64 {
+    packets(netns, device, "rx")
+}
+
+fn packets(netns: &Netns, device: &str, direction: &str) -> u64 {
     let output = std::process::Command::new("ip")
         .args(["-j", "-s", "-n", netns.name(), "link", "show", "dev", device])
         .output()
         .unwrap();
     let links: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    links[0]["stats64"]["tx"]["packets"].as_u64().unwrap()
+    links[0]["stats64"][direction]["packets"].as_u64().unwrap()
 }
 
 #[test]

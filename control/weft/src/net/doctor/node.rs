@@ -18,6 +18,8 @@ use crate::net::why::addresses;
 const KERNEL: (u32, u32) = (6, 6);
 /// Of a map that refuses what is too much, this part full is to be looked at.
 const FULL_PERCENT: usize = 80;
+/// What tunnels over IPv4 and over IPv6 add to a packet.
+const OVERHEADS_BYTES: [u32; 2] = [50, 70];
 /// First port that translated packets leave the node with.
 const NAT_PORTS_FROM: u32 = 61_000;
 
@@ -145,6 +147,12 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
         Some(overlay) if !overlay.running => {
             findings.push(Finding::fail("devices", format!("{OVERLAY} carries no packets"), "set it up"));
         }
+        // Pods of nodes that route natively: what is too large for a tunnel is told by the routes.
+        Some(overlay) if OVERHEADS_BYTES.contains(&bridge.mtu_bytes.saturating_sub(overlay.mtu_bytes)) => {
+            let (pods, tunnels) = (bridge.mtu_bytes, overlay.mtu_bytes);
+            let says = format!("pods send packets of {pods} bytes, of {tunnels} by tunnels");
+            findings.push(Finding::ok("mtu", says));
+        }
         Some(overlay) if overlay.mtu_bytes < bridge.mtu_bytes => {
             let says = format!(
                 "{BRIDGE} takes packets of {} bytes, and {OVERLAY} only {}",
@@ -167,7 +175,7 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
 /// Whether the node's routes lead to the pods of every other node, through the tunnel to that node.
 pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let mut good = 0;
+    let (mut by_tunnel, mut by_link) = (0, 0);
     for peer in all.iter().filter(|peer| peer.name_any() != node.name) {
         let name = peer.name_any();
         let listed =
@@ -178,7 +186,8 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
         for range in ranges {
             match node.ask::<Path>(&Request::Path { to: second(range) }) {
                 Ok(path) => match toward(&path, peer, range) {
-                    None => good += 1,
+                    None if path.tunnel.is_some() => by_tunnel += 1,
+                    None => by_link += 1,
                     Some(says) => {
                         let advice =
                             "start the node's agent again: it puts routes, neighbours and forwarding entries";
@@ -204,11 +213,11 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
         }
         Err(error) => findings.push(Finding::fail("nodes", format!("{error:#}"), "start the node's agent")),
     }
-    if good > 0 {
-        findings.push(Finding::ok(
-            "overlay",
-            format!("{good} ranges of pods on other nodes are reached by tunnels"),
-        ));
+    for (good, way) in [(by_tunnel, "by tunnels"), (by_link, "over their link")] {
+        if good > 0 {
+            let says = format!("{good} ranges of pods on other nodes are reached {way}");
+            findings.push(Finding::ok("overlay", says));
+        }
     }
     findings
 }
@@ -228,6 +237,9 @@ fn toward(path: &Path, peer: &Node, range: IpNetwork) -> Option<String> {
     }
     if let Some(missing) = &path.missing {
         return Some(missing.clone());
+    }
+    if path.gateway.is_some_and(|gateway| addresses(peer).contains(&gateway)) {
+        return None;
     }
     let Some(tunnel) = path.tunnel else {
         let device = path.device.as_deref().unwrap_or("?");
@@ -290,7 +302,8 @@ mod tests {
         assert_eq!(wrong(|h| h.configured = false), [(Level::Fail, "bpffs")]);
         assert_eq!(wrong(|h| h.hooks[0].missing = Some("gone".to_owned())), [(Level::Fail, "hooks")]);
         assert_eq!(wrong(|h| h.maps[0].entries = 81), [(Level::Warn, "maps")]);
-        assert_eq!(wrong(|h| h.devices[1].mtu_bytes = 1400), [(Level::Warn, "mtu")]);
+        assert_eq!(wrong(|h| h.devices[1].mtu_bytes = 1399), [(Level::Warn, "mtu")]);
+        assert_eq!(wrong(|h| h.devices[0].mtu_bytes = 1500), [], "a node that routes natively");
         assert_eq!(wrong(|h| h.devices.clear()), [(Level::Fail, "devices")]);
         let set = |name: &'static str, value: &'static str| {
             move |h: &mut Health| drop(h.sysctls.insert(name.to_owned(), value.to_owned()))

@@ -74,10 +74,10 @@ pub(crate) async fn show(reach: &Reach, args: &ShowArgs) -> anyhow::Result<Said>
     let mut nodes = BTreeMap::new();
     for node in &reach.nodes {
         let of_api = api_nodes.iter().find(|known| known.name_any() == node.name);
-        let silent = node.silent(&api_nodes)?;
-        let of_node = ForNode { name: &node.name, object: of_api, node_local: &node_local, silent: &silent };
+        let found = node.found(&api_nodes)?;
+        let of_node = ForNode { name: &node.name, object: of_api, node_local: &node_local, found: &found };
         let wanted = expected(of_node, &object, &slices);
-        let left_out = endpoints::left_out(&endpoints, &silent).into_iter();
+        let left_out = endpoints::left_out(&endpoints, &found.silent, &wanted.ejected).into_iter();
         let left_out = left_out.map(|(key, reason)| LeftOut { key, reason }).collect();
         nodes.insert(node.name.clone(), OnNode { left_out, ..on_node(node, &wanted) });
     }

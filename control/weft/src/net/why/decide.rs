@@ -1,5 +1,6 @@
 //! What a node decides about an address: the programs' own answer, explained by the API's objects.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Service, ServicePort};
@@ -55,8 +56,8 @@ impl Why<'_> {
     /// What a node should have of a Service.
     fn expected(&self, node: &NodeHandle, known: &Known) -> anyhow::Result<Expected> {
         let object = self.nodes.iter().find(|object| object.name_any() == node.name);
-        let (node_local, silent) = (self.reach.node_local(), node.silent(&self.nodes)?);
-        let of_node = ForNode { name: &node.name, object, node_local: &node_local, silent: &silent };
+        let (node_local, found) = (self.reach.node_local(), node.found(&self.nodes)?);
+        let of_node = ForNode { name: &node.name, object, node_local: &node_local, found: &found };
         Ok(expected(of_node, &known.object, &known.slices))
     }
 
@@ -254,7 +255,8 @@ impl Why<'_> {
             let says = format!("the node lags behind the API: {says}");
             self.report.push(Step::note("service", says).on(&attempt.node.name));
         }
-        for (key, reason) in endpoints::left_out(&known.endpoints, &attempt.node.silent(&self.nodes)?) {
+        let silent = attempt.node.silent(&self.nodes)?;
+        for (key, reason) in endpoints::left_out(&known.endpoints, &silent, &wanted.ejected) {
             let says = format!("{key} is left out: {reason}");
             self.report.push(Step::note("backend", says).on(&attempt.node.name));
         }
@@ -329,14 +331,16 @@ impl Why<'_> {
         let ready = |of: Option<&str>| {
             known.endpoints.values().filter(|e| e.ready && (of.is_none() || e.node.as_deref() == of)).count()
         };
-        let left_out = endpoints::left_out(&known.endpoints, &attempt.node.silent(&self.nodes)?).len();
+        // Those whose connections fail never empty a list.
+        let silent = attempt.node.silent(&self.nodes)?;
+        let left_out = endpoints::left_out(&known.endpoints, &silent, &BTreeSet::new()).len();
         let step = if left_out > 0 && left_out >= ready(None) {
             let says = "all endpoints that are ready are on nodes that don't answer this one";
             Step::fail("backend", says).by(known.object_name())
         } else if ready(None) > 0 && ready(Some(node)) == 0 {
             let policy =
                 if self.hook() == Hook::Edge { "externalTrafficPolicy" } else { "internalTrafficPolicy" };
-            let elsewhere: std::collections::BTreeSet<&str> =
+            let elsewhere: BTreeSet<&str> =
                 known.endpoints.values().filter(|e| e.ready).filter_map(|e| e.node.as_deref()).collect();
             let elsewhere = elsewhere.into_iter().collect::<Vec<_>>().join(", ");
             let says =

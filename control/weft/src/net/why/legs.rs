@@ -109,7 +109,7 @@ impl Why<'_> {
     /// What is to be said of a tunnel, or that it leads to another node than it should.
     fn tunnel(&self, path: &Path, to: &Destination) -> Result<String, String> {
         let Some(tunnel) = path.tunnel else {
-            return Ok(path.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default());
+            return Ok(path.gateway.map(|gateway| self.router(gateway)).unwrap_or_default());
         };
         let at = super::ends::node_at(&self.nodes, tunnel);
         match (&to.node, &at) {
@@ -120,6 +120,14 @@ impl Why<'_> {
             (_, None) => {
                 Err(format!("the overlay takes {} to {tunnel}, which is no node's address", to.describe()))
             }
+        }
+    }
+
+    /// A node on the same link is a router to its pods.
+    fn router(&self, gateway: IpAddr) -> String {
+        match super::ends::node_at(&self.nodes, gateway) {
+            Some(node) => format!(", over the link to {node} ({gateway})"),
+            None => format!(" via {gateway}"),
         }
     }
 
@@ -164,6 +172,7 @@ impl Why<'_> {
             let at = super::ends::node_at(&self.nodes, tunnel).unwrap_or_else(|| "no known node".to_owned());
             format!(", through the tunnel to {at} ({tunnel})")
         });
+        let over = tunnel.or_else(|| path.gateway.map(|gateway| self.router(gateway)));
         let step = match (path.way, &path.missing) {
             (Way::None, _) => fail(format!("no route for the answer to {}", path.to)),
             (_, Some(missing)) => {
@@ -175,7 +184,7 @@ impl Why<'_> {
             (Way::Local, None) => Step::ok("return", format!("the answer to {} stays on the node", path.to)),
             (Way::Device, None) => Step::ok(
                 "return",
-                format!("the answer to {} by {device}{}", path.to, tunnel.unwrap_or_default()),
+                format!("the answer to {} by {device}{}", path.to, over.unwrap_or_default()),
             ),
         };
         let works = step.verdict != super::report::Verdict::Fail;

@@ -7,20 +7,20 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use weft_cni_netlink::Mac;
 
-use super::arp::{BROADCAST, FRAME_BYTES, Frame};
+use super::{BROADCAST, FRAME_BYTES, Frame};
 use crate::sys;
 
 /// Frames taken in at once before others get their turn.
 const BUFFER_BYTES: usize = 128;
 
 #[derive(Debug)]
-pub(super) struct ArpSocket {
+pub(in super::super) struct ArpSocket {
     socket: AsyncFd<OwnedFd>,
 }
 
 impl ArpSocket {
     /// Opens it in the calling thread's network namespace, for the device of this index.
-    pub(super) fn open(index: u32) -> io::Result<Self> {
+    pub(in super::super) fn open(index: u32) -> io::Result<Self> {
         let interest = Interest::READABLE | Interest::WRITABLE;
         // SAFETY: an OwnedFd owns its descriptor for as long as the AsyncFd owns it.
         let registered = unsafe { AsyncFd::register_with_interest(sys::arp_socket(index)?, interest) };
@@ -29,7 +29,7 @@ impl ArpSocket {
     }
 
     /// Sends to one, or to all.
-    pub(super) async fn send(&self, frame: &Frame, to: Option<Mac>) -> io::Result<()> {
+    pub(in super::super) async fn send(&self, frame: &Frame, to: Option<Mac>) -> io::Result<()> {
         let bytes = frame.encode(to.unwrap_or(BROADCAST));
         let write = |socket: &OwnedFd| nix::unistd::write(socket, &bytes).map_err(io::Error::from);
         let sent = self.socket.async_io(Interest::WRITABLE, write).await?;
@@ -37,10 +37,10 @@ impl ArpSocket {
     }
 
     /// The next frame; `None` for one that says nothing about who has an address. Cancel safe.
-    pub(super) async fn receive(&self) -> io::Result<Option<Frame>> {
+    pub(in super::super) async fn receive(&self) -> io::Result<Option<Frame>> {
         let mut bytes = [0; BUFFER_BYTES];
         let read = |socket: &OwnedFd| nix::unistd::read(socket, &mut bytes).map_err(io::Error::from);
         let count = self.socket.async_io(Interest::READABLE, read).await?;
-        Ok(Frame::decode(bytes.get(..count).unwrap_or_default()).filter(super::tells))
+        Ok(Frame::decode(bytes.get(..count).unwrap_or_default()).filter(Frame::tells))
     }
 }

@@ -1,0 +1,233 @@
+//! Backends whose connections fail: what the kernel counts, and that they take no connections until they are tried again.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use serde_json::json;
+use weft_agent_dataplane::ejection::{Ejections, FIRST_SECONDS, Turn};
+use weft_agent_dataplane::node;
+use weft_agent_dataplane::observe::Observer;
+use weft_agent_dataplane::observe::wire::{Answer, Request};
+use weft_ebpf_abi::{BackendKey, FAILURES_IN_A_ROW, Port, TCP};
+use weft_tests_harness::netns::{Netns, ip};
+use weft_tests_harness::{require, wait_until};
+
+use crate::NEEDS;
+use crate::place::{NODE, POD, Place, Running, SOON, serve, vip, within};
+
+/// A second address of the pod, at which nobody listens.
+const REFUSING: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 3);
+/// Nobody has it.
+const DUMB: Ipv4Addr = Ipv4Addr::new(10, 42, 0, 9);
+const NODE_PORT: u16 = 30_044;
+/// So many connections reach both of two backends, but for one chance in 10^18.
+const MANY: u32 = 60;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The dataplane with its agent's part in ejection, whose clock the test moves.
+struct Watching {
+    running: Running,
+    ejections: Ejections,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Watching {
+    fn start(place: &Place, now: u32) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut running = place.start().unwrap();
+        let ejections = {
+            let _within = runtime.enter();
+            Ejections::adopt(&running.programs, now).unwrap()
+        };
+        running.reconciler.tables.set_ejected(ejections.ejected());
+        Self { running, ejections, _runtime: runtime }
+    }
+
+    /// Enters a Service with these endpoints, all at the port of the first.
+    fn publish(&mut self, last: u8, endpoints: &[Ipv4Addr], port: u16, annotation: &str) {
+        let name = format!("s{last}");
+        self.running
+            .apply(json!({"metadata": {"namespace": "default", "name": name, "annotations": {"weft.dev/ejection": annotation}},
+                "spec": {"type": "NodePort", "clusterIP": format!("10.43.0.{last}"),
+                    "ports": [{"port": 80, "nodePort": NODE_PORT, "protocol": "TCP"}]}}))
+            .unwrap();
+        let endpoints: Vec<_> = endpoints.iter().map(|ip| json!({"addresses": [ip]})).collect();
+        self.running
+            .apply(json!({"addressType": "IPv4", "endpoints": endpoints, "ports": [{"name": "", "port": port, "protocol": "TCP"}],
+                "metadata": {"namespace": "default", "name": name, "labels": {"kubernetes.io/service-name": name}}}))
+            .unwrap();
+        if let Some(wanted) = self.running.reconciler.take_watched() {
+            self.ejections.watch(&wanted);
+            let cgroup2 = node::cgroup2_mount().unwrap();
+            self.running.programs.watch_sockets(&cgroup2, self.ejections.is_watching()).unwrap();
+        }
+    }
+
+    /// Does at this second what the agent does when it is woken.
+    fn take(&mut self, now: u32) -> Vec<Turn> {
+        let turns = self.ejections.take(now);
+        let changed = self.running.reconciler.tables.set_ejected(self.ejections.ejected());
+        self.running.reconciler.mark(changed);
+        self.running.sync().unwrap();
+        turns
+    }
+}
+
+fn place(label: &str) -> (Place, u16) {
+    let place = Place::new(label).unwrap();
+    ip(&["-n", place.pod.name(), "addr", "add", &format!("{REFUSING}/24"), "dev", "eth0"]).unwrap();
+    let port = serve(&place.pod, POD, "pod").port();
+    (place, port)
+}
+
+fn key(address: Ipv4Addr, port: u16) -> BackendKey {
+    BackendKey { address: std::net::IpAddr::V4(address).into(), port: Port::new(port), protocol: TCP, pad: 0 }
+}
+
+fn ejected(address: Ipv4Addr, port: u16, seconds: u32) -> Turn {
+    Turn { backend: key(address, port), seconds: Some(seconds) }
+}
+
+fn back(address: Ipv4Addr, port: u16) -> Turn {
+    Turn { backend: key(address, port), seconds: None }
+}
+
+/// Connects from a namespace until so many connections were refused; others must succeed.
+fn refused(from: &Netns, to: SocketAddr, count: u32) {
+    let mut refused = 0;
+    within(from, || {
+        for _ in 0..count * MANY {
+            match TcpStream::connect_timeout(&to, SOON) {
+                Ok(_) => {}
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
+                    refused += 1;
+                }
+            }
+            if refused == count {
+                return;
+            }
+        }
+        panic!("{refused} of {count} connections were refused");
+    });
+}
+
+fn all_succeed(from: &Netns, to: SocketAddr) {
+    within(from, || {
+        for n in 0..MANY {
+            TcpStream::connect_timeout(&to, SOON).unwrap_or_else(|error| panic!("connection {n}: {error}"));
+        }
+    });
+}
+
+/// Ways to the Service: a socket of the node's, and packets of a client outside.
+fn ways(place: &Place) -> [(&Netns, SocketAddr); 2] {
+    [(&place.node, vip(44)), (&place.client, SocketAddr::from((NODE, NODE_PORT)))]
+}
+
+#[test]
+fn a_backend_that_refuses_is_left_out_and_tried_again() {
+    if !require("dataplane::ejection-refused", &NEEDS) {
+        return;
+    }
+    let (place, port) = place("ej");
+    for (from, to) in ways(&place) {
+        let mut node = Watching::start(&place, 1_000);
+        // Fewer do nothing, nor do those of a Service that has not asked for it.
+        node.publish(44, &[POD, REFUSING], port, "false");
+        refused(from, to, FAILURES_IN_A_ROW + 1);
+        assert_eq!(node.take(1_000), []);
+        node.publish(44, &[POD, REFUSING], port, "true");
+        refused(from, to, FAILURES_IN_A_ROW - 1);
+        assert_eq!(node.take(1_000), [], "{to}");
+        refused(from, to, 1);
+        assert_eq!(node.take(1_000), [ejected(REFUSING, port, FIRST_SECONDS)], "{to}");
+        all_succeed(from, to);
+        assert_eq!(node.take(1_000 + FIRST_SECONDS - 1), []);
+
+        // It comes back on trial: one failure is enough.
+        assert_eq!(node.take(1_000 + FIRST_SECONDS), [back(REFUSING, port)], "{to}");
+        refused(from, to, 1);
+        assert_eq!(node.take(1_030), [ejected(REFUSING, port, 2 * FIRST_SECONDS)], "{to}");
+        all_succeed(from, to);
+
+        // It serves again: one success, and it has its whole credit.
+        assert_eq!(node.take(1_090), [back(REFUSING, port)]);
+        let listener = within(&place.pod, || TcpListener::bind((REFUSING, port)).unwrap());
+        all_succeed(from, to);
+        drop(listener);
+        refused(from, to, FAILURES_IN_A_ROW - 1);
+        assert_eq!(node.take(1_091), [], "{to}");
+        refused(from, to, 1);
+        assert_eq!(node.take(1_091), [ejected(REFUSING, port, FIRST_SECONDS)], "{to}");
+        // Whoever opts out has nothing left of it.
+        node.publish(44, &[POD, REFUSING], port, "false");
+        assert!(node.ejections.ejected().is_empty());
+    }
+}
+
+#[test]
+fn a_backend_that_does_not_answer_is_left_out() {
+    if !require("dataplane::ejection-unanswered", &NEEDS) {
+        return;
+    }
+    let (place, port) = place("eu");
+    for (from, to) in ways(&place) {
+        let mut node = Watching::start(&place, 1_000);
+        node.publish(44, &[POD, DUMB], port, "true");
+        // Who gives up says nothing of the backend.
+        within(from, || {
+            for _ in 0..MANY {
+                let _ = TcpStream::connect_timeout(&to, Duration::from_millis(1));
+            }
+        });
+        // Flows translated by packets go on asking if nobody ends them; a socket that is closed does not.
+        assert_eq!(node.take(1_000), [], "{to}");
+        within(from, || {
+            std::thread::scope(|scope| {
+                for _ in 0..MANY / 2 {
+                    scope.spawn(|| TcpStream::connect_timeout(&to, SOON));
+                }
+            });
+        });
+        let mut turns = Vec::new();
+        wait_until("the ejection", PATIENCE, || {
+            turns.extend(node.take(1_000));
+            Ok((!turns.is_empty()).then_some(()))
+        })
+        .unwrap();
+        assert_eq!(turns, [ejected(DUMB, port, FIRST_SECONDS)], "{to}");
+        all_succeed(from, to);
+        node.publish(44, &[POD, DUMB], port, "false");
+    }
+}
+
+#[test]
+fn what_is_ejected_stays_out_without_an_agent_and_with_the_next() {
+    if !require("dataplane::ejection-restart", &NEEDS) {
+        return;
+    }
+    let (place, port) = place("er");
+    let (from, to) = ways(&place)[0];
+    let mut node = Watching::start(&place, 1_000);
+    node.publish(44, &[POD, REFUSING], port, "true");
+    drop(node);
+    // They fail while nobody is there to hear of it.
+    refused(from, to, FAILURES_IN_A_ROW);
+    let mut node = Watching::start(&place, 1_000);
+    node.publish(44, &[POD, REFUSING], port, "true");
+    assert_eq!(node.take(1_000), [ejected(REFUSING, port, FIRST_SECONDS)]);
+    drop(node);
+    all_succeed(from, to);
+    let observer = Observer { pins: place.pins.clone(), netns: None, cgroup: place.cgroup.clone() };
+    let Answer::Ejected(seen) = observer.answer(&Request::Ejected).unwrap() else { panic!("another answer") };
+    assert_eq!(seen.iter().map(|one| BackendKey::from(one.key)).collect::<Vec<_>>(), [key(REFUSING, port)]);
+
+    let mut node = Watching::start(&place, 1_010);
+    node.publish(44, &[POD, REFUSING], port, "true");
+    assert_eq!(node.take(1_010), []);
+    all_succeed(from, to);
+    assert_eq!(node.take(1_030), [back(REFUSING, port)]);
+    refused(from, to, 1);
+}
