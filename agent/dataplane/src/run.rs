@@ -2,13 +2,16 @@
 
 mod absorb;
 mod eject;
+mod peers;
 mod say;
+mod setup;
+mod sync;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
@@ -16,31 +19,30 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
+use weft_ebpf_abi::{Address, NodeConfig};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
 use crate::ejection::EjectionError;
 use crate::maps::MapError;
-use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
-use crate::metrics::{Metrics, Synced};
+use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::{self, NearRanges, Overlay, Routing, trial};
-use crate::peers::memory::Memory;
-use crate::peers::{self, Nodes, Told};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
 use crate::report::Report;
 use crate::serve::{self, Checks, ProxyConfig, Shared};
-use crate::tables::{ServiceName, Tables};
+use crate::tables::ServiceName;
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
 use self::absorb::{Relists, sources};
 use self::eject::Ejecting;
+use self::peers::Peers;
 use self::say::Versions;
+use self::setup::{families, set_up};
 
 /// Events taken in before the maps are brought up to date: bounds the delay under a storm.
 const MAX_EVENTS_PER_SYNC: usize = 4_096;
@@ -182,17 +184,8 @@ pub async fn run_with_metrics(
     let (troubles, troubled) = mpsc::channel(MAX_TROUBLES);
     let (answers, wanted) = watch::channel(BTreeSet::new());
     let announce = announce::keep_running(config.node_ip, wanted, shutdown.clone());
-    let (nodes, known_nodes) = watch::channel(Nodes::new());
-    let (silent, is_silent) = watch::channel(Nodes::new());
     let (turns, turned) = mpsc::channel(MAX_TURNS);
-    let metrics = shared.metrics.clone();
-    let told = Told { turns: Some(turns), ..Told::new(silent, move |counts| metrics.peers(counts)) };
-    let watching = peers::Config {
-        node_name: config.node_name.clone(),
-        watched: peers::WATCHED,
-        pins: config.pin_dir.clone(),
-    };
-    let watching = Box::pin(peers::run(watching, known_nodes, told, shutdown.clone()));
+    let (peers, watching) = peers::begin(&config, shared.metrics.clone(), turns, shutdown.clone());
     let (tell, ejected) = mpsc::channel(MAX_EJECTIONS);
     let ejecting = Ejecting::adopt(&programs, &mut reconciler, cgroup2, tell)?;
     let (links, trying) = trial::begin(shutdown.clone());
@@ -216,13 +209,7 @@ pub async fn run_with_metrics(
         programmed,
         balancer_pools: config.balancer_pools.clone(),
         answers,
-        peers: Peers {
-            like: config.node_ip,
-            nodes: Nodes::new(),
-            tell: nodes,
-            silent: is_silent,
-            memory: Memory::of(&config.pin_dir),
-        },
+        peers,
         reports: config.reports.clone(),
         seen: Versions::default(),
         relists: Relists::default(),
@@ -236,7 +223,7 @@ pub async fn run_with_metrics(
         outcome = policies => outcome,
         () = serve::serve(&proxy, shared) => Ok(()),
         () = announce => Ok(()),
-        () = watching => Ok(()),
+        () = Box::pin(watching) => Ok(()),
         () = trying => Ok(()),
     }
 }
@@ -259,43 +246,6 @@ pub async fn cleanup(config: &Config) -> Result<(), Error> {
         Ok(())
     })
     .await?
-}
-
-/// Whether a family is IPv6, for each that pods have; both, where it is not ours to know.
-fn families(config: &Config) -> Vec<bool> {
-    match config.pod_network {
-        PodNetwork::Own => config.cluster_cidr.iter().map(IpNetwork::is_ipv6).collect(),
-        PodNetwork::Others { .. } => vec![false, true],
-    }
-}
-
-/// Loads and attaches. Programs see a node's Services as soon as they are in the maps, so attaching comes first.
-fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps>, NodeConfig), Error> {
-    node::ensure_bpffs(&config.pin_dir)?;
-    let cgroup2 = node::cgroup2_mount()?;
-    let cgroup_id = if config.node_cgroup.as_os_str().is_empty() {
-        EVERY_CGROUP
-    } else {
-        node::cgroup_id(&cgroup2.join(&config.node_cgroup))?
-    };
-    let netns = std::path::Path::new("/proc/self/ns/net");
-    let netns_cookie = node::netns_cookie().map_err(node::failed("get the cookie of", netns))?;
-    let mut programs = Programs::load(config.ebpf_object, &config.pin_dir)?;
-    let devices = node::devices(config.pod_network.bridge())?;
-    let identity = NodeConfig {
-        netns_cookie,
-        cgroup_id,
-        bridge_ifindex: devices.bridge,
-        overlay_ifindex: devices.overlay,
-        ..NodeConfig::default()
-    };
-    programs.configure(identity)?;
-    programs.set_pod_ranges(&config.cluster_cidr)?;
-    programs.attach_sockets(&cgroup2)?;
-    let node_local = config.node_local.iter().map(|ip| Address::from(*ip)).collect();
-    let reconciler = Reconciler::adopt(Tables::new(&config.node_name, node_local), programs.maps()?)?;
-    tracing::info!(node = %config.node_name, services = reconciler.ledger().services.len(), "dataplane attached");
-    Ok((programs, reconciler, identity))
 }
 
 struct Dataplane {
@@ -327,17 +277,6 @@ struct Dataplane {
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
-}
-
-/// The cluster's nodes, and which of them don't answer.
-struct Peers {
-    /// An address of the family at which they are asked.
-    like: IpAddr,
-    nodes: Nodes,
-    /// To those who ask them.
-    tell: watch::Sender<Nodes>,
-    silent: watch::Receiver<Nodes>,
-    memory: Memory,
 }
 
 impl Dataplane {
@@ -391,95 +330,6 @@ impl Dataplane {
     fn take_in(&mut self, events: &[weft_cni_netlink::Event]) -> bool {
         events.iter().for_each(|event| self.overlay.observe(event));
         concerns_devices(events)
-    }
-
-    /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
-    fn sync(&mut self) {
-        if !self.relists.all_known() {
-            return;
-        }
-        if self.overlay.is_dirty() {
-            // What may change counts as the tunnel's until it has: there is a route into that at any time.
-            self.tell_ways();
-            if let Err(error) = self.overlay.sync() {
-                tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
-            }
-        }
-        self.tell_ways();
-        if !self.overlay.is_dirty() {
-            self.links.set(self.overlay.trials());
-        }
-        if self.reconciler.is_dirty() {
-            self.sync_maps();
-        }
-        if !self.reconciler.is_dirty() && !self.overlay.is_dirty() {
-            self.retry = RETRY_FIRST;
-        }
-        if self.reconciler.is_settled() {
-            self.report();
-            self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
-        }
-    }
-
-    /// Tells the programs who is reached past the tunnel, and what fits by every way; what doesn't is the stack's.
-    fn tell_ways(&mut self) {
-        let near = self.overlay.near();
-        let told = self.near.set(&near).and_then(|()| {
-            let identity = self.overlay.describe(self.identity);
-            if identity != self.identity {
-                self.programs.configure(identity)?;
-                self.identity = identity;
-            }
-            Ok(())
-        });
-        if let Err(error) = told {
-            tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs are behind the ways to other nodes, will be told again");
-        }
-    }
-
-    fn sync_maps(&mut self) {
-        let started = Instant::now();
-        let report = self.reconciler.sync();
-        let took = started.elapsed();
-        tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
-        let (totals, unprogrammed) = (self.reconciler.totals(), self.reconciler.unprogrammed());
-        let metrics = &self.shared.metrics;
-        metrics.synced(&Synced {
-            took,
-            full: report.full,
-            failed: report.failed,
-            unprogrammed: unprogrammed.len(),
-            totals,
-        });
-        for table in Table::ALL {
-            metrics.holds(table, self.reconciler.entries(table));
-        }
-        // A Service that fails says so itself; the proxy keeps up as long as others get through.
-        if report.failed == 0 || unprogrammed.len() < totals.services {
-            self.shared.health.lock().updated();
-        }
-        let now = Timestamp::now();
-        self.triggers.retain(|(service, trigger)| {
-            let waits = unprogrammed.contains_key(service);
-            if !waits {
-                metrics.programmed(now.duration_since(*trigger).as_secs_f64());
-            }
-            waits
-        });
-        let excess = self.triggers.len().saturating_sub(MAX_TRIGGERS);
-        self.triggers.drain(..excess);
-        for (service, reason) in self.reconciler.take_troubles() {
-            tracing::warn!(%service, reason, "service is not programmed, will be retried");
-            // Behind a queue that is full, the log and the metric have it.
-            let _ = self.troubles.try_send((service, reason));
-        }
-        self.checks.apply(self.reconciler.take_health_changes());
-        self.searches.add(self.reconciler.take_left());
-        self.watch_backends();
-        if let Some(mut answers) = self.reconciler.take_answers() {
-            answers.retain(|ip| self.balancer_pools.iter().any(|pool| pool.contains(*ip)));
-            self.answers.send_replace(answers);
-        }
     }
 
     /// Takes in devices and addresses: edges to attach to, addresses for NodePorts, the overlay's source.

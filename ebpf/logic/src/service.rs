@@ -107,11 +107,8 @@ pub fn select<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) ->
 #[inline(always)]
 fn pick<T: Tables>(tables: &T, service: &ServiceValue, client: &Client) -> Option<BackendKey> {
     let number = match client.port {
-        Some(port) if service.flags & SERVICE_HASHED != 0 => {
-            // With affinity all ports of a client lead to one backend, on every node.
-            let port = if service.affinity_seconds > 0 { Port::new(0) } else { port };
-            hash::client(&client.client, port)
-        }
+        // Affinity remembers its choice; once that is forgotten, the next one is open, as kube-proxy's is.
+        Some(port) if service.flags & SERVICE_HASHED != 0 => hash::client(&client.client, port),
         Some(_) | None => tables.random(),
     };
     let index = scale(number, service.count);

@@ -268,13 +268,17 @@ fn hashed_choice_is_the_same_everywhere_and_even() {
 }
 
 #[test]
-fn hashed_choice_with_affinity_looks_at_the_address_only() {
-    let (here, value) = hashed(50, 600);
-    let (there, _) = hashed(50, 600);
-    let first = select(&here, &value, &from([192, 168, 0, 7], 1)).unwrap();
-    assert_eq!(select(&there, &value, &from([192, 168, 0, 7], 2)), Some(first), "another node, another port");
-    let others: HashSet<_> = (0..50).map(|n| select(&here, &value, &from([192, 168, 1, n], 1))).collect();
-    assert!(others.len() > 20);
+fn hashed_choice_with_affinity_is_kept_for_its_seconds_only() {
+    let (memory, value) = hashed(50, 10);
+    let ask = |port| select(&memory, &value, &from([192, 168, 0, 7], port)).unwrap();
+    let first = ask(1);
+    assert!((2..100).all(|port| ask(port) == first));
+    let mut seen = HashSet::new();
+    for round in 1..50_u16 {
+        memory.now.set(u32::from(round) * 10);
+        seen.insert(ask(100 + round));
+    }
+    assert!(seen.len() > 20, "the choice after a time-out is open");
 }
 
 #[test]
