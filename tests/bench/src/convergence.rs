@@ -21,12 +21,14 @@ const SERVICES: usize = 10_000;
 /// Services of a cold start, and of the memory's larger measurement.
 const MANY: usize = 30_000;
 const FEW: usize = 1_000;
-/// Changes of one round of D3: of weft, and of a peer that takes a second for each.
+/// Changes of one round of D3: of weft, and of a peer that takes seconds for each; even, so that each goes to the other pod.
 const FLIPS: usize = 50;
-const PEER_FLIPS: usize = 3;
+const PEER_FLIPS: usize = 4;
 /// Changes of one round of D8, and the pause between two: five seconds of steady churn.
 const CHANGES: usize = 1_000;
 const PACE: Duration = Duration::from_millis(5);
+/// Connections in a row that go to one of four backends by chance so seldom that nobody will see it.
+const ALONE: usize = 32;
 /// A connection that is not answered by then is lost.
 const LOST_AFTER: Duration = Duration::from_secs(5);
 /// Connections of D9, unless the environment says another number.
@@ -70,6 +72,7 @@ pub(crate) fn follow(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
     for whose in Whose::all() {
         let proxy = started(whose, size(SERVICES))?;
         let client = proxy.node.client()?;
+        settle(&proxy, &client, pod(1))?;
         let flips = if whose == Whose::Weft { FLIPS } else { PEER_FLIPS };
         let (mut p50, mut p99) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
@@ -84,6 +87,17 @@ pub(crate) fn follow(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
         rows.push(Row::figure(&name("p99"), estimate(&p99), "ms", aim(whose, Target::AtMost(2.0))));
     }
     Ok(rows)
+}
+
+/// Makes a pod the only backend among others that serve until then, and waits until that is so: a change to one that serves anyway
+/// could not be timed.
+fn settle(proxy: &Proxy, client: &Client, to: Ipv4Addr) -> anyhow::Result<()> {
+    proxy.api.event("endpointslices", "MODIFIED", &slice(NAME, &[to], proxy.api.next_revision()))?;
+    let mut in_a_row = 0;
+    wait_until("one backend serves alone", PATIENCE, || {
+        in_a_row = if client.ask(vip())? == to { in_a_row + 1 } else { 0 };
+        Ok((in_a_row == ALONE).then_some(()))
+    })
 }
 
 /// Makes a pod the only backend; microseconds until a connection is served by it. From then on none is served by another.
@@ -170,6 +184,7 @@ pub(crate) fn cost(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
     for whose in Whose::all() {
         let proxy = started(whose, size(SERVICES))?;
         let client = proxy.node.client()?;
+        settle(&proxy, &client, pod(1))?;
         let mut millis = Vec::new();
         for round in 0..rounds {
             let begin = proxy.seconds()?;
