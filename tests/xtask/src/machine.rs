@@ -31,6 +31,7 @@ const TEST_PACKAGES: &[&str] = &[
     "containerd",
     "python3",
     "python3-venv",
+    "bpftool",
     "conntrack",
     "curl",
     "strace",
