@@ -200,10 +200,13 @@ mod tests {
             prop_assert_eq!(table.len(), size(&shares) as usize);
             let (taken, sum) = (taken(&table), weights.values().map(|w| f64::from(*w)).sum::<f64>());
             for (backend, weight) in &weights {
-                let wanted = f64::from(*weight) / sum * table.len() as f64;
+                let part = f64::from(*weight) / sum;
+                let wanted = part * table.len() as f64;
                 let got = taken.get(backend).copied().unwrap_or(0) as f64;
-                // The last round may end before a backend's turn.
-                prop_assert!((wanted - got).abs() <= 2.0, "{got} places instead of {wanted}");
+                // When the table is full, less than a place is owed to each backend; these have gone to all by weight. And the last round may end before
+                // a backend's turn.
+                let bound = 2.0 + part * weights.len() as f64;
+                prop_assert!((wanted - got).abs() <= bound, "{got} places instead of {wanted}");
             }
         }
 
