@@ -272,6 +272,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_annotations_with_a_value_are_made() {
+        let own = [("a".to_owned(), Some("1".to_owned())), ("b".to_owned(), None)].into();
+        let made: Vec<_> = annotations(&own).into_keys().collect();
+        assert_eq!(made, ["a", "volumes.kubernetes.io/controller-managed-attach-detach"]);
+    }
+
+    #[test]
     fn a_ready_node_stays_so_while_its_network_is_taken_over_however_often_a_write_fails() {
         let start = Instant::now();
         let ready = |network| conditions(network, None, &[], Timestamp::UNIX_EPOCH);

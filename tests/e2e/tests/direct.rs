@@ -119,6 +119,19 @@ fn a_client_is_seen_by_its_own_address() -> anyhow::Result<()> {
     cluster.purge()
 }
 
+/// A node that had the flag and has it no longer takes it back.
+#[test]
+fn a_node_without_the_flag_says_nothing() -> anyhow::Result<()> {
+    let test = "direct::a_node_without_the_flag_says_nothing";
+    let Some(mut cluster) = cluster(test, "direct-off", &["--nodes", "2"])? else { return Ok(()) };
+    cluster.kubectl(&["annotate", "node", "node-1", "weft.dev/direct-return=1"])?;
+    kill(agent_of(&cluster, "node-1")?, Signal::SIGKILL)?;
+    let annotation =
+        ["get", "node", "node-1", "-o", "jsonpath={.metadata.annotations.weft\\.dev/direct-return}"];
+    eventually(&cluster, &annotation, str::is_empty)?;
+    cluster.purge()
+}
+
 /// The way is explained as it is.
 fn explained(cluster: &Cluster) -> anyhow::Result<()> {
     let why = |to: &str| -> anyhow::Result<String> {
