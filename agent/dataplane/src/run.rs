@@ -19,7 +19,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_ebpf_abi::{Address, NodeConfig};
+use weft_ebpf_abi::{Address, NodeConfig, names};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
@@ -28,7 +28,7 @@ use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
-use crate::overlay::{self, NearRanges, Overlay, Routing, trial};
+use crate::overlay::{self, Overlay, Ranges, Routing, trial};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
@@ -87,6 +87,9 @@ pub struct Config {
     pub pod_network: PodNetwork,
     /// How packets get to pods of nodes on the same link.
     pub routing: Routing,
+    /// Whether clients outside keep their address towards pods of other nodes by the tunnel, which answer them past this node; and this
+    /// node answers clients of others. The network must let nodes send from each other's addresses.
+    pub direct_return: bool,
     /// Takes what there is to say of the node's Services, for [`report::keep`](crate::report::keep).
     pub reports: Option<watch::Sender<Report>>,
 }
@@ -194,7 +197,8 @@ pub async fn run_with_metrics(
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip, config.routing),
-        near: NearRanges::adopt(&programs)?,
+        near: Ranges::adopt(&programs, names::NEAR)?,
+        direct: Ranges::adopt(&programs, names::DIRECT)?,
         links,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
@@ -253,7 +257,8 @@ struct Dataplane {
     reconciler: Reconciler<KernelMaps>,
     ejecting: Ejecting,
     overlay: Overlay,
-    near: NearRanges,
+    near: Ranges,
+    direct: Ranges,
     links: trial::Ends,
     carrier: Carrier,
     identity: NodeConfig,

@@ -110,6 +110,7 @@ fn config(args: &ProxyArgs) -> anyhow::Result<dataplane::Config> {
         },
         balancer_pools: Vec::new(),
         routing: Routing::Tunnel,
+        direct_return: false,
         pod_network: PodNetwork::Others { bridge: args.pod_bridge_interface.clone() },
         // A proxy alone has no Lease to write to.
         reports: None,

@@ -1,8 +1,10 @@
 //! Brings overlay, maps and programs to what is known.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
+use weft_ebpf_abi::NODE_DIRECT;
 
 use super::{Dataplane, MAX_TRIGGERS, RETRY_FIRST};
 use crate::maps::Table;
@@ -37,10 +39,13 @@ impl Dataplane {
         }
     }
 
-    /// Tells the programs who is reached past the tunnel, and what fits by every way; what doesn't is the stack's.
+    /// Tells the programs who is reached past the tunnel, whose clients' packets go with what these asked for, and what fits by every
+    /// way; what doesn't is the stack's.
     fn tell_ways(&mut self) {
         let near = self.overlay.near();
-        let told = self.near.set(&near).and_then(|()| {
+        let is_direct = self.identity.flags & NODE_DIRECT != 0;
+        let direct = if is_direct { self.overlay.direct() } else { BTreeMap::new() };
+        let told = self.near.set(&near).and_then(|()| self.direct.set(&direct)).and_then(|()| {
             let identity = self.overlay.describe(self.identity);
             if identity != self.identity {
                 self.programs.configure(identity)?;

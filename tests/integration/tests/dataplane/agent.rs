@@ -119,6 +119,7 @@ pub(crate) fn config(place: &Place) -> Config {
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Own,
         routing: Routing::Tunnel,
+        direct_return: false,
         reports: None,
     }
 }
