@@ -56,8 +56,7 @@ pub(crate) async fn make(
         .map_err(|_elapsed| Error::NoServices)?;
     let services =
         shared.services.variables(&id.namespace, pod::spec(pod).enable_service_links.unwrap_or(true));
-    let mut result: Vec<(String, String)> = Vec::new();
-    let mut known: BTreeMap<String, String> = BTreeMap::new();
+    let mut own = Own::default();
     for from in container.env_from.iter().flatten() {
         let (kind, name, optional) = match (&from.config_map_ref, &from.secret_ref) {
             (Some(r), _) => (Kind::ConfigMap, &r.name, r.optional),
@@ -67,8 +66,7 @@ pub(crate) async fn make(
         let prefix = from.prefix.as_deref().unwrap_or_default();
         for (key, value) in read(shared, &id, (kind, name), optional.unwrap_or(false)).await?.iter() {
             let (key, value) = (format!("{prefix}{key}"), String::from_utf8_lossy(value).into_owned());
-            put(&mut result, key.clone(), value.clone());
-            known.insert(key, value);
+            own.put(key, value);
         }
     }
     for variable in container.env.iter().flatten() {
@@ -77,23 +75,29 @@ pub(crate) async fn make(
                 Some(value) => value,
                 None => continue,
             },
-            (value, None) => expand(value.as_deref().unwrap_or_default(), &known, &services),
+            (value, None) => expand(value.as_deref().unwrap_or_default(), &own.known, &services),
         };
-        known.insert(variable.name.clone(), value.clone());
-        put(&mut result, variable.name.clone(), value);
+        own.put(variable.name.clone(), value);
     }
-    for (key, value) in services {
-        if !known.contains_key(&key) {
-            result.push((key, value));
-        }
-    }
-    Ok(result)
+    let Own { order, mut known } = own;
+    let more: Vec<_> = services.into_iter().filter(|(name, _)| !known.contains_key(name)).collect();
+    let mut all: Vec<_> = order.into_iter().filter_map(|name| known.remove_entry(&name)).collect();
+    all.extend(more);
+    Ok(all)
 }
 
-fn put(list: &mut Vec<(String, String)>, key: String, value: String) {
-    match list.iter_mut().find(|(known, _)| *known == key) {
-        Some(entry) => entry.1 = value,
-        None => list.push((key, value)),
+/// What a container's specification names, each name where it came first, with its last value. A ConfigMap may hold thousands.
+#[derive(Default)]
+struct Own {
+    order: Vec<String>,
+    known: BTreeMap<String, String>,
+}
+
+impl Own {
+    fn put(&mut self, name: String, value: String) {
+        if self.known.insert(name.clone(), value).is_none() {
+            self.order.push(name);
+        }
     }
 }
 

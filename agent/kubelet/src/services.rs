@@ -21,9 +21,12 @@ struct Entry {
     ports: Vec<(String, String, i32)>,
 }
 
+/// Namespace, then name: a pod gets those of its own namespace, and must not look at all others for it.
+type Table = HashMap<String, HashMap<String, Entry>>;
+
 /// All Services that have an address.
 pub(crate) struct Services {
-    table: RwLock<HashMap<(String, String), Entry>>,
+    table: RwLock<Table>,
     synced: watch::Sender<bool>,
 }
 
@@ -47,23 +50,36 @@ impl Services {
     pub(crate) fn variables(&self, namespace: &str, links: bool) -> BTreeMap<String, String> {
         let table = self.table.read();
         let mut variables = BTreeMap::new();
-        if let Some(master) = table.get(&(MASTER.0.to_owned(), MASTER.1.to_owned())) {
+        if let Some(master) = table.get(MASTER.0).and_then(|own| own.get(MASTER.1)) {
             describe(MASTER.1, master, &mut variables);
         }
         if links {
-            let own = table.iter().filter(|((ns, _), _)| ns == namespace);
-            own.for_each(|((_, name), entry)| describe(name, entry, &mut variables));
+            let own = table.get(namespace).into_iter().flatten();
+            own.for_each(|(name, entry)| describe(name, entry, &mut variables));
         }
         variables
     }
 
     fn apply(&self, service: &Service) {
-        let key = (service.namespace().unwrap_or_default(), service.name_any());
-        let mut table = self.table.write();
-        match entry(service) {
-            Some(entry) => table.insert(key, entry),
-            None => table.remove(&key),
-        };
+        put(&mut self.table.write(), service, entry(service));
+    }
+
+    fn remove(&self, service: &Service) {
+        put(&mut self.table.write(), service, None);
+    }
+}
+
+fn put(table: &mut Table, service: &Service, entry: Option<Entry>) {
+    let (namespace, name) = (service.namespace().unwrap_or_default(), service.name_any());
+    match entry {
+        Some(entry) => drop(table.entry(namespace).or_default().insert(name, entry)),
+        None => {
+            let Some(own) = table.get_mut(&namespace) else { return };
+            own.remove(&name);
+            if own.is_empty() {
+                table.remove(&namespace);
+            }
+        }
     }
 }
 
@@ -107,7 +123,7 @@ fn describe(name: &str, entry: &Entry, variables: &mut BTreeMap<String, String>)
 pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
     let api: Api<Service> = Api::all(shared.client.clone());
     let mut stream = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
-    let mut listing = HashMap::new();
+    let mut listing = Table::new();
     loop {
         let event = tokio::select! {
             () = stop.cancelled() => return,
@@ -115,20 +131,13 @@ pub(crate) async fn run(shared: Arc<Shared>, stop: CancellationToken) {
         };
         match event {
             Some(Ok(watcher::Event::Init)) => listing.clear(),
-            Some(Ok(watcher::Event::InitApply(service))) => {
-                if let Some(entry) = entry(&service) {
-                    listing.insert((service.namespace().unwrap_or_default(), service.name_any()), entry);
-                }
-            }
+            Some(Ok(watcher::Event::InitApply(service))) => put(&mut listing, &service, entry(&service)),
             Some(Ok(watcher::Event::InitDone)) => {
                 *shared.services.table.write() = std::mem::take(&mut listing);
                 shared.services.synced.send_replace(true);
             }
             Some(Ok(watcher::Event::Apply(service))) => shared.services.apply(&service),
-            Some(Ok(watcher::Event::Delete(service))) => {
-                let key = (service.namespace().unwrap_or_default(), service.name_any());
-                shared.services.table.write().remove(&key);
-            }
+            Some(Ok(watcher::Event::Delete(service))) => shared.services.remove(&service),
             Some(Err(error)) => tracing::warn!(%error, "cannot watch services"),
             None => return,
         }
@@ -161,5 +170,9 @@ mod tests {
         assert_eq!(with["MY_DB_SERVICE_PORT_WEB_UI"], "5432");
         assert_eq!(with["MY_DB_PORT"], "tcp://10.43.0.9:5432");
         assert!(!with.keys().any(|k| k.starts_with("X_") || k.starts_with("HEADLESS_")));
+        services.remove(&service("shop", "my-db", "10.43.0.9", 5432));
+        services.apply(&service("default", "kubernetes", "None", 443));
+        assert!(services.variables("shop", true).is_empty());
+        assert_eq!(services.table.read().len(), 1, "an empty namespace is kept");
     }
 }

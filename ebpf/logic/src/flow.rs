@@ -7,6 +7,9 @@ use weft_ebpf_abi::{
 
 use crate::service::{UDP_STICKY_SECONDS, scale};
 
+/// When answers were last seen that never were.
+pub const NEVER: u32 = 0;
+
 /// How many source ports are tried before a flow is refused. At three quarters of the range taken, one flow in 100 is refused.
 pub const NAT_PORT_TRIES: u32 = 16;
 
@@ -125,7 +128,7 @@ pub const fn reply(packet: &FlowKey, ifindex: u32, generation: u32) -> FlowValue
         ifindex,
         generation,
         flags: FLOW_REPLY,
-        last_seen: 0,
+        last_seen: NEVER,
     }
 }
 

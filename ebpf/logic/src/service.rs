@@ -125,8 +125,9 @@ pub const fn scale(random: u32, count: u32) -> u32 {
     ((random as u64 * count as u64) >> 32) as u32
 }
 
+/// Whether a backend is there and does not drain.
 #[inline(always)]
-fn takes_new_flows<T: Tables>(tables: &T, backend: &BackendKey) -> bool {
+pub fn takes_new_flows<T: Tables>(tables: &T, backend: &BackendKey) -> bool {
     matches!(tables.backend(backend), Some(value) if value.flags & BACKEND_ACTIVE != 0)
 }
 

@@ -11,9 +11,9 @@ use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::connecting::{self, Connecting};
-use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, PodDevices, Route};
-use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
-use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select};
+use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, NEVER, PodDevices, Route};
+use weft_ebpf_logic::packet::{self, ACK, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
+use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select, takes_new_flows};
 
 use crate::direct;
 use crate::events;
@@ -275,7 +275,8 @@ enum Known {
 fn established(packet: &Packet, entry: &FlowValue) -> Known {
     let protocol = packet.key.protocol;
     if entry.flags & FLOW_REPLY == 0 {
-        let fresh_syn = packet.flags & SYN != 0 && entry.flags & FLOW_CLOSING != 0;
+        let fresh_syn =
+            packet.flags & SYN != 0 && (entry.flags & FLOW_CLOSING != 0 || was_never_answered(packet, entry));
         if fresh_syn || flow::is_idle(entry, protocol, Kernel.now_seconds()) {
             return Known::Anew;
         }
@@ -285,6 +286,21 @@ fn established(packet: &Packet, entry: &FlowValue) -> Known {
     }
     touch(packet, entry);
     Known::Goes
+}
+
+/// Whether a SYN is of a flow that its backend never answered and, as it drains, will not take any more: the client asks again, or gave up
+/// without a word and has taken the port for another connection.
+#[inline(always)]
+fn was_never_answered(packet: &Packet, entry: &FlowValue) -> bool {
+    let protocol = packet.key.protocol;
+    if packet.flags & ACK != 0 || takes_new_flows(&Kernel, &flow::backend(entry, protocol)) {
+        return false;
+    }
+    // SAFETY: a word is read at once.
+    match unsafe { FLOWS.get(flow::reply_key(entry, protocol)) } {
+        Some(answers) => answers.last_seen == NEVER,
+        None => true,
+    }
 }
 
 /// Notes that a flow lives, at most once a second, and that it is closing, in both directions.
@@ -428,7 +444,6 @@ pub fn find_route<F: Family>(
 fn record(key: &FlowKey, route: &Route, ifindex: u32, entry: &mut FlowValue) -> Result<(), DropReason> {
     entry.last_seen = Kernel.now_seconds();
     let mut reply = flow::reply(key, ifindex, entry.generation);
-    reply.last_seen = entry.last_seen;
     reply.flags |= entry.flags & FLOW_WATCHED;
     // A client that keeps its address keeps its port as well, unless its answers could not be told from another flow's. A pod never
     // keeps it: it may use the same port towards the same backend directly, past any table of flows.

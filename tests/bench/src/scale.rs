@@ -20,7 +20,9 @@ const BACKENDS: usize = 50;
 /// Other Services, unless the environment says another number.
 const OTHERS: usize = 10_000;
 /// Objects that kubectl creates at a time.
-const BATCH: usize = 500;
+const BATCH: usize = 1_000;
+/// Where they are: a pod has variables of every Service of its own namespace, and ten thousand are more than a program can be given.
+const ELSEWHERE: &str = "others";
 const PATIENCE: Duration = Duration::from_secs(120);
 const SHORT: Duration = Duration::from_millis(500);
 
@@ -78,6 +80,7 @@ pub(crate) fn run(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
 }
 
 fn others_too(cluster: &Cluster, others: usize) -> anyhow::Result<()> {
+    cluster.kubectl(&["create", "namespace", ELSEWHERE])?;
     for first in (0..others).step_by(BATCH) {
         let mut manifest = String::new();
         for number in first..others.min(first + BATCH) {
@@ -88,7 +91,9 @@ fn others_too(cluster: &Cluster, others: usize) -> anyhow::Result<()> {
         }
         let path = cluster.data_dir().join("others.yaml");
         std::fs::write(&path, manifest)?;
-        cluster.kubectl(&["create", "-f", &path.to_string_lossy()])?;
+        // To check an object, kubectl reads the API's whole description again, 30 ms of processor time for each.
+        let path = path.to_string_lossy();
+        cluster.kubectl(&["create", "-n", ELSEWHERE, "--validate=false", "-f", &path])?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! From a pod's wishes and an image's defaults to what an init starts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
 
 use weft_agent_runtime_init::cgroup::{Hierarchies, Limits};
@@ -141,7 +141,7 @@ impl Context<'_> {
         })
     }
 
-    /// Later values of a name replace earlier ones, in the earlier one's place.
+    /// The image's variables below the container's.
     fn environment(&self, spec: &ContainerSpec) -> Vec<String> {
         let mut all = vec![DEFAULT_PATH.to_owned()];
         if spec.tty {
@@ -152,15 +152,7 @@ impl Context<'_> {
         }
         all.extend(self.image.defaults.env.iter().flatten().cloned());
         all.extend(spec.env.iter().map(|(name, value)| format!("{name}={value}")));
-        let mut unique: Vec<String> = Vec::with_capacity(all.len());
-        let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
-        for entry in all {
-            match unique.iter_mut().find(|known| name(known) == name(&entry)) {
-                Some(known) => *known = entry,
-                None => unique.push(entry),
-            }
-        }
-        unique
+        last_of_each_name(all)
     }
 
     fn mounts(&self, spec: &ContainerSpec) -> Result<Vec<wire::Mount>, Error> {
@@ -227,6 +219,24 @@ fn argv(spec: &ContainerSpec, image: &Defaults) -> Result<Vec<String>, Error> {
     Ok(argv)
 }
 
+/// Later values of a name replace earlier ones, in the earlier one's place. A pod has variables of every Service of its namespace, which
+/// may be thousands.
+fn last_of_each_name(all: Vec<String>) -> Vec<String> {
+    let mut places: HashMap<String, usize> = HashMap::with_capacity(all.len());
+    let mut unique: Vec<String> = Vec::with_capacity(all.len());
+    for entry in all {
+        let name = entry.split('=').next().unwrap_or_default();
+        match places.get(name) {
+            Some(&place) => unique[place] = entry,
+            None => {
+                places.insert(name.to_owned(), unique.len());
+                unique.push(entry);
+            }
+        }
+    }
+    unique
+}
+
 /// A log path that stays in the sandbox's log folder.
 fn inside(path: &Path) -> Result<&Path, Error> {
     let fine =
@@ -267,6 +277,18 @@ mod tests {
         assert_eq!(with(&["x"], &[]), ["x"]);
         assert_eq!(with(&["x"], &["a"]), ["x", "a"]);
         assert!(argv(&ContainerSpec::default(), &Defaults::default()).is_err());
+    }
+
+    #[test]
+    fn the_last_of_a_name_stands_where_the_first_was() {
+        let own = |entries: &[&str]| entries.iter().map(|entry| (*entry).to_owned()).collect::<Vec<_>>();
+        let all = own(&["PATH=/bin", "A=1", "B=x=y", "A=2", "PATH=/usr/bin", "C", "B="]);
+        assert_eq!(last_of_each_name(all), ["PATH=/usr/bin", "A=2", "B=", "C"]);
+        // Those of ten thousand Services. Comparing each with each would take minutes.
+        let many: Vec<String> =
+            (0..70_000).map(|number| format!("WEB_{number}_SERVICE_HOST=10.43.0.1")).collect();
+        let twice: Vec<String> = many.iter().chain(&many).cloned().collect();
+        assert_eq!(last_of_each_name(twice), many);
     }
 
     #[test]

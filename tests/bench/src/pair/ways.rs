@@ -16,8 +16,10 @@ use crate::pair::load::Server;
 use crate::pods::image;
 
 const PORT: u16 = 8080;
-/// Packets of a pod that has to go through a tunnel over Ethernet; the same for all.
+/// Packets of a pod that has to go through a tunnel over Ethernet; the same for all but those who use the whole of the link.
 const MTU_BYTES: u32 = 1450;
+/// Packets of a pod by plain routes, where no other pods need the tunnel.
+const LINK_MTU_BYTES: u32 = 1500;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Policies of C6.
 const POLICIES: usize = 1_000;
@@ -69,11 +71,9 @@ pub(super) enum Policies {
     OfThePair,
 }
 
-/// A cluster with a pod on its first node and another on its last.
-pub(super) fn weft(nodes: usize, policies: Policies) -> anyhow::Result<Way> {
-    let count = nodes.to_string();
-    let flags: Vec<&str> = if nodes == 1 { Vec::new() } else { vec!["--nodes", &count] };
-    let cluster = Cluster::start("c", &flags)?;
+/// A cluster started with these flags, with a pod on its first node and another on its last.
+pub(super) fn weft(flags: &[&str], policies: Policies) -> anyhow::Result<Way> {
+    let cluster = Cluster::start("c", flags)?;
     cluster.import(&image("busybox")?)?;
     let listed = cluster.kubectl(&["get", "nodes", "-o", "jsonpath={.items[*].metadata.name}"])?;
     let names: Vec<&str> = listed.split_whitespace().collect();
@@ -161,15 +161,34 @@ pub(super) fn bridge() -> anyhow::Result<Way> {
     let state = folder()?;
     let host = Netns::new("cb")?;
     let (client, server) = (Netns::new("cb")?, Netns::new("cb")?);
-    attach(&host, &client, 0, state.path())?;
-    let address = attach(&host, &server, 0, state.path())?;
+    attach(&host, &client, (0, MTU_BYTES), state.path())?;
+    let address = attach(&host, &server, (0, MTU_BYTES), state.path())?;
     let at = SocketAddrV4::new(address, PORT);
     of_namespaces("bridge plugin", at, vec![client, server, host], Some(state))
 }
 
-/// A pod by the reference plugin on each of two hosts, with a link between them like weft's nodes: by VXLAN with entries that never change,
-/// or by routes.
-pub(super) fn hosts(tunnel: bool) -> anyhow::Result<Way> {
+/// What joins two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Between {
+    /// VXLAN with entries that never change.
+    Tunnel,
+    /// Routes, for packets that would fit a tunnel.
+    Routes,
+    /// Routes, for packets as large as the link takes.
+    RoutesOfLink,
+}
+
+impl Between {
+    fn mtu_bytes(self) -> u32 {
+        match self {
+            Self::Tunnel | Self::Routes => MTU_BYTES,
+            Self::RoutesOfLink => LINK_MTU_BYTES,
+        }
+    }
+}
+
+/// A pod by the reference plugin on each of two hosts, with a link between them like weft's nodes.
+pub(super) fn hosts(between: Between) -> anyhow::Result<Way> {
     let state = folder()?;
     let (under, hosts, pods) =
         (Netns::new("cu")?, [Netns::new("ch")?, Netns::new("ch")?], [Netns::new("cp")?, Netns::new("cp")?]);
@@ -186,20 +205,24 @@ pub(super) fn hosts(tunnel: bool) -> anyhow::Result<Way> {
             format!("-n {h} addr add 192.168.81.{number}/24 dev up0"),
             format!("-n {h} link set up0 up"),
         ])?;
-        address = attach(host, pod, number, state.path())?;
-        join(host, number, 3 - number, tunnel)?;
+        address = attach(host, pod, (number, between.mtu_bytes()), state.path())?;
+        join(host, number, 3 - number, between)?;
     }
     let [first, second] = hosts;
     let [client, server] = pods;
-    let name = if tunnel { "bridge plugin and VXLAN" } else { "bridge plugin, no tunnel" };
+    let name = match between {
+        Between::Tunnel => "bridge plugin and VXLAN",
+        Between::Routes => "bridge plugin, no tunnel",
+        Between::RoutesOfLink => "bridge plugin, no tunnel, 1500 bytes",
+    };
     let at = SocketAddrV4::new(address, PORT);
     of_namespaces(name, at, vec![client, server, first, second, under], Some(state))
 }
 
 /// The way of a host to the pods of another.
-fn join(host: &Netns, own: u8, other: u8, tunnel: bool) -> anyhow::Result<()> {
+fn join(host: &Netns, own: u8, other: u8, between: Between) -> anyhow::Result<()> {
     let h = host.name();
-    if !tunnel {
+    if between != Between::Tunnel {
         return run(&[format!("-n {h} route add 10.45.{other}.0/24 via 192.168.81.{other}")]);
     }
     let mac = |number| format!("02:00:00:00:45:0{number}");
@@ -223,11 +246,11 @@ fn folder() -> anyhow::Result<tempfile::TempDir> {
 }
 
 /// Attaches a pod by the reference plugin, with the features that ours has.
-fn attach(host: &Netns, pod: &Netns, number: u8, state: &Path) -> anyhow::Result<Ipv4Addr> {
+fn attach(host: &Netns, pod: &Netns, (number, mtu): (u8, u32), state: &Path) -> anyhow::Result<Ipv4Addr> {
     let program = Path::new(REFERENCE).join("bridge");
     ensure!(program.is_file(), "no {}; install containernetworking-plugins", program.display());
     let config = json!({
-        "cniVersion": "1.0.0", "name": format!("peer{number}"), "type": "bridge", "bridge": "bench0", "mtu": MTU_BYTES,
+        "cniVersion": "1.0.0", "name": format!("peer{number}"), "type": "bridge", "bridge": "bench0", "mtu": mtu,
         "isDefaultGateway": true, "hairpinMode": true,
         "ipam": {"type": "host-local", "subnet": format!("10.45.{number}.0/24"), "gateway": format!("10.45.{number}.1"),
             "dataDir": state},

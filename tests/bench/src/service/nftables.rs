@@ -10,32 +10,48 @@ use weft_tests_harness::netns::Netns;
 
 use super::iptables::Backed;
 
-/// Loads the table of these Services into a namespace, which it goes with.
+/// Services whose chains are loaded at a time: the kernel's work for a transaction grows with the square of its chains.
+const AT_A_TIME: usize = 500;
+
+/// Loads the table of these Services into a namespace, which it goes with. First come the chains, then what leads to them.
 pub(crate) fn load(netns: &Netns, services: &[Backed]) -> anyhow::Result<()> {
+    run(netns, &table(MARK))?;
+    for (part, some) in services.chunks(AT_A_TIME).enumerate() {
+        let mut chains = String::new();
+        for (number, Backed { vip, pods, port }) in (part * AT_A_TIME..).zip(some) {
+            service(&mut chains, number, *vip, pods, *port);
+        }
+        run(netns, &table(&chains))?;
+    }
+    run(netns, &table(&maps(services)))
+}
+
+fn run(netns: &Netns, text: &str) -> anyhow::Result<()> {
     let mut nft = netns.command("nft")?.args(["-f", "-"]).stdin(Stdio::piped()).spawn().context("run nft")?;
-    nft.stdin.take().context("no input")?.write_all(text(services).as_bytes())?;
+    nft.stdin.take().context("no input")?.write_all(text.as_bytes())?;
     ensure!(nft.wait()?.success(), "nft refused the table");
     Ok(())
 }
 
-fn text(services: &[Backed]) -> String {
-    let (mut chains, mut elements, mut addresses) = (String::new(), Vec::new(), Vec::new());
-    for (number, Backed { vip, pods, port }) in services.iter().enumerate() {
+fn table(content: &str) -> String {
+    format!("table ip kube-proxy {{\n{content}}}\n")
+}
+
+fn maps(services: &[Backed]) -> String {
+    let (mut elements, mut addresses) = (Vec::new(), Vec::new());
+    for (number, Backed { vip, .. }) in services.iter().enumerate() {
         elements.push(format!("{} . tcp . {} : goto service-{number}", vip.ip(), vip.port()));
         addresses.push(vip.ip().to_string());
-        service(&mut chains, number, *vip, pods, *port);
     }
     let (elements, addresses) = (elements.join(", "), addresses.join(", "));
     format!(
-        "table ip kube-proxy {{
-{chains} map service-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}; }}
+        " map service-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}; }}
  map service-nodeports {{ type inet_proto . inet_service : verdict; }}
  map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
  map firewall-ips {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
  set cluster-ips {{ type ipv4_addr; elements = {{ {addresses} }}; }}
  set nodeport-ips {{ type ipv4_addr; elements = {{ 10.42.0.1 }}; }}
-{BASE}}}
-"
+{BASE}"
     )
 }
 
@@ -58,9 +74,12 @@ fn service(out: &mut String, number: usize, vip: SocketAddrV4, pods: &[Ipv4Addr]
     );
 }
 
-/// What is there whatever the Services are. Chains are defined where they are first needed: nft reads a table whole.
-const BASE: &str = " chain mark-for-masquerade { meta mark set meta mark or 0x4000; }
- chain masquerading { meta mark & 0x4000 == 0 return; meta mark set meta mark xor 0x4000; masquerade fully-random; }
+/// What the Services' chains need.
+const MARK: &str = " chain mark-for-masquerade { meta mark set meta mark or 0x4000; }
+";
+
+/// What is there whatever the Services are.
+const BASE: &str = " chain masquerading { meta mark & 0x4000 == 0 return; meta mark set meta mark xor 0x4000; masquerade fully-random; }
  chain services {
   ip daddr . meta l4proto . th dport vmap @service-ips
   ip daddr @nodeport-ips ip daddr != 127.0.0.0/8 meta l4proto . th dport vmap @service-nodeports
@@ -75,7 +94,7 @@ const BASE: &str = " chain mark-for-masquerade { meta mark set meta mark or 0x40
  chain filter-forward { type filter hook forward priority 0; ct state new jump service-endpoints-check; ct state new jump cluster-ips-check; }
  chain filter-output { type filter hook output priority 0; ct state new jump service-endpoints-check; ct state new jump cluster-ips-check; }
  chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
- chain nat-output { type nat hook output priority dstnat; jump services; }
+ chain nat-output { type nat hook output priority -100; jump services; }
  chain nat-postrouting { type nat hook postrouting priority srcnat; jump masquerading; }
 ";
 

@@ -124,6 +124,13 @@ impl Running {
         Ok(self.reconciler.maps.delete(Table::Backends, &keys)?)
     }
 
+    /// Lets a backend keep its flows and get no others. The list still has it: a Service that leads elsewhere is entered after.
+    pub(crate) fn drain(&mut self, at: SocketAddr) -> anyhow::Result<()> {
+        let value = BackendValue { generation: u32::from(at.port()) + 1, flags: 0, owner: 0 };
+        let rows = [TCP, UDP].map(|protocol| row(&backend(at, protocol), &value));
+        Ok(self.reconciler.maps.update(Table::Backends, &rows)?)
+    }
+
     /// A Service with nothing but backends.
     pub(crate) fn plain(
         &mut self,

@@ -115,6 +115,44 @@ fn packets_to_services_are_translated_and_their_answers_back() {
 }
 
 #[test]
+fn a_connection_that_was_never_answered_leaves_a_backend_that_drains() {
+    if !require("dataplane::packets-unanswered", &NEEDS) {
+        return;
+    }
+    let (place, mut running) = set_up("pn");
+    for family in FAMILIES {
+        let (old, new) = (SocketAddr::new(family.pod, 8080), SocketAddr::new(family.pod, 8081));
+        let (unanswered, answered) = (client(&family, 5_000), client(&family, 5_001));
+        let asked = |running: &Running, from, flags| {
+            let (verdict, out) = run(running, &place, &frame(TCP, from, family.at_node(30080), flags));
+            assert_eq!(verdict, REDIRECT);
+            read_frame("request", &out)
+        };
+        for from in [unanswered, answered] {
+            assert_eq!(asked(&running, from, SYN).to, old);
+        }
+        let back = asked(&running, answered, SYN).from;
+        assert_eq!(run(&running, &place, &frame(TCP, old, back, SYN | ACK)).0, REDIRECT);
+        // The other Service's backends are entered as active: it has to drain after that.
+        running.plain(&family, 10, 30080, &[new]).unwrap();
+        assert_eq!(
+            asked(&running, unanswered, SYN).to,
+            old,
+            "it takes new flows, of another Service's clients"
+        );
+        running.drain(old).unwrap();
+        assert_eq!(asked(&running, answered, SYN).to, old, "asked again before the answer came");
+        assert_eq!(asked(&running, answered, ACK).to, old);
+        let request = asked(&running, unanswered, SYN);
+        assert_eq!(request.to, new);
+        let (verdict, out) = run(&running, &place, &frame(TCP, new, request.from, SYN | ACK));
+        assert_eq!(verdict, REDIRECT);
+        assert_eq!(read_frame("answer", &out).to, unanswered);
+        assert_eq!(asked(&running, unanswered, ACK).to, new);
+    }
+}
+
+#[test]
 fn a_datagram_without_a_checksum_stays_without() {
     if !require("dataplane::packets-unsummed", &NEEDS) {
         return;
