@@ -10,6 +10,7 @@ pub mod abandon;
 pub mod announce;
 pub mod desired;
 pub mod ejection;
+mod feed;
 mod health;
 pub mod maglev;
 pub mod maps;

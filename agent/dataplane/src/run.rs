@@ -38,7 +38,7 @@ use crate::tables::ServiceName;
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
-use self::absorb::{Relists, sources};
+use self::absorb::{Relists, services, sources};
 use self::eject::Ejecting;
 use self::peers::Peers;
 use self::say::Versions;
@@ -174,6 +174,7 @@ pub async fn run_with_metrics(
     let setup = Arc::clone(&config);
     let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
+    let begins_empty = reconciler.ledger().services.is_empty();
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
@@ -213,6 +214,7 @@ pub async fn run_with_metrics(
         reports: config.reports.clone(),
         seen: Versions::default(),
         relists: Relists::default(),
+        begins_empty,
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
@@ -274,6 +276,8 @@ struct Dataplane {
     reports: Option<watch::Sender<Report>>,
     seen: Versions,
     relists: Relists,
+    /// No Service was in the maps when they were adopted.
+    begins_empty: bool,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
@@ -282,6 +286,7 @@ struct Dataplane {
 impl Dataplane {
     async fn run(&mut self, client: Client, shutdown: CancellationToken) -> Result<(), Error> {
         let mut events = sources(&client);
+        let mut services = Some(|| services(&client));
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
@@ -297,6 +302,9 @@ impl Dataplane {
                     for _ in 0..MAX_EVENTS_PER_SYNC {
                         let Some(Some(event)) = events.next().now_or_never() else { break };
                         self.absorb(event);
+                    }
+                    if let Some(services) = services.take_if(|_| self.relists.all_but_services_known()) {
+                        events.push(services());
                     }
                 }
                 changed = changes.next() => {
