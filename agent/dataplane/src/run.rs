@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
@@ -218,16 +220,21 @@ pub async fn run_with_metrics(
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected));
-    tokio::select! {
-        outcome = dataplane.run(client, shutdown) => outcome,
-        () = telling => Ok(()),
-        outcome = policies => outcome,
-        () = serve::serve(&proxy, shared) => Ok(()),
-        () = announce => Ok(()),
-        () = Box::pin(watching) => Ok(()),
-        () = trying => Ok(()),
-    }
+    let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected);
+    // Of these only what was woken is polled: a change of a Service must not go round all of them.
+    let mut parts: FuturesUnordered<BoxFuture<'_, Result<(), Error>>> = FuturesUnordered::new();
+    parts.push(dataplane.run(client, shutdown).boxed());
+    parts.push(policies.boxed());
+    let beside = [
+        telling.boxed(),
+        serve::serve(&proxy, shared).boxed(),
+        announce.boxed(),
+        watching.boxed(),
+        trying.boxed(),
+    ];
+    parts.extend(beside.map(|part| part.map(Ok).boxed()));
+    // There is one, so there is an outcome.
+    parts.next().await.unwrap_or(Ok(()))
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.

@@ -259,6 +259,12 @@ impl Tables {
         self.known.is_empty()
     }
 
+    /// Whether a Service is known, not only slices that name it.
+    #[must_use]
+    pub fn has(&self, name: &ServiceName) -> bool {
+        self.known.get(name).is_some_and(|known| known.service.is_some())
+    }
+
     /// A Service and its slices.
     #[must_use]
     pub fn get(&self, name: &ServiceName) -> Option<(&Service, Vec<&Slice>)> {
@@ -377,10 +383,7 @@ impl Tables {
                 known.slices.insert(place, (name.into(), slice));
             }
         }
-        // One that is not known yet takes its slices along when it comes.
-        if known.service.is_some() {
-            changed.push(owner);
-        }
+        changed.push(owner);
         changed
     }
 

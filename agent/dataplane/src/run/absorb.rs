@@ -113,7 +113,7 @@ impl Dataplane {
 
     fn absorb_slice(&mut self, event: watcher::Event<Bytes>) {
         let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
+        let mut changed: Vec<_> = match event {
             watcher::Event::Init => {
                 self.relists.slices.begin(!tables.is_empty());
                 return;
@@ -147,6 +147,8 @@ impl Dataplane {
             }
         };
         self.shared.metrics.endpoints_changed(changed.len());
+        // A Service that is not known yet takes its slices along when it comes.
+        changed.retain(|service| tables.has(service));
         self.mark(changed);
     }
 
