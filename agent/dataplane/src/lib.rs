@@ -12,6 +12,7 @@ pub mod desired;
 pub mod ejection;
 mod feed;
 mod health;
+mod hooks;
 pub mod maglev;
 pub mod maps;
 mod metrics;

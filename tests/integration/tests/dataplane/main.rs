@@ -8,6 +8,7 @@ mod edge;
 mod ejection;
 mod entries;
 mod errors;
+mod filters;
 mod frames;
 mod links;
 mod native;
