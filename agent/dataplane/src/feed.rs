@@ -3,6 +3,7 @@
 //!
 //! States: `Start` → `List`, page by page → `Watch` from the newest version seen → (it ends or breaks) `Watch` → (410) `Start`.
 
+pub mod fuzz;
 mod lines;
 mod page;
 

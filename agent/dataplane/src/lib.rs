@@ -10,7 +10,7 @@ pub mod abandon;
 pub mod announce;
 pub mod desired;
 pub mod ejection;
-mod feed;
+pub mod feed;
 mod health;
 mod hooks;
 pub mod maglev;

@@ -261,6 +261,11 @@ fn another_agent(mut reconciler: Reconciler<FaultyMaps<MemoryMaps>>, before: &st
     assert_eq!(left, [0; 5], "{}", second.render().unwrap_or_default());
 }
 
+/// A page of a list, or an event.
+pub(crate) fn feed(bytes: &[u8]) {
+    weft_agent_dataplane::feed::fuzz::answer(bytes);
+}
+
 /// Services and slices as they come, a JSON object a line.
 pub(crate) fn objects(bytes: &[u8]) {
     let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).expect("memory can be read");
