@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
@@ -38,7 +40,7 @@ use crate::tables::ServiceName;
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
-use self::absorb::{Relists, sources};
+use self::absorb::{Relists, services, sources};
 use self::eject::Ejecting;
 use self::peers::Peers;
 use self::say::Versions;
@@ -177,6 +179,7 @@ pub async fn run_with_metrics(
     let setup = Arc::clone(&config);
     let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
+    let begins_empty = reconciler.ledger().services.is_empty();
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
@@ -217,19 +220,25 @@ pub async fn run_with_metrics(
         reports: config.reports.clone(),
         seen: Versions::default(),
         relists: Relists::default(),
+        begins_empty,
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected));
-    tokio::select! {
-        outcome = dataplane.run(client, shutdown) => outcome,
-        () = telling => Ok(()),
-        outcome = policies => outcome,
-        () = serve::serve(&proxy, shared) => Ok(()),
-        () = announce => Ok(()),
-        () = Box::pin(watching) => Ok(()),
-        () = trying => Ok(()),
-    }
+    let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected);
+    // Of these only what was woken is polled: a change of a Service must not go round all of them.
+    let mut parts: FuturesUnordered<BoxFuture<'_, Result<(), Error>>> = FuturesUnordered::new();
+    parts.push(dataplane.run(client, shutdown).boxed());
+    parts.push(policies.boxed());
+    let beside = [
+        telling.boxed(),
+        serve::serve(&proxy, shared).boxed(),
+        announce.boxed(),
+        watching.boxed(),
+        trying.boxed(),
+    ];
+    parts.extend(beside.map(|part| part.map(Ok).boxed()));
+    // There is one, so there is an outcome.
+    parts.next().await.unwrap_or(Ok(()))
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
@@ -279,6 +288,8 @@ struct Dataplane {
     reports: Option<watch::Sender<Report>>,
     seen: Versions,
     relists: Relists,
+    /// No Service was in the maps when they were adopted.
+    begins_empty: bool,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
@@ -287,6 +298,7 @@ struct Dataplane {
 impl Dataplane {
     async fn run(&mut self, client: Client, shutdown: CancellationToken) -> Result<(), Error> {
         let mut events = sources(&client);
+        let mut services = Some(|| services(&client));
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
@@ -302,6 +314,9 @@ impl Dataplane {
                     for _ in 0..MAX_EVENTS_PER_SYNC {
                         let Some(Some(event)) = events.next().now_or_never() else { break };
                         self.absorb(event);
+                    }
+                    if let Some(services) = services.take_if(|_| self.relists.all_but_services_known()) {
+                        events.push(services());
                     }
                 }
                 changed = changes.next() => {

@@ -9,11 +9,16 @@ use weft_ebpf_abi::NODE_DIRECT;
 use super::{Dataplane, MAX_TRIGGERS, RETRY_FIRST};
 use crate::maps::Table;
 use crate::metrics::Synced;
+use crate::sys;
 
 impl Dataplane {
-    /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
+    /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted. Where none
+    /// were, Services are written as their list comes, each with all its endpoints.
     pub(super) fn sync(&mut self) {
         if !self.relists.all_known() {
+            if self.begins_empty && self.relists.all_but_services_known() && self.reconciler.is_dirty() {
+                self.sync_maps();
+            }
             return;
         }
         if self.overlay.is_dirty() {
@@ -62,6 +67,9 @@ impl Dataplane {
         let started = Instant::now();
         let report = self.reconciler.sync();
         let took = started.elapsed();
+        if report.full {
+            sys::give_memory_back();
+        }
         tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
         let (totals, unprogrammed) = (self.reconciler.totals(), self.reconciler.unprogrammed());
         let metrics = &self.shared.metrics;
