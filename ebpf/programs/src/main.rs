@@ -5,6 +5,7 @@
 mod events;
 mod failure;
 mod family;
+mod in_place;
 mod maps;
 mod pod;
 mod policy;
