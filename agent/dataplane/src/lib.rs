@@ -11,6 +11,7 @@ pub mod announce;
 pub mod desired;
 pub mod ejection;
 mod health;
+mod hooks;
 pub mod maglev;
 pub mod maps;
 mod metrics;

@@ -1,24 +1,25 @@
 //! Loads the programs, attaches them, and keeps both pinned, so that Services outlive the agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use aya::maps::{Array, Map, MapData, PerCpuArray};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfLoader};
 use ipnetwork::IpNetwork;
+use weft_cni_netlink::Direction;
 use weft_ebpf_abi::{Address, DropReason, LAYOUT, NodeConfig, PodRange, names};
 use zerocopy::IntoBytes;
 
+use crate::hooks::{Hooks, Packets, Place};
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Kind as _, Table};
 use crate::node::{NodeError, failed};
 use crate::peers::memory::Memory;
-use crate::sys;
 
 /// Socket hooks: program and attach type (linux/bpf.h, `enum bpf_attach_type`).
 pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
@@ -31,9 +32,9 @@ pub(crate) const SOCKET_HOOKS: [(&str, u32); 8] = [
     ("weft_peername4", 29),
     ("weft_peername6", 30),
 ];
-/// Packet hooks: program, attach type, suffix of the pin.
-pub(crate) const EDGE_HOOKS: [(&str, u32, &str); 2] =
-    [("weft_ingress", 46, "in"), ("weft_egress", 47, "out")];
+/// Packet hooks: program, which packets, suffix of the pin.
+pub(crate) const EDGE_HOOKS: [(&str, Direction, &str); 2] =
+    [("weft_ingress", Direction::In, "in"), ("weft_egress", Direction::Out, "out")];
 
 /// Tells of connections that fail, while a Service wants it: program and attach type.
 const SOCKET_STATES: (&str, u32) = ("weft_sockops", 3);
@@ -88,7 +89,7 @@ pub enum ProgramError {
 #[derive(Debug)]
 pub struct Programs {
     pub(crate) ebpf: Ebpf,
-    pub(crate) links: PathBuf,
+    pub(crate) hooks: Hooks,
 }
 
 /// The programs' counters of drops.
@@ -150,7 +151,13 @@ impl Programs {
             };
             result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
         }
-        Ok(Self { ebpf, links })
+        Ok(Self { ebpf, hooks: Hooks::pinned(links) })
+    }
+
+    /// Attaches to devices as on Linux before 6.6, for tests.
+    #[must_use]
+    pub fn by_filters(self) -> Self {
+        Self { hooks: self.hooks.by_filters(), ..self }
     }
 
     /// The maps that the planner keeps.
@@ -222,9 +229,9 @@ impl Programs {
     pub fn attach_sockets(&self, cgroup: &Path) -> Result<(), ProgramError> {
         let folder = fs::File::open(cgroup).map_err(failed("open cgroup", cgroup))?;
         for (name, attach_type) in SOCKET_HOOKS {
-            let target = u32::try_from(folder.as_raw_fd()).unwrap_or(u32::MAX);
+            let place = Place::Cgroup(folder.as_fd(), attach_type);
             let wrap = |source| ProgramError::Attach { name, target: cgroup.display().to_string(), source };
-            attach(self.program_fd(name)?, &self.links.join(name), target, attach_type).map_err(wrap)?;
+            self.hooks.attach(self.program_fd(name)?, name, place).map_err(wrap)?;
         }
         Ok(())
     }
@@ -232,36 +239,34 @@ impl Programs {
     /// Has a program see how sockets' connections come about, or no longer: where nobody wants it, they pay nothing.
     pub fn watch_sockets(&self, cgroup: &Path, wanted: bool) -> Result<(), ProgramError> {
         let (name, attach_type) = SOCKET_STATES;
-        let pin = self.links.join(name);
         if !wanted {
-            return if pin.exists() { Ok(remove_link(&pin)?) } else { Ok(()) };
+            return if self.hooks.has_link(name) { Ok(self.hooks.detach(name)?) } else { Ok(()) };
         }
         let folder = fs::File::open(cgroup).map_err(failed("open cgroup", cgroup))?;
-        let target = u32::try_from(folder.as_raw_fd()).unwrap_or(u32::MAX);
+        let place = Place::Cgroup(folder.as_fd(), attach_type);
         let wrap = |source| ProgramError::Attach { name, target: cgroup.display().to_string(), source };
-        attach(self.program_fd(name)?, &pin, target, attach_type).map_err(wrap)
+        self.hooks.attach(self.program_fd(name)?, name, place).map_err(wrap)
     }
 
     /// Attaches the edge programs to these devices, and lets go of all others.
     pub fn attach_edges(&self, devices: &BTreeMap<u32, String>) -> Result<(), ProgramError> {
-        let mut wanted = Vec::new();
+        let mut wanted = BTreeSet::new();
         for (index, device) in devices {
-            for (name, attach_type, suffix) in EDGE_HOOKS {
-                let pin = format!("edge_{index}_{suffix}");
+            for (name, direction, suffix) in EDGE_HOOKS {
+                let place = format!("edge_{index}_{suffix}");
+                let packets = Packets { index: *index, direction, turn: 0 };
                 let wrap = |source| ProgramError::Attach { name, target: device.clone(), source };
-                match attach(self.program_fd(name)?, &self.links.join(&pin), *index, attach_type) {
+                match self.hooks.attach(self.program_fd(name)?, &place, Place::Packets(packets)) {
                     // The device went away meanwhile; the kernel reports that as well.
                     Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                     other => other.map_err(wrap)?,
                 }
-                wanted.push(pin);
+                wanted.insert(place);
             }
         }
-        let entries = fs::read_dir(&self.links).map_err(failed("list", &self.links))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
+        for name in self.hooks.names()? {
             if name.starts_with("edge_") && !wanted.contains(&name) {
-                remove_link(&entry.path())?;
+                self.hooks.detach(&name)?;
             }
         }
         Ok(())
@@ -295,65 +300,17 @@ pub(crate) fn duplicate(data: &MapData, name: &'static str) -> Result<OwnedFd, P
     data.fd().as_fd().try_clone_to_owned().map_err(source)
 }
 
-/// Replaces the program of a pinned link, or makes the link and pins it.
-pub(crate) fn attach(program: BorrowedFd<'_>, pin: &Path, target: u32, attach_type: u32) -> io::Result<()> {
-    attach_with(program, pin, target, attach_type, 0)
-}
-
-/// The same, with flags for a link that is made.
-pub(crate) fn attach_with(
-    program: BorrowedFd<'_>,
-    pin: &Path,
-    target: u32,
-    attach_type: u32,
-    flags: u32,
-) -> io::Result<()> {
-    match sys::open_pin(pin) {
-        Ok(link) => match sys::link_update(link.as_fd(), program) {
-            Ok(()) => return Ok(()),
-            // Its cgroup or device is gone, or its index belongs to another one now.
-            Err(error) => {
-                tracing::debug!(pin = %pin.display(), %error, "link is dead, making another");
-                fs::remove_file(pin)?;
-            }
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let link = sys::link_create(program, target, attach_type, flags)?;
-    sys::pin(link.as_fd(), pin)
-}
-
-/// Detaches a pinned link and removes the pin. One whose cgroup or device is gone has nothing to detach from.
-pub(crate) fn remove_link(path: &Path) -> Result<(), NodeError> {
-    if let Ok(link) = sys::open_pin(path)
-        && let Err(error) = sys::link_detach(link.as_fd())
-    {
-        tracing::debug!(pin = %path.display(), %error, "link was dead already");
-    }
-    remove_pin(path)
-}
-
-fn remove_pin(path: &Path) -> Result<(), NodeError> {
-    match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove pin", path)(source)),
-        _ => Ok(()),
-    }
-}
-
-/// Removes all links and maps of a node; what is gone already is no error.
+/// Takes all programs of a node off, and removes its maps; what is gone already is no error.
 pub fn remove(pins: &Path) -> Result<(), NodeError> {
-    type Remove = fn(&Path) -> Result<(), NodeError>;
-    for (folder, remove) in [(pins.join("links"), remove_link as Remove), (pins.join("maps"), remove_pin)] {
-        let entries = match fs::read_dir(&folder) {
-            Ok(entries) => entries,
-            Err(source) if source.kind() == io::ErrorKind::NotFound => continue,
-            Err(source) => return Err(failed("list", &folder)(source)),
-        };
-        for entry in entries.flatten() {
-            remove(&entry.path())?;
+    let (links, maps) = (pins.join("links"), pins.join("maps"));
+    if links.exists() {
+        Hooks::pinned(links).remove()?;
+    }
+    match fs::remove_dir_all(&maps) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove folder", &maps)(source));
         }
-        fs::remove_dir(&folder).map_err(failed("remove folder", &folder))?;
+        _ => {}
     }
     Memory::of(pins).remove()
 }

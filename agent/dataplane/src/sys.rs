@@ -269,6 +269,20 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(LinkInfo { program: info.program, target })
 }
 
+/// Id of a program: the second word of `struct bpf_prog_info`.
+pub(crate) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut head = [0_u32; 2];
+    let mut attr = InfoAttr {
+        bpf_fd: number(program),
+        info_len: u32::try_from(size_of_val(&head)).unwrap_or(0),
+        info: (&raw mut head) as u64,
+    };
+    bpf(OBJ_INFO, &mut attr)?;
+    // SAFETY: the kernel wrote into it behind the compiler's back; every bit pattern is valid.
+    let [_, id] = unsafe { std::ptr::read_volatile(&raw const head) };
+    Ok(id)
+}
+
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }

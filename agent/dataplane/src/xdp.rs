@@ -3,7 +3,6 @@
 //! The tc program carries whatever XDP does not: nothing here has to succeed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs;
 use std::io;
 
 use aya::maps::{HashMap as BpfMap, Map, MapData};
@@ -11,13 +10,13 @@ use weft_cni_netlink::{Class, Features, Link, Mac, Neighbour, Netlink};
 use weft_ebpf_abi::{Address, XdpPod, names};
 use zerocopy::IntoBytes as _;
 
-use crate::node::{Devices, failed};
+use crate::hooks::Place;
+use crate::node::Devices;
 use crate::programs::{self, ProgramError, Programs};
 
 /// The program.
 pub(crate) const PROGRAM: &str = "weft_xdp";
-/// `BPF_XDP` of linux/bpf.h, and `XDP_FLAGS_DRV_MODE` of `linux/if_link.h`: by the driver itself, or not at all.
-const ATTACH_TYPE: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE` of `linux/if_link.h`: by the driver itself, or not at all.
 const BY_THE_DRIVER: u32 = 1 << 2;
 /// Pins of links are named after it and the device's index.
 const PIN: &str = "xdp_";
@@ -176,9 +175,8 @@ impl Carrier {
             if self.refused.contains_key(&index) {
                 continue;
             }
-            let pin = programs.links.join(format!("{PIN}{index}"));
-            let program = programs.program_fd(PROGRAM)?;
-            match programs::attach_with(program, &pin, index, ATTACH_TYPE, BY_THE_DRIVER) {
+            let place = Place::Frames { index, flags: BY_THE_DRIVER };
+            match programs.hooks.attach(programs.program_fd(PROGRAM)?, &format!("{PIN}{index}"), place) {
                 Ok(()) => {
                     if !self.attached.contains_key(&index) {
                         tracing::info!(device = name, "XDP is attached");
@@ -193,13 +191,10 @@ impl Carrier {
             }
         }
         self.attached = attached;
-        let folder = &programs.links;
-        let entries = fs::read_dir(folder).map_err(failed("list", folder)).map_err(ProgramError::from)?;
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
+        for name in programs.hooks.names().map_err(ProgramError::from)? {
             let index = name.strip_prefix(PIN).and_then(|index| index.parse().ok());
             if index.is_some_and(|index: u32| !self.attached.contains_key(&index)) {
-                programs::remove_link(&entry.path()).map_err(ProgramError::from)?;
+                programs.hooks.detach(&name).map_err(ProgramError::from)?;
             }
         }
         Ok(())

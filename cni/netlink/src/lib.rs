@@ -12,6 +12,7 @@ mod batch;
 pub mod diag;
 mod error;
 mod event;
+mod filter;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod hostport;
@@ -32,6 +33,7 @@ pub use address::Address;
 pub use batch::Batch;
 pub use error::{Class, Error};
 pub use event::{Event, Events, NeighbourChange};
+pub use filter::{Direction, FilterPlace};
 pub use link::{Link, LinkChange, VethEnd, Vxlan};
 pub use lookup::Destined;
 pub use neighbour::{FdbEntry, Neighbour};

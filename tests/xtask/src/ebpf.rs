@@ -68,7 +68,16 @@ fn place(object: &Path, out: &Path) -> anyhow::Result<()> {
 
 fn rustflags() -> String {
     let architecture = format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH);
-    [architecture.as_str(), "-Cdebuginfo=2", "-Clink-arg=--btf"].join("\x1f")
+    [
+        architecture.as_str(),
+        "-Cdebuginfo=2",
+        "-Clink-arg=--btf",
+        // Otherwise a copy or a fill of 3 bytes is a call of a loop over bytes, and a frame of stack.
+        "-Clink-arg=--disable-expand-memcpy-in-order",
+        // Linux 6.1 refuses a loop whose end falls through to its beginning, as LLVM lays them out.
+        "-Clink-arg=--llvm-args=--disable-block-placement",
+    ]
+    .join("\x1f")
 }
 
 /// PATH, with the linker's folder in front.

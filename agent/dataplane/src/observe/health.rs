@@ -14,6 +14,7 @@ use weft_ebpf_abi::names;
 
 use super::pinned::{self, Pinned};
 use super::{ObserveError, Observer};
+use crate::hooks::{Hooks, Packets};
 use crate::node::{BPF_FS_MAGIC, cgroup2_mount, devices};
 use crate::programs::{EDGE_HOOKS, SOCKET_HOOKS};
 use crate::sys;
@@ -98,14 +99,16 @@ impl Observer {
     pub(crate) fn health(&self) -> Result<Health, ObserveError> {
         let cgroup2 = cgroup2_mount().ok();
         let configured = Pinned::open(&self.pins).is_ok_and(|maps| matches!(maps.node_config(), Ok(Some(_))));
-        let (edges, devices, sysctls) = self.within(in_namespace)??;
+        let hooks = Hooks::pinned(self.pins.join("links"));
+        let root = cgroup2.as_deref();
+        let (hooks, devices, sysctls) = self.within(|| in_namespace(&hooks, root))??;
         Ok(Health {
             time: Timestamp::now(),
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
             node_cgroup: cgroup2.as_ref().is_some_and(|root| root.join(&self.cgroup).is_dir()),
             bpffs: statfs(&self.pins).is_ok_and(|stat| stat.filesystem_type() == BPF_FS_MAGIC),
             configured,
-            hooks: hooks(&self.pins.join("links"), cgroup2.as_deref(), &edges),
+            hooks,
             maps: fills(&self.pins),
             devices,
             sysctls,
@@ -114,9 +117,9 @@ impl Observer {
     }
 }
 
-type InNamespace = (BTreeMap<u32, String>, Vec<Device>, BTreeMap<String, String>);
+type InNamespace = (Vec<Hook>, Vec<Device>, BTreeMap<String, String>);
 
-fn in_namespace() -> Result<InNamespace, ObserveError> {
+fn in_namespace(pinned: &Hooks, cgroup2: Option<&Path>) -> Result<InNamespace, ObserveError> {
     let mut all = Vec::new();
     let mut netlink = Netlink::open()?;
     for link in netlink.links()? {
@@ -131,44 +134,28 @@ fn in_namespace() -> Result<InNamespace, ObserveError> {
         let value = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
         Some(((*name).to_owned(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
     });
-    Ok((devices(Some(crate::BRIDGE))?.edge, all, sysctls.collect()))
+    let edges = devices(Some(crate::BRIDGE))?.edge;
+    Ok((hooks(pinned, cgroup2, &edges), all, sysctls.collect()))
 }
 
-fn hooks(links: &Path, cgroup2: Option<&Path>, edges: &BTreeMap<u32, String>) -> Vec<Hook> {
+fn hooks(pinned: &Hooks, cgroup2: Option<&Path>, edges: &BTreeMap<u32, String>) -> Vec<Hook> {
     let root = cgroup2.map_or_else(|| "cgroup2".to_owned(), |path| path.display().to_string());
     let sockets = SOCKET_HOOKS.iter().map(|(program, _)| Hook {
         program: (*program).to_owned(),
         place: root.clone(),
-        missing: missing(&links.join(program), None),
+        missing: pinned.missing(program, None),
     });
     let edges = edges.iter().flat_map(|(index, device)| {
-        EDGE_HOOKS.iter().map(move |(program, _, suffix)| Hook {
+        EDGE_HOOKS.iter().map(move |(program, direction, suffix)| Hook {
             program: (*program).to_owned(),
             place: device.clone(),
-            missing: missing(&links.join(format!("edge_{index}_{suffix}")), Some(*index)),
+            missing: pinned.missing(
+                &format!("edge_{index}_{suffix}"),
+                Some(Packets { index: *index, direction: *direction, turn: 0 }),
+            ),
         })
     });
     sockets.chain(edges).collect()
-}
-
-/// What is wrong with a pinned link.
-fn missing(pin: &Path, device: Option<u32>) -> Option<String> {
-    let link = match sys::open_pin(pin) {
-        Ok(link) => link,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Some("it is not attached".to_owned());
-        }
-        Err(error) => return Some(format!("its pin can't be opened: {error}")),
-    };
-    match sys::link_info(link.as_fd()) {
-        Err(error) => Some(format!("it can't be looked at: {error}")),
-        Ok(info) if info.program == 0 => Some("it has no program".to_owned()),
-        Ok(info) if info.target == 0 => Some("what it was attached to is gone".to_owned()),
-        Ok(info) if device.is_some_and(|index| u64::from(index) != info.target) => {
-            Some("it is attached to another device".to_owned())
-        }
-        Ok(_) => None,
-    }
 }
 
 /// Maps that can't be read are left out: the hooks' state says that the dataplane is not there.

@@ -2,27 +2,30 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
-use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use aya::maps::{Map, MapData, PerCpuHashMap};
-use weft_cni_netlink::{Class, Link, Mac, Netlink};
+use weft_cni_netlink::{Class, Direction, Link, Mac, Netlink};
 use weft_ebpf_abi::policy::{PolicyPod, RangeKey, RuleKey};
 use weft_ebpf_abi::{Address, LOCAL_HOST_PORTS, LOCAL_QUEUED, LocalPod, names};
 
 use super::local::{LocalPods, LocalTable};
 use super::maps::PolicyTable;
 use super::rules::Trial;
+use crate::hooks::{Hooks, Packets, Place};
 use crate::maps::kernel::KernelMaps;
 use crate::maps::{Kind as _, MapError};
 use crate::node::failed;
 use crate::programs::{self, ProgramError, Programs};
 
-/// Program, attach type on the host's device (linux/bpf.h, `enum bpf_attach_type`), suffix of the pin. What comes in there is
-/// what the pod sends. Of two on one hook the first is asked first: policy, then the ways.
-pub(crate) const HOOKS: [(&str, u32, &str); 3] =
-    [("weft_from_pod", 46, "out"), ("weft_pod_edge", 46, "way"), ("weft_to_pod", 47, "in")];
+/// Program, which packets of the host's device, its turn among those of one direction, suffix of the pin. What comes in there is what
+/// the pod sends. Of two the first is asked first: policy, then the ways.
+pub(crate) const HOOKS: [(&str, Direction, u16, &str); 3] = [
+    ("weft_from_pod", Direction::In, 0, "out"),
+    ("weft_pod_edge", Direction::In, 1, "way"),
+    ("weft_to_pod", Direction::Out, 0, "in"),
+];
 /// Pins of links are named after it and the device's index.
 const PIN: &str = "pod_";
 
@@ -54,7 +57,7 @@ struct Behind {
 #[derive(Debug)]
 pub struct Edges {
     programs: [OwnedFd; HOOKS.len()],
-    links: PathBuf,
+    hooks: Hooks,
     /// Behind each device that was looked at.
     behind: BTreeMap<u32, Behind>,
     attached: HashMap<Address, u32>,
@@ -75,7 +78,7 @@ impl Edges {
         let [(out, ..), (way, ..), (into, ..)] = HOOKS;
         Ok(Self {
             programs: [own(out)?, own(way)?, own(into)?],
-            links: programs.links.clone(),
+            hooks: programs.hooks.clone(),
             behind: BTreeMap::new(),
             attached: HashMap::new(),
             local: LocalPods::adopt(programs.local_map()?)?,
@@ -167,9 +170,10 @@ impl Edges {
     }
 
     fn attach(&self, link: &Link) -> Result<(), ProgramError> {
-        for ((name, attach_type, suffix), program) in HOOKS.into_iter().zip(&self.programs) {
-            let pin = self.links.join(format!("{PIN}{}_{suffix}", link.index));
-            match programs::attach(program.as_fd(), &pin, link.index, attach_type) {
+        for ((name, direction, turn, suffix), program) in HOOKS.into_iter().zip(&self.programs) {
+            let packets = Packets { index: link.index, direction, turn };
+            let place = format!("{PIN}{}_{suffix}", link.index);
+            match self.hooks.attach(program.as_fd(), &place, Place::Packets(packets)) {
                 // The device went away meanwhile; the kernel reports that as well.
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                 Err(source) => {
@@ -183,13 +187,11 @@ impl Edges {
 
     /// Removes the pins of devices that are gone, also those that an earlier agent left.
     fn prune(&self, there: &HashSet<u32>) -> Result<(), ProgramError> {
-        let entries = fs::read_dir(&self.links).map_err(failed("list", &self.links))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
+        for name in self.hooks.names()? {
             let index = name.strip_prefix(PIN).and_then(|rest| rest.split('_').next());
             let Some(index) = index.and_then(|index| index.parse::<u32>().ok()) else { continue };
             if !there.contains(&index) {
-                programs::remove_link(&entry.path())?;
+                self.hooks.detach(&name)?;
             }
         }
         Ok(())

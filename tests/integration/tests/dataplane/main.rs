@@ -9,6 +9,7 @@ mod edge;
 mod ejection;
 mod entries;
 mod errors;
+mod filters;
 mod frames;
 mod links;
 mod native;

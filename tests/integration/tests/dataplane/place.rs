@@ -100,6 +100,11 @@ impl Place {
     pub(crate) fn start(&self) -> anyhow::Result<Running> {
         start(&self.node, &self.pins, &self.cgroup)
     }
+
+    /// The same with a kernel that has no links for packets.
+    pub(crate) fn start_by_filters(&self) -> anyhow::Result<Running> {
+        start_with(&self.node, &self.pins, &self.cgroup, Programs::by_filters)
+    }
 }
 
 /// What the node is, asked from its namespace.
@@ -115,9 +120,18 @@ pub(crate) fn identity(devices: &node::Devices, cgroup: &Path) -> anyhow::Result
 
 /// Loads, attaches and adopts in a node's namespace.
 pub(crate) fn start(node: &Netns, pins: &Path, cgroup: &Path) -> anyhow::Result<Running> {
+    start_with(node, pins, cgroup, |programs| programs)
+}
+
+fn start_with(
+    node: &Netns,
+    pins: &Path,
+    cgroup: &Path,
+    prepare: impl FnOnce(Programs) -> Programs + Send,
+) -> anyhow::Result<Running> {
     let object = std::fs::read(artifact("weft.bpf.o").map_err(anyhow::Error::msg)?)?;
     within(node, || {
-        let mut programs = Programs::load(&object, pins)?;
+        let mut programs = prepare(Programs::load(&object, pins)?);
         let devices = node::devices(Some(weft_agent_dataplane::BRIDGE))?;
         programs.configure(identity(&devices, cgroup)?)?;
         programs.attach_sockets(&node::cgroup2_mount()?)?;

@@ -14,8 +14,8 @@ use super::Finding;
 use crate::net::reach::NodeHandle;
 use crate::net::why::addresses;
 
-/// The first kernel with tcx, by which the edge programs are attached.
-const KERNEL: (u32, u32) = (6, 6);
+/// The oldest kernel that the programs were seen to run on: Debian 12's.
+const KERNEL: (u32, u32) = (6, 1);
 /// Of a map that refuses what is too much, this part full is to be looked at.
 const FULL_PERCENT: usize = 80;
 /// What tunnels over IPv4 and over IPv6 add to a packet.
