@@ -336,14 +336,6 @@ pub struct FlowKey {
 }
 const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_port) == 32);
 
-impl FlowKey {
-    /// Sets the protocol and the zeros behind it as one word: of three zeros a BPF compiler makes a call that sets byte by byte.
-    #[inline(always)]
-    pub fn set_protocol(&mut self, protocol: u8) {
-        self.as_mut_bytes()[offset_of!(FlowKey, protocol)..].copy_from_slice(&[protocol, 0, 0, 0]);
-    }
-}
-
 /// The packet is an answer of a backend.
 pub const FLOW_REPLY: u32 = 1;
 /// A FIN or RST was seen: a SYN with the same ports begins a new flow.

@@ -268,7 +268,8 @@ fn plain<S: Shape, const N: usize>(head: &Head<N>, protocol: u8, packet: &mut Pl
 #[inline(always)]
 fn flow<S: Shape, const N: usize>(head: &Head<N>, protocol: u8, key: &mut FlowKey) -> Option<u32> {
     let total_bytes = S::header(head, key)?;
-    key.set_protocol(protocol);
+    key.protocol = protocol;
+    key.pad = [0; 3];
     key.source_port = Port(bytes(head[S::TRANSPORT]));
     key.destination_port = Port(bytes(head[S::TRANSPORT + 1]));
     Some(total_bytes)

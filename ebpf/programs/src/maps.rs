@@ -63,6 +63,10 @@ pub struct Work {
     /// Whether its destination is a pod of this node, and the marks that it had. (In registers each would double the states that the
     /// verifier goes through.)
     pub near: bool,
+    /// What the function for most packets said of it.
+    pub carried: i32,
+    /// Whether the way to a pod of another node was asked for.
+    pub asked: bool,
     /// See above.
     pub mark: u32,
     /// What an ICMP error quotes.

@@ -16,7 +16,7 @@ use crate::family::Family;
 use crate::in_place::{self, ETHERNET};
 use crate::maps::{Work, config, count, is_pods, near, work};
 use crate::policy;
-use crate::tc::{NOBODYS, TO_POD, TO_STACK, ethertype, ingress_ifindex, raw, serve};
+use crate::tc::{NOBODYS, TO_POD, TO_STACK, UNKNOWN, carry, decide, ethertype, ingress_ifindex, raw};
 
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT as i32;
@@ -58,8 +58,20 @@ fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if work.near && work.mark == 0 && work.pod.translated[0] == 0 {
         return if work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
     }
-    let done = serve::<F>(ctx, work);
-    if done != NOBODYS || work.mark != 0 {
+    work.carried = carry::<F>(ctx, work);
+    // A pod of another node is no Service: its way is asked for before Services are. Where there is none, it was asked for already.
+    work.asked = work.carried == UNKNOWN
+        && !work.near
+        && work.mark == 0
+        && is_pods(&work.ends[DESTINATION], F::ETHERTYPE == V6::ETHERTYPE);
+    if work.asked {
+        let done = set_out::<F>(ctx, work);
+        if done != NOBODYS {
+            return done;
+        }
+    }
+    let done = decide::<F>(ctx, work);
+    if done != NOBODYS || work.mark != 0 || work.asked {
         return done;
     }
     if work.near {
@@ -70,6 +82,12 @@ fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
             NOBODYS
         };
     }
+    set_out::<F>(ctx, work)
+}
+
+/// Sends a packet to a pod of another node, if it is from the pod at whose edge it is, and that one's packets need not pass the stack.
+#[inline(always)]
+fn set_out<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if work.find_end(SOURCE)
         && work.pod.ifindex == ingress_ifindex(ctx)
         && work.pod.flags & LOCAL_HOST_PORTS == 0

@@ -37,7 +37,7 @@ pub const TO_STACK: i32 = -4;
 /// What [`carry`] leaves: a packet of another shape, which is not read yet.
 const UNREAD: i32 = -5;
 /// Likewise: one that is read, of no known flow.
-const UNKNOWN: i32 = -6;
+pub const UNKNOWN: i32 = -6;
 /// Likewise: one that is read, on which something is to be decided.
 const UNDECIDED: i32 = -7;
 const LEAST_MTU_BYTES: u32 = 1_280;
@@ -102,7 +102,14 @@ enum Outcome {
 /// Translates a packet to a Service, and the answer to one. Returns a verdict, or [`NOBODYS`], [`TO_POD`], [`TO_STACK`].
 #[inline(always)]
 pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
-    let carried = carry::<F>(ctx, work);
+    work.carried = carry::<F>(ctx, work);
+    decide::<F>(ctx, work)
+}
+
+/// What is left of that, if anything is, once [`carry`] has said so.
+#[inline(always)]
+pub fn decide<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    let carried = work.carried;
     if carried == UNREAD {
         if read::<F>(ctx, &mut work.packet).is_none() {
             work.packet.key.protocol = 0;
@@ -114,7 +121,7 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     } else if carried != UNKNOWN && carried != UNDECIDED {
         return carried;
     }
-    let outcome = match judge::<F>(ctx, work, carried == UNKNOWN) {
+    let outcome = match judge::<F>(ctx, work) {
         Outcome::Goes | Outcome::Begins
             if work.mark != 0 && !policy::may_reach(work.mark, &work.entry, work.packet.key.protocol) =>
         {
@@ -149,7 +156,7 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
 /// Most packets: of the plainest shape, and of a flow that is known and goes on. What becomes of them is what the functions below would
 /// decide, in one function without calls, each of which costs as much as a third of a lookup where the kernel has to guard returns.
 #[inline(never)]
-fn carry<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+pub fn carry<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if F::read(ctx, &mut work.packet).is_none() {
         return UNREAD;
     }
@@ -167,7 +174,7 @@ fn carry<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
         return UNDECIDED;
     }
     if entry.last_seen != now {
-        // SAFETY: an aligned word of an element; one reused meanwhile is of a flow that is used this second, too.
+        // SAFETY: an aligned word of an element; one reused meanwhile is of a flow that began this second.
         unsafe { (*live).last_seen = now };
     }
     match F::rewrite(ctx, packet, entry) {
@@ -244,9 +251,9 @@ fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
 
 /// Decides on a packet: by its flow if it is known, else by its destination.
 #[inline(never)]
-fn judge<F: Family>(ctx: &TcContext, work: &mut Work, is_unknown: bool) -> Outcome {
-    let Work { packet, entry, backend, .. } = work;
-    if !is_unknown && known(&packet.key, entry).is_some() {
+fn judge<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
+    let Work { packet, entry, backend, carried, .. } = work;
+    if *carried != UNKNOWN && known(&packet.key, entry).is_some() {
         let now = Kernel.now_seconds();
         match established(packet, entry, now, backend) {
             Known::Goes => {
@@ -267,7 +274,7 @@ fn judge<F: Family>(ctx: &TcContext, work: &mut Work, is_unknown: bool) -> Outco
 #[inline(always)]
 pub fn known(key: &FlowKey, entry: &mut FlowValue) -> Option<*mut FlowValue> {
     let found = FLOWS.get_ptr_mut(key)?;
-    // SAFETY: copied at once, from one map to another: an assignment has to reckon that they are the same, and moves byte by byte.
+    // SAFETY: copied at once, from one map to another; an assignment would have to reckon that both are one.
     unsafe { copy_nonoverlapping(found, entry, 1) };
     Some(found)
 }

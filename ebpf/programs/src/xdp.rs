@@ -127,7 +127,7 @@ fn way(work: &mut Work) -> Option<&'static XdpPod> {
         return None;
     }
     if entry.last_seen != now {
-        // SAFETY: an aligned word of an element; one reused meanwhile is of a flow that is used this second, too.
+        // SAFETY: an aligned word of an element; one reused meanwhile is of a flow that began this second.
         unsafe { (*live).last_seen = now };
     }
     Some(pod)
