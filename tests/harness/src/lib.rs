@@ -58,6 +58,16 @@ fn present(need: &str) -> Result<(), String> {
             true => Ok(()),
             false => Err("the kernel has no IPv6".to_owned()),
         },
+        // Older ones don't say which devices take frames, so XDP hands none over.
+        "xdp" => {
+            let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+            let mut numbers = kernel.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+            if (numbers.next(), numbers.next()) >= (Some(6), Some(3)) {
+                Ok(())
+            } else {
+                Err(format!("Linux {} is older than 6.3", kernel.trim()))
+            }
+        }
         "artifacts" => artifact("weft.bpf.o").map(|_| ()),
         "weft" => weft_binary().map(|_| ()),
         program => which(program).map(|_| ()).ok_or_else(|| format!("no {program} on PATH")),

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
 use weft_agent_dataplane::programs;
 use weft_cni_netlink::{Direction, FilterPlace, Netlink};
@@ -32,7 +33,8 @@ fn a_kernel_without_links_carries_services_and_the_next_agent_takes_over() {
     let pod = listener.local_addr().unwrap();
     let echo = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
+        // Longer than it takes to load the programs.
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let mut byte = [0];
         while stream.read(&mut byte).unwrap() == 1 {
             stream.write_all(&byte).unwrap();

@@ -17,11 +17,12 @@ use weft_tests_harness::netns::ip;
 use weft_tests_harness::require;
 use zerocopy::IntoBytes as _;
 
-use crate::NEEDS;
 use crate::agent::{Api, config, eventually};
 use crate::entries::{FAMILIES, Family, V4};
 use crate::frames::{ACK, RST, SYN, error, frame, packet, read_frame};
 use crate::place::{POD, POD6, Place, Running, SOON, ask_again, ask_datagram, connected_udp, serve, within};
+
+const NEEDS_XDP: [&str; 5] = ["root", "bpf", "ip", "artifacts", "xdp"];
 
 const PASS: u32 = 2;
 const REDIRECT: u32 = 4;
@@ -109,7 +110,7 @@ const KINDS: [(u8, u8, u8); 2] = [(TCP, SYN, ACK), (UDP, 0, 0)];
 
 #[test]
 fn what_tc_began_is_carried_on_alike() {
-    if !require("dataplane::xdp-carries", &NEEDS) {
+    if !require("dataplane::xdp-carries", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xc");
@@ -207,7 +208,7 @@ fn left_to_tc(family: &Family, datagram: &[u8], segment: &[u8]) -> Vec<(&'static
 
 #[test]
 fn what_is_left_to_tc_passes_untouched() {
-    if !require("dataplane::xdp-passes", &NEEDS) {
+    if !require("dataplane::xdp-passes", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xp");
@@ -261,7 +262,7 @@ fn what_is_left_to_tc_passes_untouched() {
 
 #[test]
 fn a_connection_that_ends_is_left_to_tc_from_then_on() {
-    if !require("dataplane::xdp-closing", &NEEDS) {
+    if !require("dataplane::xdp-closing", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xe");
@@ -286,7 +287,7 @@ fn finished_checksums(place: &Place) {
 
 #[test]
 fn a_flow_is_carried_by_either_program_at_any_time() {
-    if !require("dataplane::xdp-either", &NEEDS) {
+    if !require("dataplane::xdp-either", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xi");
@@ -347,7 +348,7 @@ fn echo(place: &Place, running: &mut Running, family: &Family) {
 
 #[test]
 fn large_bodies_arrive_whole_whoever_finishes_the_checksums() {
-    if !require("dataplane::xdp-large", &NEEDS) {
+    if !require("dataplane::xdp-large", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xl");
@@ -381,7 +382,7 @@ fn pins(place: &Place) -> Vec<String> {
 
 #[test]
 fn it_outlives_the_agent_and_the_next_one_adopts_it() {
-    if !require("dataplane::xdp-adopted", &NEEDS) {
+    if !require("dataplane::xdp-adopted", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xa");
@@ -415,7 +416,7 @@ fn it_outlives_the_agent_and_the_next_one_adopts_it() {
 
 #[test]
 fn pods_that_come_and_go_are_followed() {
-    if !require("dataplane::xdp-pods", &NEEDS) {
+    if !require("dataplane::xdp-pods", &NEEDS_XDP) {
         return;
     }
     let place = prepared("xf");
@@ -450,7 +451,7 @@ fn pods_that_come_and_go_are_followed() {
 
 #[test]
 fn the_agent_attaches_it_where_it_is_told_to() {
-    if !require("dataplane::xdp-agent", &NEEDS) {
+    if !require("dataplane::xdp-agent", &NEEDS_XDP) {
         return;
     }
     for (mode, attached) in [(Xdp::Auto, false), (Xdp::Always, true)] {
@@ -482,7 +483,7 @@ fn the_agent_attaches_it_where_it_is_told_to() {
 
 #[test]
 fn a_device_says_whether_it_takes_frames() {
-    if !require("dataplane::xdp-features", &NEEDS) {
+    if !require("dataplane::xdp-features", &NEEDS_XDP) {
         return;
     }
     let place = Place::new("xt").unwrap();
