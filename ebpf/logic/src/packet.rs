@@ -142,6 +142,13 @@ impl Packet {
         ETHERNET_BYTES + self.header_bytes as usize
     }
 
+    /// Whether it is one of [`fast`](crate::fast)'s: no options or extensions, no fragment.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_plain<F: Family>(&self) -> bool {
+        self.header_bytes as usize == F::HEADER_BYTES && matches!(self.part, Part::Whole)
+    }
+
     /// What its fragments share.
     #[inline(always)]
     #[must_use]

@@ -2,8 +2,8 @@
 #![no_std]
 #![no_main]
 
-use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX};
+use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_redirect};
 use aya_ebpf::macros::{classifier, map, xdp};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
@@ -112,6 +112,8 @@ static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::pinned(sizes::FLOWS, 
 static BACKENDS: HashMap<BackendKey, BackendValue> = HashMap::pinned(sizes::BACKENDS, NO_PREALLOC);
 #[map(name = "weft_conf_2")]
 static CONFIG: Array<NodeConfig> = Array::pinned(1, 0);
+#[map(name = "weft_local_2")]
+static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL_PODS, NO_PREALLOC);
 #[map(name = "weft_xpod_2")]
 static XDP_PODS: HashMap<Address, XdpPod> = HashMap::pinned(sizes::XDP_PODS, NO_PREALLOC);
 #[map(name = "weft_ppod_2")]
@@ -131,14 +133,19 @@ pub struct Keys {
 static KEYS: Array<Keys> = Array::with_max_entries(1, 0);
 
 /// The map operations of the tc program for a packet of a known flow, and nothing else.
-#[xdp]
-pub fn bench_maps_tc(_: XdpContext) -> u32 {
+#[classifier]
+pub fn bench_maps_tc(_: TcContext) -> i32 {
     // In the place of the map that it works in.
-    let Some(keys) = KEYS.get_ptr(0) else { return XDP_ABORTED };
+    let Some(keys) = KEYS.get_ptr(0) else { return TC_ACT_SHOT as i32 };
     // SAFETY: nothing writes to it while programs run.
     let keys = unsafe { &*keys };
-    let (Some(_), Some(_)) = (FLOWS.get_ptr(keys.flow), BACKENDS.get_ptr(keys.backend)) else { return XDP_ABORTED };
-    XDP_PASS
+    let found = (FLOWS.get_ptr(keys.flow), CONFIG.get_ptr(0), BACKENDS.get_ptr(keys.backend));
+    let (Some(_), Some(_), Some(_)) = found else { return TC_ACT_SHOT as i32 };
+    // A pod without programs at its edge has no entry.
+    if LOCAL_PODS.get_ptr(keys.pod).is_some() {
+        return TC_ACT_SHOT as i32;
+    }
+    TC_ACT_OK as i32
 }
 
 /// The map operations of the XDP program for a packet that it carries, and nothing else.

@@ -26,7 +26,7 @@ use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, Family as _, SYN, V6};
 use crate::events;
 use crate::family::Family;
 use crate::maps::{FLOWS, Kernel, Work, config, count, is_pods};
-use crate::tc::{enter_free, enter_own, find_route, forget, ingress_ifindex, raw};
+use crate::tc::{UNDECIDED, enter_free, enter_own, find_route, forget, ingress_ifindex, raw};
 
 const DROP: i32 = TC_ACT_SHOT as i32;
 /// BPF_F_NO_PREALLOC.
@@ -149,6 +149,8 @@ pub fn see_node<F: Family>(ctx: &TcContext, work: &mut Work) {
     let Ok(mac) = ctx.load::<[u8; 6]>(MAC_BYTES) else { return };
     work.node = direct::by_node(mac);
     work.tells = mac[0] & MAC_ASKED != 0 && config.flags & NODE_DIRECT != 0;
+    // It was not looked for as one that this node has handed on.
+    work.carried = UNDECIDED;
 }
 
 /// Brings what is known of a packet's flow up to date, before the packet is judged. Answers whether it may go on.

@@ -1,9 +1,12 @@
 //! What differs between IPv4 and IPv6 towards the kernel: routes, and how a header is rewritten.
 
-use aya_ebpf::bindings::{BPF_F_RECOMPUTE_CSUM, bpf_fib_lookup as FibLookup};
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::programs::TcContext;
-use weft_ebpf_abi::Address;
-use weft_ebpf_logic::packet::{self, Bytes, ETHERNET_BYTES, V4, V6};
+use weft_ebpf_abi::{Address, FlowValue};
+use weft_ebpf_logic::fast::{IP4, IP6, Plain4, Plain6, Shape, TCP4, TCP6, UDP4, UDP6};
+use weft_ebpf_logic::packet::{self, Bytes, Packet, V4, V6};
+
+use crate::in_place;
 
 /// BPF_F_IPV6 of linux/bpf.h (6.16): the checksum in the packet and the addresses cancel out, because the header has no
 /// checksum of its own.
@@ -25,6 +28,8 @@ pub trait Family: packet::Family {
     const NUMBER: u8;
     /// Further flags of `bpf_l4_csum_replace` when addresses changed. A kernel that does not know them refuses them.
     const CHECKSUM_FLAGS: u64;
+    /// What the family's plainest packets have where.
+    type Shape: Shape;
 
     /// Asks for the way to `destination`.
     fn set_destination(fib: &mut FibLookup, destination: &Address);
@@ -34,6 +39,10 @@ pub trait Family: packet::Family {
     fn addresses(ctx: &TcContext) -> Option<[Address; 2]>;
     /// Takes one off the hops that a packet has left, as a router does; `None` if it has none for that.
     fn hop(ctx: &TcContext) -> Option<()>;
+    /// Reads a packet of the plainest shape. `None` for all others.
+    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()>;
+    /// Makes a packet of the plainest shape what `entry` says.
+    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()>;
     /// Sets both addresses in the header at `at`, and its checksum if it has one. `difference` is that of their words.
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()>;
 }
@@ -41,6 +50,7 @@ pub trait Family: packet::Family {
 impl Family for V4 {
     const NUMBER: u8 = 2;
     const CHECKSUM_FLAGS: u64 = 0;
+    type Shape = Plain4;
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
@@ -53,19 +63,19 @@ impl Family for V4 {
     }
     #[inline(always)]
     fn addresses(ctx: &TcContext) -> Option<[Address; 2]> {
-        let [a, b]: [[u8; 4]; 2] = ctx.load(ETHERNET_BYTES + 12).ok()?;
-        Some([Address::v4(a), Address::v4(b)])
+        Some(Plain4::addresses(in_place::head::<IP4>(ctx)?))
     }
     #[inline(always)]
     fn hop(ctx: &TcContext) -> Option<()> {
-        let at = ETHERNET_BYTES + 8;
-        let [ttl, protocol]: [u8; 2] = ctx.load(at).ok()?;
-        if ttl <= 1 {
-            return None;
-        }
-        let (from, to) = (u16::from_ne_bytes([ttl, protocol]), u16::from_ne_bytes([ttl - 1, protocol]));
-        ctx.l3_csum_replace(ETHERNET_BYTES + 10, from.into(), to.into(), 2).ok()?;
-        ctx.store(at, &(ttl - 1), 0).ok()
+        in_place::hop::<Plain4, IP4>(ctx)
+    }
+    #[inline(always)]
+    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+        in_place::read::<Plain4, UDP4, TCP4>(ctx, packet)
+    }
+    #[inline(always)]
+    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
+        in_place::rewrite::<Self, UDP4, TCP4>(ctx, packet, entry)
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()> {
@@ -77,6 +87,7 @@ impl Family for V4 {
 impl Family for V6 {
     const NUMBER: u8 = 10;
     const CHECKSUM_FLAGS: u64 = CSUM_IPV6;
+    type Shape = Plain6;
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
@@ -98,17 +109,19 @@ impl Family for V6 {
     }
     #[inline(always)]
     fn addresses(ctx: &TcContext) -> Option<[Address; 2]> {
-        ctx.load(ETHERNET_BYTES + 8).ok()
+        Some(Plain6::addresses(in_place::head::<IP6>(ctx)?))
     }
     #[inline(always)]
     fn hop(ctx: &TcContext) -> Option<()> {
-        let at = ETHERNET_BYTES + 7;
-        let hops: u8 = ctx.load(at).ok()?;
-        if hops <= 1 {
-            return None;
-        }
-        // No checksum of its own makes up for the change.
-        ctx.store(at, &(hops - 1), BPF_F_RECOMPUTE_CSUM.into()).ok()
+        in_place::hop::<Plain6, IP6>(ctx)
+    }
+    #[inline(always)]
+    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+        in_place::read::<Plain6, UDP6, TCP6>(ctx, packet)
+    }
+    #[inline(always)]
+    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
+        in_place::rewrite::<Self, UDP6, TCP6>(ctx, packet, entry)
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], _: u64) -> Option<()> {

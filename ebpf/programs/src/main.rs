@@ -6,6 +6,7 @@ mod direct;
 mod events;
 mod failure;
 mod family;
+mod in_place;
 mod maps;
 mod pod;
 mod policy;

@@ -1,6 +1,8 @@
 //! The maps, and the tables of the logic crate made from them. Names and types are those of `weft-ebpf-abi`.
 
-use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use core::ptr::copy_nonoverlapping;
+
+use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
@@ -63,6 +65,10 @@ pub struct Work {
     /// Whether its destination is a pod of this node, and the marks that it had. (In registers each would double the states that the
     /// verifier goes through.)
     pub near: bool,
+    /// What the function for most packets said of it.
+    pub carried: i32,
+    /// Whether the way to a pod of another node was asked for.
+    pub asked: bool,
     /// See above.
     pub mark: u32,
     /// What an ICMP error quotes.
@@ -75,28 +81,54 @@ pub struct Work {
     pub node: [u8; 3],
     /// Whether it tells what that client asked for.
     pub tells: bool,
+    /// The backend of its flow, which a lookup wants in one piece.
+    pub backend: BackendKey,
+    /// The time, which outlives a packet.
+    pub clock: Clock,
+}
+
+/// The seconds of the monotonic clock, and the tick at which it was asked for them: it goes on at a tick only, and asking it costs about as
+/// much as a lookup.
+#[derive(Clone, Copy)]
+pub struct Clock {
+    tick: u64,
+    seconds: u32,
+}
+
+impl Clock {
+    /// As [`Tables::now_seconds`].
+    #[inline(always)]
+    pub fn now_seconds(&mut self) -> u32 {
+        // SAFETY: a helper without arguments, which the kernel makes a load of.
+        let tick = unsafe { bpf_jiffies64() };
+        if self.tick != tick {
+            *self = Self { tick, seconds: Kernel.now_seconds() };
+        }
+        self.seconds
+    }
 }
 
 impl Work {
     /// Looks for a pod of this node, by the source or destination that the packet came with.
     #[inline(always)]
     pub fn find_end(&mut self, which: usize) -> bool {
-        let end = self.ends[which];
-        self.find_pod(end)
+        find_pod(&self.ends[which], &mut self.pod)
     }
 
-    /// Looks for a pod of this node.
+    /// Looks for the pod of this node that the packet goes to as what it becomes.
     #[inline(always)]
-    pub fn find_pod(&mut self, address: Address) -> bool {
-        // SAFETY: without preallocation an element is freed by RCU only; it is copied before the program ends.
-        match unsafe { LOCAL_PODS.get(address) } {
-            Some(pod) => {
-                self.pod = *pod;
-                true
-            }
-            None => false,
-        }
+    pub fn find_target(&mut self) -> bool {
+        find_pod(&self.entry.destination, &mut self.pod)
     }
+}
+
+#[inline(always)]
+fn find_pod(address: &Address, pod: &mut LocalPod) -> bool {
+    let Some(found) = LOCAL_PODS.get_ptr(address) else { return false };
+    // SAFETY: without preallocation an element is freed by RCU only, after the program has ended. It is not what it is copied to, which
+    // an assignment would have to reckon with.
+    unsafe { copy_nonoverlapping(found, pod, 1) };
+    true
 }
 
 /// This CPU's. A packet program is not interrupted by another one: both run with softirqs off.

@@ -3,16 +3,20 @@
 //! Behind the program of policy on the same hook. What has no short way is the plain one's: bridge, routes, VXLAN device.
 
 use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, bpf_fib_lookup as FibLookup};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type};
+use aya_ebpf::helpers::{
+    bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type,
+};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
+use weft_ebpf_logic::fast;
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, Family as _, V4, V6};
 
 use crate::family::Family;
+use crate::in_place::{self, ETHERNET};
 use crate::maps::{Work, config, count, is_pods, near, work};
 use crate::policy;
-use crate::tc::{NOBODYS, TO_POD, TO_STACK, ethertype, ingress_ifindex, raw, serve};
+use crate::tc::{NOBODYS, TO_POD, TO_STACK, UNKNOWN, carry, decide, ethertype, ingress_ifindex, raw};
 
 const NEXT: i32 = -1;
 const DROP: i32 = TC_ACT_SHOT as i32;
@@ -54,14 +58,36 @@ fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if work.near && work.mark == 0 && work.pod.translated[0] == 0 {
         return if work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
     }
-    let done = serve::<F>(ctx, work);
-    if done != NOBODYS || work.mark != 0 {
+    work.carried = carry::<F>(ctx, work);
+    // A pod of another node is no Service: its way is asked for before Services are. Where there is none, it was asked for already.
+    work.asked = work.carried == UNKNOWN
+        && !work.near
+        && work.mark == 0
+        && is_pods(&work.ends[DESTINATION], F::ETHERTYPE == V6::ETHERTYPE);
+    if work.asked {
+        let done = set_out::<F>(ctx, work);
+        if done != NOBODYS {
+            return done;
+        }
+    }
+    let done = decide::<F>(ctx, work);
+    if done != NOBODYS || work.mark != 0 || work.asked {
         return done;
     }
     if work.near {
         // Looking for the way of a translated packet may have overwritten it.
-        return if work.find_end(DESTINATION) && work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
+        return if work.find_end(DESTINATION) && work.pod.flags & LOCAL_QUEUED == 0 {
+            TO_POD
+        } else {
+            NOBODYS
+        };
     }
+    set_out::<F>(ctx, work)
+}
+
+/// Sends a packet to a pod of another node, if it is from the pod at whose edge it is, and that one's packets need not pass the stack.
+#[inline(always)]
+fn set_out<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if work.find_end(SOURCE)
         && work.pod.ifindex == ingress_ifindex(ctx)
         && work.pod.flags & LOCAL_HOST_PORTS == 0
@@ -83,7 +109,9 @@ fn read_ends<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
 /// all that it has not seen the beginning of.
 #[inline(always)]
 pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
-    is_from_afar::<F>(ctx, work)
+    let Some(config) = config() else { return false };
+    (work.came_by == config.overlay_ifindex || config.flags & NODE_NEAR != 0)
+        && is_from_afar::<F>(ctx, work)
         && is_pods(&work.ends[SOURCE], F::ETHERTYPE == V6::ETHERTYPE)
         && work.find_end(DESTINATION)
         && work.pod.translated[0] == 0
@@ -134,13 +162,9 @@ pub fn hand_over(ctx: &TcContext, pod: &LocalPod) -> i32 {
 /// Writes the pod's hardware address into a frame that was sent to a router's, and the router's as that of the sender.
 #[inline(always)]
 fn address_to(ctx: &TcContext, pod: &LocalPod) -> Option<()> {
-    let [a, b, c]: [u16; 3] = ctx.load(0).ok()?;
-    let [d, e, f, g, h, i] = pod.mac;
-    let mac = [u16::from_ne_bytes([d, e]), u16::from_ne_bytes([f, g]), u16::from_ne_bytes([h, i])];
-    if mac == [a, b, c] {
-        return Some(());
-    }
-    ctx.store(0, &[mac[0], mac[1], mac[2], a, b, c], 0).ok()
+    let head = in_place::head::<ETHERNET>(ctx)?;
+    fast::pass_on(head, &pod.mac);
+    Some(())
 }
 
 /// Sends a packet to a pod of another node straight into the overlay or onto the link, if the node's routes lead there: what the
@@ -178,7 +202,7 @@ fn depart<F: Family>(ctx: &TcContext, work: &Work) -> i32 {
         // SAFETY: no parameters are given; the kernel finds the router by the packet's destination.
         return unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) as i32 };
     }
-    if ctx.store(0, &[fib.dmac, fib.smac], 0).is_err() {
+    if in_place::set_ethernet(ctx, &fib.dmac, &fib.smac).is_none() {
         count(DropReason::RewriteFailed);
         return DROP;
     }

@@ -1,4 +1,5 @@
-//! Rewriting: addresses, ports and checksums of a translated packet, and of one that an ICMP error quotes.
+//! Rewriting by the kernel's helpers: addresses, ports and checksums of a translated packet that is not of the plainest shape
+//! (`in_place`), and of one that an ICMP error quotes.
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::bpf_csum_diff;
@@ -28,7 +29,7 @@ fn ports(source: Port, destination: Port) -> [u8; 4] {
 
 /// Adds a difference of addresses to a checksum that covers them.
 #[inline(always)]
-fn cover<F: Family>(ctx: &TcContext, checksum: usize, difference: u64, flags: u64) -> Option<()> {
+pub fn cover<F: Family>(ctx: &TcContext, checksum: usize, difference: u64, flags: u64) -> Option<()> {
     let known = ctx.l4_csum_replace(checksum, 0, difference, flags | F::CHECKSUM_FLAGS);
     if F::CHECKSUM_FLAGS == 0 || known.is_ok() {
         return known.ok();

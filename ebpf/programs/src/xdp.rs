@@ -11,13 +11,13 @@ use aya_ebpf::macros::{map, xdp};
 use aya_ebpf::maps::{HashMap, PerCpuArray};
 use aya_ebpf::programs::XdpContext;
 use weft_ebpf_abi::*;
-use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::fast::{self, Head, Plain, Plain4, Plain6, Shape, TCP4, TCP6, UDP4, UDP6};
 use weft_ebpf_logic::flow;
 use weft_ebpf_logic::service::flow_is_current;
 
-use crate::maps::{FLOWS, Kernel, config};
+use crate::maps::{Clock, Kernel, config};
 use crate::policy;
+use crate::tc::known;
 
 /// BPF_F_NO_PREALLOC: memory follows what is in use.
 const NO_PREALLOC: u32 = 1;
@@ -34,6 +34,8 @@ static XDP_WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 struct Work {
     packet: Plain,
     entry: FlowValue,
+    /// The time, which outlives a packet.
+    clock: Clock,
 }
 
 /// This CPU's, which nothing interrupts that would use it.
@@ -75,7 +77,8 @@ fn head<const N: usize>(ctx: &XdpContext) -> Option<&mut Head<N>> {
     // Read here and now: LLVM would pass what was read earlier to a function, and shift it ("R3 pointer arithmetic on pkt_end
     // prohibited", Linux 6.18).
     // SAFETY: the kernel hands in a valid context.
-    let (begin, end) = unsafe { (read_volatile(&raw const (*ctx.ctx).data), read_volatile(&raw const (*ctx.ctx).data_end)) };
+    let (begin, end) =
+        unsafe { (read_volatile(&raw const (*ctx.ctx).data), read_volatile(&raw const (*ctx.ctx).data_end)) };
     let (begin, end) = (begin as usize, end as usize);
     if begin + N * 2 > end {
         return None;
@@ -105,11 +108,11 @@ fn tcp<S: Shape, const N: usize>(ctx: &XdpContext) -> Option<u32> {
 /// What a packet becomes, and the pod it goes to, if nothing is left to decide on it.
 #[inline(always)]
 fn way(work: &mut Work) -> Option<&'static XdpPod> {
-    let Work { packet, entry } = work;
+    let Work { packet, entry, clock } = work;
     let key = &packet.key;
-    // SAFETY: copied at once; one reused meanwhile is another flow's, whose backend the packet would reach once.
-    *entry = unsafe { FLOWS.get(key).copied() }?;
-    let now = Kernel.now_seconds();
+    // One reused meanwhile is another flow's, whose backend the packet would reach once.
+    let live = known(key, entry)?;
+    let now = clock.now_seconds();
     if entry.flags & (FLOW_REPLY | FLOW_CLOSING) != 0
         || entry.ifindex != config()?.bridge_ifindex
         || flow::is_idle(entry, key.protocol, now)
@@ -124,10 +127,8 @@ fn way(work: &mut Work) -> Option<&'static XdpPod> {
     {
         return None;
     }
-    if entry.last_seen != now
-        && let Some(live) = FLOWS.get_ptr_mut(key)
-    {
-        // SAFETY: an aligned word of an element; a lost race writes the same second.
+    if entry.last_seen != now {
+        // SAFETY: an aligned word of an element; one reused meanwhile is of a flow that began this second.
         unsafe { (*live).last_seen = now };
     }
     Some(pod)

@@ -57,8 +57,18 @@ pub(crate) fn ethernet(ip: &[u8]) -> Vec<u8> {
 
 /// A TCP segment or a datagram.
 pub(crate) fn frame(protocol: u8, from: SocketAddr, to: SocketAddr, flags: u8) -> Vec<u8> {
+    frame_with(protocol, from, to, flags, b"hello")
+}
+
+/// The same with a payload, unless it is a SYN.
+pub(crate) fn frame_with(
+    protocol: u8,
+    from: SocketAddr,
+    to: SocketAddr,
+    flags: u8,
+    payload: &[u8],
+) -> Vec<u8> {
     let mut transport = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
-    let payload = b"hello";
     if protocol == TCP {
         transport.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     } else {

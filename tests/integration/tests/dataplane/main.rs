@@ -3,6 +3,7 @@
 
 mod adoption;
 mod agent;
+mod buffers;
 mod crossing;
 mod direct;
 mod edge;
