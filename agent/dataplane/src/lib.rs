@@ -10,6 +10,7 @@ pub mod abandon;
 pub mod announce;
 pub mod desired;
 pub mod ejection;
+pub mod feed;
 mod health;
 mod hooks;
 pub mod maglev;

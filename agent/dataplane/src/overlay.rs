@@ -5,8 +5,8 @@
 //! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
 //! reached without ([`Routing`]).
 
-mod near;
 mod peer;
+mod ranges;
 pub mod trial;
 mod ways;
 
@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
-use weft_ebpf_abi::{NODE_NEAR, NodeConfig};
+use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
 use self::trial::Trials;
 use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
@@ -24,8 +24,8 @@ use crate::OVERLAY;
 use crate::node::Devices;
 use crate::peers::echo::Question;
 
-pub use self::near::NearRanges;
-pub use self::peer::{Peer, mac, overhead_bytes};
+pub use self::peer::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Peer, mac, overhead_bytes};
+pub use self::ranges::Ranges;
 pub use self::ways::{Routing, UnknownRouting};
 
 /// VXLAN network identifier.
@@ -166,7 +166,7 @@ impl Overlay {
         let near = self.applied.values().flat_map(|entries| &entries.ranges).any(|r| r.native().is_some());
         NodeConfig {
             narrowest_bytes: u16::try_from(narrowest).unwrap_or(u16::MAX),
-            flags: if near { NODE_NEAR } else { 0 },
+            flags: node.flags & NODE_DIRECT | if near { NODE_NEAR } else { 0 },
             ..node
         }
     }
@@ -176,6 +176,25 @@ impl Overlay {
     pub fn near(&self) -> BTreeMap<IpNetwork, u32> {
         let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
         ranges.filter_map(|range| Some((range.first.destination, range.native()?))).collect()
+    }
+
+    /// The addresses of the other nodes and of their pods, with the largest packet that gets to these pods by the tunnel if their node
+    /// answers clients outside by itself; 0 for all others.
+    #[must_use]
+    pub fn direct(&self) -> BTreeMap<IpNetwork, u32> {
+        let others = self.nodes.iter().filter(|(name, _)| **name != self.node_name).map(|(_, peer)| peer);
+        let mut known = BTreeMap::new();
+        for peer in others {
+            known.extend(peer.addresses.iter().map(|address| (IpNetwork::from(*address), 0)));
+            known.extend(peer.pods.iter().map(|range| (*range, 0)));
+        }
+        for (peer, entries) in self.applied.iter().filter(|(peer, _)| peer.direct) {
+            let takes = entries.narrow_bytes.unwrap_or(u32::MAX).min(self.mtu_bytes);
+            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
+            let ranges = by_tunnel.map(|range| range.first.destination).filter(|r| peer.pods.contains(r));
+            known.extend(ranges.map(|range| (range, takes)));
+        }
+        known
     }
 
     /// What has to be tried: whether packets from pods to those of each of these ranges get there by the link.

@@ -26,7 +26,8 @@ pub struct Planner {
     /// What the maps say.
     pub ledger: Ledger,
     ids: HashMap<ServiceName, Id>,
-    owned: HashMap<Id, Owned>,
+    /// Boxed: up to half of a hash map stands empty.
+    owned: HashMap<Id, Box<Owned>>,
     next_id: Id,
     owner_of: HashMap<ServiceKey, Id>,
     contests: Contests,
@@ -146,7 +147,7 @@ impl Planner {
             let id = self.next_id;
             self.next_id = self.next_id.wrapping_add(1);
             self.ids.insert(name.clone(), id);
-            self.owned.insert(id, Owned::new(name.clone()));
+            self.owned.insert(id, Box::new(Owned::new(name.clone())));
             id
         });
         self.contest(id, name, desired);

@@ -335,26 +335,22 @@ impl<M: MapSet> Reconciler<M> {
     }
 
     /// Applies operations phase by phase; an owner of one that failed gets no later phase. Returns those owners, and why.
-    fn apply(&mut self, ops: Vec<(usize, Op)>, report: &mut Report) -> HashMap<usize, Failure> {
+    fn apply(&mut self, mut ops: Vec<(usize, Op)>, report: &mut Report) -> HashMap<usize, Failure> {
         let mut failed = HashMap::new();
-        let mut phases: BTreeMap<usize, Vec<(usize, Op)>> = BTreeMap::new();
-        for (owner, op) in ops {
-            phases.entry(op.phase()).or_default().push((owner, op));
-        }
         let mut held = HashSet::new();
-        for (_, mut batch) in phases {
-            let before = batch.len();
-            let blocked = blocked_backends(&batch, &failed);
-            batch.retain(|(owner, op)| {
-                let wait = failed.contains_key(owner)
-                    || matches!(op, Op::DeleteBackend(key) if blocked.contains(key));
-                if wait {
-                    held.insert(*owner);
-                }
-                !wait
+        ops.sort_by_key(|(_, op)| op.phase());
+        for batch in ops.chunk_by(|(_, one), (_, next)| one.phase() == next.phase()) {
+            if failed.is_empty() {
+                self.apply_batch(batch, report, &mut failed);
+                continue;
+            }
+            let blocked = blocked_backends(batch, &failed);
+            let (waiting, ready): (Vec<_>, Vec<_>) = batch.iter().copied().partition(|(owner, op)| {
+                failed.contains_key(owner) || matches!(op, Op::DeleteBackend(key) if blocked.contains(key))
             });
-            report.failed += before - batch.len();
-            self.apply_batch(&batch, report, &mut failed);
+            held.extend(waiting.iter().map(|(owner, _)| *owner));
+            report.failed += waiting.len();
+            self.apply_batch(&ready, report, &mut failed);
         }
         for owner in held {
             let reason = || "waits for another service of the same backend".to_owned();

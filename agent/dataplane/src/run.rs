@@ -13,13 +13,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use weft_ebpf_abi::{Address, NodeConfig};
+use weft_ebpf_abi::{Address, NodeConfig, names};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
@@ -28,7 +30,7 @@ use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
-use crate::overlay::{self, NearRanges, Overlay, Routing, trial};
+use crate::overlay::{self, Overlay, Ranges, Routing, trial};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
@@ -38,7 +40,7 @@ use crate::tables::ServiceName;
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
-use self::absorb::{Relists, sources};
+use self::absorb::{Relists, services, sources};
 use self::eject::Ejecting;
 use self::peers::Peers;
 use self::say::Versions;
@@ -87,6 +89,9 @@ pub struct Config {
     pub pod_network: PodNetwork,
     /// How packets get to pods of nodes on the same link.
     pub routing: Routing,
+    /// Whether clients outside keep their address towards pods of other nodes by the tunnel, which answer them past this node; and this
+    /// node answers clients of others. The network must let nodes send from each other's addresses.
+    pub direct_return: bool,
     /// Takes what there is to say of the node's Services, for [`report::keep`](crate::report::keep).
     pub reports: Option<watch::Sender<Report>>,
 }
@@ -174,6 +179,7 @@ pub async fn run_with_metrics(
     let setup = Arc::clone(&config);
     let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
+    let begins_empty = reconciler.ledger().services.is_empty();
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
@@ -194,7 +200,8 @@ pub async fn run_with_metrics(
         troubles,
         searches: Searches::new(Search { node_cgroup, pin_dir: config.pin_dir.clone() }),
         overlay: Overlay::new(config.node_name.clone(), config.node_ip, config.routing),
-        near: NearRanges::adopt(&programs)?,
+        near: Ranges::adopt(&programs, names::NEAR)?,
+        direct: Ranges::adopt(&programs, names::DIRECT)?,
         links,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
@@ -213,19 +220,25 @@ pub async fn run_with_metrics(
         reports: config.reports.clone(),
         seen: Versions::default(),
         relists: Relists::default(),
+        begins_empty,
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = Box::pin(trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected));
-    tokio::select! {
-        outcome = dataplane.run(client, shutdown) => outcome,
-        () = telling => Ok(()),
-        outcome = policies => outcome,
-        () = serve::serve(&proxy, shared) => Ok(()),
-        () = announce => Ok(()),
-        () = Box::pin(watching) => Ok(()),
-        () = trying => Ok(()),
-    }
+    let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected);
+    // Of these only what was woken is polled: a change of a Service must not go round all of them.
+    let mut parts: FuturesUnordered<BoxFuture<'_, Result<(), Error>>> = FuturesUnordered::new();
+    parts.push(dataplane.run(client, shutdown).boxed());
+    parts.push(policies.boxed());
+    let beside = [
+        telling.boxed(),
+        serve::serve(&proxy, shared).boxed(),
+        announce.boxed(),
+        watching.boxed(),
+        trying.boxed(),
+    ];
+    parts.extend(beside.map(|part| part.map(Ok).boxed()));
+    // There is one, so there is an outcome.
+    parts.next().await.unwrap_or(Ok(()))
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
@@ -253,7 +266,8 @@ struct Dataplane {
     reconciler: Reconciler<KernelMaps>,
     ejecting: Ejecting,
     overlay: Overlay,
-    near: NearRanges,
+    near: Ranges,
+    direct: Ranges,
     links: trial::Ends,
     carrier: Carrier,
     identity: NodeConfig,
@@ -274,6 +288,8 @@ struct Dataplane {
     reports: Option<watch::Sender<Report>>,
     seen: Versions,
     relists: Relists,
+    /// No Service was in the maps when they were adopted.
+    begins_empty: bool,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
@@ -282,6 +298,7 @@ struct Dataplane {
 impl Dataplane {
     async fn run(&mut self, client: Client, shutdown: CancellationToken) -> Result<(), Error> {
         let mut events = sources(&client);
+        let mut services = Some(|| services(&client));
         // Subscribed before the first look: no change falls between the two.
         let mut changes = weft_cni_netlink::Events::subscribe()?;
         self.refresh_devices()?;
@@ -297,6 +314,9 @@ impl Dataplane {
                     for _ in 0..MAX_EVENTS_PER_SYNC {
                         let Some(Some(event)) = events.next().now_or_never() else { break };
                         self.absorb(event);
+                    }
+                    if let Some(services) = services.take_if(|_| self.relists.all_but_services_known()) {
+                        events.push(services());
                     }
                 }
                 changed = changes.next() => {

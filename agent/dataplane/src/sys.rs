@@ -110,6 +110,15 @@ pub(crate) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::R
     }
 }
 
+/// Gives the kernel back what the allocator keeps for later. To be called when much less is needed than just now.
+pub(crate) fn give_memory_back() {
+    // SAFETY: it takes no pointer, and may be called at any time from any thread.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Nanoseconds of the clock that the programs read.
 pub(crate) fn monotonic_ns() -> u64 {
     let clock = nix::time::ClockId::CLOCK_MONOTONIC;

@@ -1,17 +1,15 @@
 //! The cluster's Services and endpoints as the planner needs them: trimmed from the API's objects, nothing kept twice.
 
 mod trim;
+pub mod wire;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
 use weft_ebpf_abi::{Address, BackendKey};
 
-/// Label on a slice that names its Service.
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Label on a Node that names its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -255,6 +253,18 @@ impl Tables {
         Self { node_name: node_name.to_owned(), node_local, ..Self::default() }
     }
 
+    /// Whether nothing is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// Whether a Service is known, not only slices that name it.
+    #[must_use]
+    pub fn has(&self, name: &ServiceName) -> bool {
+        self.known.get(name).is_some_and(|known| known.service.is_some())
+    }
+
     /// A Service and its slices.
     #[must_use]
     pub fn get(&self, name: &ServiceName) -> Option<(&Service, Vec<&Slice>)> {
@@ -317,7 +327,7 @@ impl Tables {
     }
 
     /// Enters a Service; returns its name if that changed anything.
-    pub fn apply_service(&mut self, object: &core::Service) -> Option<ServiceName> {
+    pub fn apply_service(&mut self, object: &wire::Service<'_>) -> Option<ServiceName> {
         let name = service_name(object)?;
         let Some(service) = trim::service(object, &self.node_local) else {
             return self.delete_service(&name);
@@ -339,32 +349,39 @@ impl Tables {
     }
 
     /// Enters a slice; returns the Services that this changed (two if it moved).
-    pub fn apply_slice(&mut self, object: &discovery::EndpointSlice) -> Vec<ServiceName> {
-        let Some((namespace, name)) = slice_name(object) else { return Vec::new() };
+    pub fn apply_slice(&mut self, object: &wire::Slice<'_>) -> Vec<ServiceName> {
+        let Some((namespace, name)) = object.metadata.names() else { return Vec::new() };
         let labels = object.metadata.labels.as_ref();
-        let served = labels.filter(|labels| !labels.contains_key(trim::HEADLESS_LABEL));
-        let label = served.and_then(|labels| labels.get(SERVICE_NAME_LABEL));
+        let served = labels.filter(|labels| labels.headless.is_none());
+        let label = served.and_then(|labels| labels.service_name.as_deref());
         // Other families of addresses (FQDN) are no proxy's business.
-        let family = match object.address_type.as_str() {
-            "IPv4" => Some(Family::V4),
-            "IPv6" => Some(Family::V6),
-            _ => None,
+        let family = match object.address_type.as_deref() {
+            Some("IPv4") => Some(Family::V4),
+            Some("IPv6") => Some(Family::V6),
+            Some(_) | None => None,
         };
         let Some((owner, family)) = label.zip(family) else {
-            return self.delete_slice(&namespace, &name).into_iter().collect();
+            return self.delete_slice(namespace, name).into_iter().collect();
         };
-        let owner = self.enter(ServiceName::new(&namespace, owner));
+        let owner = self.enter(ServiceName::new(namespace, owner));
         let mut changed = Vec::new();
-        if self.slice_of.get(joined(&namespace, &name).as_str()).is_some_and(|old| *old != owner) {
-            changed.extend(self.delete_slice(&namespace, &name));
+        let joined = joined(namespace, name);
+        let old = self.slice_of.get(joined.as_str());
+        let stays = old.is_some_and(|old| *old == owner);
+        if !stays {
+            changed.extend(self.delete_slice(namespace, name));
+            self.slice_of.insert(joined.into(), owner.clone());
         }
         let slice = trim::slice(object, family, &self.node_name, |name| number(&mut self.node_ids, name));
-        self.slice_of.insert(joined(&namespace, &name).into(), owner.clone());
         let Some(known) = self.known.get_mut(&owner) else { return changed };
-        match known.place(&name) {
+        match known.place(name) {
             Ok(place) if known.slices[place].1 == slice => return changed,
             Ok(place) => known.slices[place].1 = slice,
-            Err(place) => known.slices.insert(place, (name.into(), slice)),
+            Err(place) => {
+                // Most Services have one slice.
+                known.slices.reserve_exact(1);
+                known.slices.insert(place, (name.into(), slice));
+            }
         }
         changed.push(owner);
         changed
@@ -424,12 +441,12 @@ fn number(ids: &mut HashMap<Box<str>, NodeId>, name: &str) -> NodeId {
 
 /// Name of a Service object.
 #[must_use]
-pub fn service_name(object: &core::Service) -> Option<ServiceName> {
-    Some(ServiceName::new(object.metadata.namespace.as_deref()?, object.metadata.name.as_deref()?))
+pub fn service_name(object: &wire::Service<'_>) -> Option<ServiceName> {
+    object.metadata.names().map(|(namespace, name)| ServiceName::new(namespace, name))
 }
 
 /// Namespace and name of a slice object.
 #[must_use]
-pub fn slice_name(object: &discovery::EndpointSlice) -> Option<(String, String)> {
-    Some((object.metadata.namespace.clone()?, object.metadata.name.clone()?))
+pub fn slice_name(object: &wire::Slice<'_>) -> Option<(String, String)> {
+    object.metadata.names().map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
 }

@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
 use weft_ebpf_abi::{Address, BackendKey, Port, TCP};
 
@@ -12,7 +11,7 @@ use crate::maps::MapSet;
 use crate::maps::faulty::FaultyMaps;
 use crate::maps::memory::MemoryMaps;
 use crate::reconcile::{Reconciler, dangling, render};
-use crate::tables::{Tables, service_name, slice_name};
+use crate::tables::{Tables, service_name, slice_name, wire};
 
 mod changes;
 mod services;
@@ -25,14 +24,19 @@ fn object<T: serde::de::DeserializeOwned>(value: &Value) -> T {
     serde_json::from_value(value.clone()).unwrap()
 }
 
+fn decode<'a, T: serde::Deserialize<'a>>(text: &'a str) -> T {
+    serde_json::from_str(text).unwrap()
+}
+
 fn apply<M: MapSet>(reconciler: &mut Reconciler<M>, value: &Value) {
+    let text = value.to_string();
     match value["kind"].as_str().unwrap() {
         "Service" => {
-            let changed = reconciler.tables.apply_service(&object::<Service>(value));
+            let changed = reconciler.tables.apply_service(&decode::<wire::Service<'_>>(&text));
             reconciler.mark(changed);
         }
         "EndpointSlice" => {
-            let changed = reconciler.tables.apply_slice(&object::<EndpointSlice>(value));
+            let changed = reconciler.tables.apply_slice(&decode::<wire::Slice<'_>>(&text));
             reconciler.mark(changed);
         }
         other => panic!("unknown kind {other}"),
@@ -40,14 +44,15 @@ fn apply<M: MapSet>(reconciler: &mut Reconciler<M>, value: &Value) {
 }
 
 fn delete<M: MapSet>(reconciler: &mut Reconciler<M>, value: &Value) {
+    let text = value.to_string();
     match value["kind"].as_str().unwrap() {
         "Service" => {
-            let name = service_name(&object::<Service>(value)).unwrap();
+            let name = service_name(&decode::<wire::Service<'_>>(&text)).unwrap();
             let changed = reconciler.tables.delete_service(&name);
             reconciler.mark(changed);
         }
         "EndpointSlice" => {
-            let (namespace, name) = slice_name(&object::<EndpointSlice>(value)).unwrap();
+            let (namespace, name) = slice_name(&decode::<wire::Slice<'_>>(&text)).unwrap();
             let changed = reconciler.tables.delete_slice(&namespace, &name);
             reconciler.mark(changed);
         }

@@ -33,39 +33,44 @@ pub(crate) struct Relist<K> {
     pub(crate) known: bool,
     /// A list is in progress.
     pub(crate) listing: bool,
+    /// Something was there before it.
+    compares: bool,
     seen: HashSet<K>,
 }
 
 impl<K> Default for Relist<K> {
     fn default() -> Self {
-        Self { known: false, listing: false, seen: HashSet::new() }
+        Self { known: false, listing: false, compares: false, seen: HashSet::new() }
     }
 }
 
 impl<K: Eq + Hash> Relist<K> {
-    /// A list begins.
-    pub(crate) fn begin(&mut self) {
-        self.listing = true;
+    /// A list begins. Its names are kept only if there is something that it may leave out.
+    pub(crate) fn begin(&mut self, anything_before: bool) {
+        (self.listing, self.compares) = (true, anything_before);
         self.seen.clear();
     }
 
     /// An object was named, by a list or by a change.
-    pub(crate) fn name(&mut self, one: Option<K>) {
-        if self.listing {
-            self.seen.extend(one);
+    pub(crate) fn name(&mut self, one: impl FnOnce() -> Option<K>) {
+        if self.listing && self.compares {
+            self.seen.extend(one());
         }
     }
 
-    /// The list has ended; answers what it named: all else is gone.
+    /// The list has ended; answers what it named, if there was anything before: all else is gone.
     pub(crate) fn finish(&mut self) -> HashSet<K> {
         (self.known, self.listing) = (true, false);
         std::mem::take(&mut self.seen)
     }
 
     /// The same, answering those of `before` that it did not name.
-    pub(crate) fn finish_from(&mut self, before: Vec<K>) -> Vec<K> {
+    pub(crate) fn finish_from(&mut self, before: impl FnOnce() -> Vec<K>) -> Vec<K> {
         let seen = self.finish();
-        before.into_iter().filter(|one| !seen.contains(one)).collect()
+        if !self.compares {
+            return Vec::new();
+        }
+        before().into_iter().filter(|one| !seen.contains(one)).collect()
     }
 }
 
@@ -76,16 +81,25 @@ mod tests {
     #[test]
     fn a_list_tells_what_is_gone_and_changes_leave_nothing() {
         let mut relist = Relist::default();
-        relist.begin();
-        relist.name(Some("a"));
+        relist.begin(true);
+        relist.name(|| Some("a"));
         assert!(!relist.known);
-        assert_eq!(relist.finish_from(vec!["a", "b"]), ["b"]);
+        assert_eq!(relist.finish_from(|| vec!["a", "b"]), ["b"]);
         assert!(relist.known);
         for name in ["c", "d", "e"] {
-            relist.name(Some(name));
+            relist.name(|| Some(name));
         }
         assert!(relist.seen.is_empty(), "no list is in progress");
-        relist.begin();
+        relist.begin(true);
         assert_eq!(relist.finish(), HashSet::new());
+    }
+
+    #[test]
+    fn a_list_before_which_there_was_nothing_keeps_no_names() {
+        let mut relist = Relist::default();
+        relist.begin(false);
+        relist.name(|| Some("a"));
+        assert!(relist.seen.is_empty());
+        assert_eq!(relist.finish_from(|| vec!["a"]), Vec::<&str>::new());
     }
 }

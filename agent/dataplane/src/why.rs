@@ -6,16 +6,21 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use weft_ebpf_abi::{
-    Address, DropReason, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY,
-    ServiceKey, ServiceValue,
+    Address, DropReason, NODE_DIRECT, Port, SCOPE_EXTERNAL, SCOPE_INTERNAL, SERVICE_CHECK_SOURCE,
+    SERVICE_DROP_EMPTY, ServiceKey, ServiceValue,
 };
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::direct::{self, Nodes};
+use weft_ebpf_logic::packet::Packet;
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, select};
 
 use crate::observe::ObserveError;
 use crate::observe::pinned::Pinned;
 use crate::observe::wire::{BackendKeyed, Frontend, FrontendKey, Protocol, Scope};
 use crate::observe::{frontend, members};
+
+/// What a client's first packet has at most, as a rule.
+const FIRST_PACKET_BYTES: u32 = 1_280;
 
 /// By which hook the node sees the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +89,9 @@ pub struct Trace {
     pub served: Vec<FrontendKey>,
     /// The decision.
     pub decision: Decision,
+    /// Backends towards which the client keeps its address, since their node answers it directly.
+    #[serde(default)]
+    pub direct: Vec<BackendKeyed>,
 }
 
 /// Answers from the pinned maps. `netns` is the cookie of the client's network namespace, by which sockets have affinity.
@@ -103,11 +111,26 @@ pub(crate) fn ask(maps: &Pinned, query: &Query, netns: Option<u64>) -> Result<Tr
             service.backends = members(maps, &value)?;
         }
     }
+    let direct = match (&service, entry, config) {
+        (Some(service), Some((_, value)), Some(config)) if config.flags & NODE_DIRECT != 0 => {
+            let backends = service.backends.iter().map(|backend| backend.key);
+            backends.filter(|backend| is_direct(maps, query, value.flags, *backend)).collect()
+        }
+        _ => Vec::new(),
+    };
     let refused = matches!(decision, Decision::Refused { .. });
     let served = if refused && service.is_none() { served_at(maps, query)? } else { Vec::new() };
     let node_address = maps.is_node_address(&Address::from(query.to));
     maps.check()?;
-    Ok(Trace { configured, node_address, service, served, decision })
+    Ok(Trace { configured, node_address, service, served, decision, direct })
+}
+
+/// Whether the first packet of the client would be handed to a backend's node with what it asks for. It is taken to be a small one.
+fn is_direct<N: Nodes>(nodes: &N, query: &Query, flags: u32, backend: BackendKeyed) -> bool {
+    let mut packet = Packet::between(Address::from(query.from), Address::from(query.to));
+    packet.key.protocol = query.protocol.number();
+    packet.total_bytes = FIRST_PACKET_BYTES;
+    query.hook == Hook::Edge && direct::suits(nodes, &packet, flags, &Address::from(backend.address))
 }
 
 fn destination(query: &Query) -> Destination {

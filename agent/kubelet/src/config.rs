@@ -36,6 +36,8 @@ pub struct Config {
     /// Labels of the Node besides the well-known ones. A node may not give itself a role (`node-role.kubernetes.io/…`): the API
     /// server refuses that, an administrator sets it.
     pub labels: BTreeMap<String, String>,
+    /// Annotations of the Node; without a value, one is removed that an earlier kubelet may have left.
+    pub annotations: BTreeMap<String, Option<String>>,
     /// Replaces what the machine says about itself.
     pub capacity: CapacityOverrides,
     /// True once the node's network (data plane) carries pods.
@@ -100,6 +102,7 @@ impl Config {
             tls,
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)),
             labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
             capacity: CapacityOverrides::default(),
             network_ready,
             pod_gate: None,

@@ -1,5 +1,6 @@
 //! The Node object: registered at once, its status written on change and every five minutes.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -113,7 +114,9 @@ async fn report(shared: &Shared, network: bool, known: &mut Known) -> Result<Dur
             Err(kube::Error::Api(answer)) if answer.code == 409 => {
                 let existing = api.get(name).await?;
                 known.conditions = existing.status.and_then(|s| s.conditions).unwrap_or_default();
-                let patch = json!({"metadata": {"labels": shared.machine.labels(&shared.config)}});
+                let (labels, annotations) =
+                    (shared.machine.labels(&shared.config), &shared.config.annotations);
+                let patch = json!({"metadata": {"labels": labels, "annotations": annotations}});
                 api.patch(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
                 known.registered = true;
             }
@@ -170,14 +173,18 @@ fn node(shared: &Shared, status: NodeStatus) -> Node {
         metadata: ObjectMeta {
             name: Some(shared.config.node_name.clone()),
             labels: Some(shared.machine.labels(&shared.config)),
-            annotations: Some(
-                [("volumes.kubernetes.io/controller-managed-attach-detach".into(), "true".into())].into(),
-            ),
+            annotations: Some(annotations(&shared.config.annotations)),
             ..ObjectMeta::default()
         },
         spec: None,
         status: Some(status),
     }
+}
+
+fn annotations(own: &BTreeMap<String, Option<String>>) -> BTreeMap<String, String> {
+    let own = own.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
+    let attach = ("volumes.kubernetes.io/controller-managed-attach-detach".to_owned(), "true".to_owned());
+    own.chain([attach]).collect()
 }
 
 async fn status(shared: &Shared, (network, before, now): (bool, &[NodeCondition], Timestamp)) -> NodeStatus {
@@ -263,6 +270,13 @@ fn conditions(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_annotations_with_a_value_are_made() {
+        let own = [("a".to_owned(), Some("1".to_owned())), ("b".to_owned(), None)].into();
+        let made: Vec<_> = annotations(&own).into_keys().collect();
+        assert_eq!(made, ["a", "volumes.kubernetes.io/controller-managed-attach-detach"]);
+    }
 
     #[test]
     fn a_ready_node_stays_so_while_its_network_is_taken_over_however_often_a_write_fails() {

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane as dataplane;
-use weft_agent_dataplane::overlay::Routing;
+use weft_agent_dataplane::overlay::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Routing};
 use weft_agent_dataplane::xdp::Xdp;
 use weft_agent_dns as dns;
 use weft_agent_kubelet as kubelet;
@@ -52,6 +52,8 @@ pub(crate) struct Node {
 pub(crate) struct Ways {
     pub(crate) xdp: Xdp,
     pub(crate) routing: Routing,
+    /// Whether clients outside keep their address towards pods of other nodes.
+    pub(crate) direct_return: bool,
 }
 
 impl Node {
@@ -189,7 +191,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
         programs: artifacts::unpack(&paths.bin())?,
         serving: Identity { certificate: read("serving.crt")?, key: read("serving.key")? },
         authority: read("ca.crt")?,
-        ways: Ways { xdp: args.xdp, routing: args.routing },
+        ways: Ways { xdp: args.xdp, routing: args.routing, direct_return: args.direct_return },
     })
 }
 
@@ -274,6 +276,7 @@ fn dataplane_config(node: &Node, paths: &NodePaths) -> dataplane::Config {
         balancer_pools: node.cluster.load_balancer_pools.clone(),
         pod_network: dataplane::PodNetwork::Own,
         routing: node.ways.routing,
+        direct_return: node.ways.direct_return,
         reports: None,
     }
 }
@@ -301,6 +304,8 @@ fn kubelet_config(node: &Node, paths: &NodePaths, ready: watch::Receiver<bool>) 
     config.cluster_dns = node.cluster.dns_ips().primary;
     config.cluster_domain = DOMAIN.to_owned();
     config.listen = SocketAddr::new(address, KUBELET_PORT);
+    let version = node.ways.direct_return.then(|| DIRECT_RETURN_VERSION.to_owned());
+    config.annotations.insert(DIRECT_RETURN.to_owned(), version);
     config
 }
 

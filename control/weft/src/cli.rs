@@ -79,6 +79,10 @@ pub(crate) struct UpArgs {
     /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
     #[arg(long, value_name = "MODE", default_value = "tunnel")]
     pub(crate) routing: Routing,
+    /// Whether a node that hands a client's packets on to another node's pod leaves the client its address, and the other node answers it
+    /// directly: on, off. The network must let nodes send from each other's addresses
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    pub(crate) direct_return: bool,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
 }
@@ -86,7 +90,7 @@ pub(crate) struct UpArgs {
 impl UpArgs {
     /// What is decided on the ways of packets.
     pub(crate) fn ways(&self) -> Ways {
-        Ways { xdp: self.xdp, routing: self.routing }
+        Ways { xdp: self.xdp, routing: self.routing, direct_return: self.direct_return }
     }
 }
 
@@ -146,12 +150,24 @@ pub(crate) struct AgentArgs {
     /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
     #[arg(long, value_name = "MODE", default_value = "tunnel")]
     pub(crate) routing: Routing,
+    /// Whether a node that hands a client's packets on to another node's pod leaves the client its address, and the other node answers it
+    /// directly: on, off. The network must let nodes send from each other's addresses
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    pub(crate) direct_return: bool,
     /// Stop the node's pods instead of running it
     #[arg(long, hide = true)]
     pub(crate) stop: bool,
     /// Remove everything of the node instead of running it
     #[arg(long, hide = true, conflicts_with = "stop")]
     pub(crate) purge: bool,
+}
+
+fn on_or_off(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("neither on nor off"),
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -227,6 +227,7 @@ impl Supervisor {
         command.arg("--node-ip").arg(self.addresses.to_string()).arg("--enter").arg(&self.namespaces);
         command.arg("--xdp").arg(self.ways.xdp.to_string());
         command.arg("--routing").arg(self.ways.routing.to_string());
+        command.args(["--direct-return", if self.ways.direct_return { "on" } else { "off" }]);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child =
             command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;

@@ -56,7 +56,7 @@ pub(crate) struct ProxyArgs {
 
 pub(crate) fn command(args: &ProxyArgs, log: &str) -> anyhow::Result<()> {
     logging::start(log)?;
-    let runtime = crate::up::runtime()?;
+    let runtime = crate::up::single_runtime()?;
     let config = config(args)?;
     let _claim = lock::claim(&lock_file(&args.pin_dir))?
         .map_err(|pid| anyhow::anyhow!("a proxy already runs with these pins, as process {pid:?}"))?;
@@ -110,6 +110,7 @@ fn config(args: &ProxyArgs) -> anyhow::Result<dataplane::Config> {
         },
         balancer_pools: Vec::new(),
         routing: Routing::Tunnel,
+        direct_return: false,
         pod_network: PodNetwork::Others { bridge: args.pod_bridge_interface.clone() },
         // A proxy alone has no Lease to write to.
         reports: None,

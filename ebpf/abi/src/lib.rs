@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod asked;
 mod event;
 mod failure;
 pub mod policy;
@@ -14,6 +15,7 @@ mod reason;
 mod xdp;
 
 pub use address::{Address, Port};
+pub use asked::{ASKED_BYTES, ASKED_VERSION, Asked, MAC_ASKED};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use failure::{FAILURES_IN_A_ROW, Failures};
 pub use reason::DropReason;
@@ -73,6 +75,9 @@ pub mod names {
     /// Prefix trie of [`RangeKey`](super::policy::RangeKey) to `u32`: pods of nodes on a link of this one that are reached past the
     /// tunnel, with the link's device.
     pub const NEAR: &str = "weft_near_2";
+    /// Prefix trie of [`RangeKey`](super::policy::RangeKey) to `u32`: pods and addresses of other nodes, with the largest packet that gets
+    /// to these pods if their node answers clients outside by itself, else 0.
+    pub const DIRECT: &str = "weft_direct_2";
     /// Index 0 for IPv4 and 1 for IPv6 to [`PodRange`](super::PodRange).
     pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
@@ -82,7 +87,7 @@ pub mod names {
     /// Ring of [`BackendKey`](super::BackendKey): those with too many failures. Not pinned: it wakes the agent, which reads the map above.
     pub const WAKE: &str = "weft_wake";
     /// All that are pinned.
-    pub const ALL: [&str; 25] = [
+    pub const ALL: [&str; 26] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -106,6 +111,7 @@ pub mod names {
         LOCAL_PODS,
         POD_RANGES,
         NEAR,
+        DIRECT,
         XDP_PODS,
         FAILURES,
     ];
@@ -148,6 +154,8 @@ pub mod sizes {
     pub const LOCAL_PODS: u32 = 8_192;
     /// Ranges of pods: two for each node.
     pub const NEAR: u32 = 16_384;
+    /// Ranges of pods and addresses: four or more for each node.
+    pub const DIRECT: u32 = 65_536;
     /// Addresses of pods of one node: two for each.
     pub const XDP_PODS: u32 = 8_192;
     /// Backends of Services that opted in to ejection.
@@ -331,7 +339,7 @@ pub struct FlowKey {
     pub destination_port: Port,
     /// [`TCP`] or [`UDP`].
     pub protocol: u8,
-    /// Zero.
+    /// Which node sent it, for a client's packet that another node hands on; else zero.
     pub pad: [u8; 3],
 }
 const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_port) == 32);
@@ -342,6 +350,8 @@ pub const FLOW_REPLY: u32 = 1;
 pub const FLOW_CLOSING: u32 = 2;
 /// What this direction says of the connection's coming about is still to be counted.
 pub const FLOW_WATCHED: u32 = 4;
+/// The backend's node answers the client by itself: packets tell it what the client asked for.
+pub const FLOW_DIRECT: u32 = 8;
 
 /// What a packet of a flow becomes. The entry of the other direction is this one reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -446,6 +456,8 @@ const _: () = assert!(size_of::<NodeConfig>() == 32);
 
 /// The map of ranges that are reached past the tunnel is not empty.
 pub const NODE_NEAR: u16 = 1;
+/// Clients outside keep their address towards pods of other nodes, which answer them past this one, and the other way round.
+pub const NODE_DIRECT: u16 = 2;
 
 /// Packets to the pod wait in a queue at its device (a bound on its bandwidth): they are not handed to it past that.
 pub const LOCAL_QUEUED: u32 = 1;

@@ -18,7 +18,7 @@ pub enum DropReason {
     UnknownFlow = 6,
     /// No free source port towards the backend.
     NatPortsExhausted = 7,
-    /// The node has no route to the backend.
+    /// The node has no route to the backend, or none back to a client that it should answer.
     NoRoute = 8,
     /// The kernel refused to rewrite the packet.
     RewriteFailed = 9,

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod connecting;
+pub mod direct;
 pub mod fast;
 pub mod flow;
 pub mod hash;

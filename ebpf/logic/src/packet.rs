@@ -121,7 +121,7 @@ impl Packet {
     /// A packet without ports.
     #[inline(always)]
     #[must_use]
-    pub(crate) const fn between(source: Address, destination: Address) -> Self {
+    pub const fn between(source: Address, destination: Address) -> Self {
         let none = Port::new(0);
         let key = FlowKey {
             source,

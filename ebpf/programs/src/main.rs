@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod direct;
 mod events;
 mod failure;
 mod family;

@@ -53,6 +53,8 @@ pub struct Work {
     pub entry: FlowValue,
     /// The way of a flow that begins.
     pub route: Route,
+    /// The flags of the Service of a flow that begins.
+    pub service_flags: u32,
     /// The device that it came in by; the bridge for what a pod's edge sees, and the overlay for what another node's pods send past
     /// the tunnel.
     pub came_by: u32,
@@ -69,6 +71,10 @@ pub struct Work {
     pub ends: [Address; 2],
     /// The pod that it is for, if that is to be handed to it directly.
     pub pod: LocalPod,
+    /// By which node it came, if a client outside had sent it there.
+    pub node: [u8; 3],
+    /// Whether it tells what that client asked for.
+    pub tells: bool,
 }
 
 impl Work {

@@ -15,6 +15,7 @@ use weft_ebpf_logic::flow::{self, NAT_PORT_TRIES, NEVER, PodDevices, Route};
 use weft_ebpf_logic::packet::{self, ACK, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, flow_is_current, select, takes_new_flows};
 
+use crate::direct;
 use crate::events;
 use crate::failure;
 use crate::family::{Family, Frame};
@@ -98,8 +99,12 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
         work.packet.key.protocol = 0;
         return NOBODYS;
     }
+    direct::see_node::<F>(ctx, work);
     if work.packet.key.protocol == F::ICMP {
         return error::<F>(ctx, work, true);
+    }
+    if !direct::prepare::<F>(ctx, work) {
+        return DROP;
     }
     let outcome = match judge::<F>(ctx, work) {
         Outcome::Goes | Outcome::Begins
@@ -116,6 +121,7 @@ pub fn serve<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
             go::<F>(ctx, work)
         }
         Outcome::Begins => {
+            direct::decide(ctx, work);
             let Work { packet, entry, route, came_by, .. } = work;
             match record(&packet.key, route, *came_by, entry) {
                 Ok(()) => {
@@ -160,6 +166,7 @@ fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
         return too_big::<F>(ctx, &work.packet, mtu_bytes);
     }
     match translate::<F>(ctx, &work.packet, &work.entry) {
+        Ok(()) if work.entry.flags & FLOW_DIRECT != 0 => direct::leave::<F>(ctx, work),
         Ok(()) => leave(work),
         Err(reason) => dropped(reason),
     }
@@ -168,6 +175,7 @@ fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
 #[inline(always)]
 fn egress<F: Family>(ctx: &TcContext) -> i32 {
     let Some(work) = work() else { return PASS };
+    work.node = [0; 3];
     if read::<F>(ctx, &mut work.packet).is_none() {
         return PASS;
     }
@@ -248,7 +256,13 @@ fn error<F: Family>(ctx: &TcContext, work: &mut Work, came_in: bool) -> i32 {
 #[inline(never)]
 fn quoted<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
     work.quoted = packet::parse_quote::<F, _>(&Frame(ctx), &work.packet)?;
-    known(&flow::reversed(&work.quoted.key), &mut work.entry)
+    let mut key = flow::reversed(&work.quoted.key);
+    key.pad = work.node;
+    if known(&key, &mut work.entry).is_some() {
+        return Some(());
+    }
+    key.pad = [0; 3];
+    known(&key, &mut work.entry)
 }
 
 enum Known {
@@ -324,7 +338,7 @@ fn watch(packet: &Packet, entry: &FlowValue) {
 
 /// Removes both directions of a flow.
 #[inline(always)]
-fn forget(key: &FlowKey, forward: &FlowValue) {
+pub fn forget(key: &FlowKey, forward: &FlowValue) {
     let _ = FLOWS.remove(flow::reply_key(forward, key.protocol));
     let _ = FLOWS.remove(key);
 }
@@ -333,7 +347,7 @@ fn forget(key: &FlowKey, forward: &FlowValue) {
 #[inline(always)]
 fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     let Some(config) = config() else { return Outcome::Pass };
-    let Work { packet, entry, route, came_by: ifindex, at_pod, .. } = work;
+    let Work { packet, entry, route, came_by: ifindex, at_pod, service_flags, .. } = work;
     let ifindex = *ifindex;
     let pods = PodDevices { bridge: config.bridge_ifindex, overlay: config.overlay_ifindex };
     let key = &packet.key;
@@ -349,6 +363,7 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
         Found::UnknownPort => return Outcome::Refused(DropReason::PacketUnknownPort),
         Found::Service(service) => service,
     };
+    *service_flags = service.flags;
     if !allows(&Kernel, &service, &key.source) {
         return Outcome::Dropped(DropReason::SourceNotAllowed);
     }
@@ -390,7 +405,7 @@ pub fn ingress_ifindex(ctx: &TcContext) -> u32 {
 
 /// Asks the kernel's routes for the way to a backend and the source address it would use.
 #[inline(always)]
-fn find_route<F: Family>(
+pub fn find_route<F: Family>(
     ctx: &TcContext,
     ifindex: u32,
     backend: &BackendKey,
@@ -454,7 +469,7 @@ fn is_from_pods(ifindex: u32) -> bool {
 
 /// Enters the answers to the client's own port. Those of this very flow, whose other half was forgotten, are taken over.
 #[inline(never)]
-fn enter_own(key: &FlowKey, entry: &FlowValue, reply: &FlowValue) -> bool {
+pub fn enter_own(key: &FlowKey, entry: &FlowValue, reply: &FlowValue) -> bool {
     let answers = flow::reply_key(entry, key.protocol);
     if FLOWS.insert(answers, reply, BPF_NOEXIST as u64).is_ok() {
         return true;
@@ -468,7 +483,7 @@ fn enter_own(key: &FlowKey, entry: &FlowValue, reply: &FlowValue) -> bool {
 
 /// Enters the answers to a port that is free.
 #[inline(never)]
-fn enter_free(key: &FlowKey, entry: &mut FlowValue, reply: &FlowValue) -> bool {
+pub fn enter_free(key: &FlowKey, entry: &mut FlowValue, reply: &FlowValue) -> bool {
     let random = Kernel.random();
     for n in 0..NAT_PORT_TRIES {
         entry.source_port = flow::nat_port(random, n);
@@ -493,7 +508,8 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
 #[inline(never)]
 fn choose_link(work: &mut Work) {
     let Some(config) = config() else { return };
-    if work.entry.ifindex == config.overlay_ifindex {
+    // A flow that its backend's node answers stays in the overlay: by the link nobody would tell that node of it.
+    if work.entry.ifindex == config.overlay_ifindex && work.entry.flags & FLOW_DIRECT == 0 {
         let link = near(config, &work.entry.destination);
         if link != 0 {
             work.entry.ifindex = link;

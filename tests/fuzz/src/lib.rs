@@ -45,6 +45,7 @@ pub const TARGETS: &[Target] = &[
     target("policy_objects", policy::objects, 2_000),
     target("service_steps", services::steps, 600),
     target("service_objects", services::objects, 2_000),
+    target("service_feed", services::feed, 10_000),
     target("arp_frame", netlink::arp, 10_000),
     target("ndp_message", netlink::ndp, 10_000),
     target("netlink_reply", netlink::reply, 5_000),

@@ -4,15 +4,14 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::core::v1::Node;
 use serde_json::{Value, json};
 use weft_agent_dataplane::maps::faulty::FaultyMaps;
 use weft_agent_dataplane::maps::memory::MemoryMaps;
 use weft_agent_dataplane::maps::{MapSet, Table};
 use weft_agent_dataplane::plan::Ledger;
 use weft_agent_dataplane::reconcile::{Reconciler, dangling, render};
-use weft_agent_dataplane::tables::{ServiceName, Tables};
+use weft_agent_dataplane::tables::{ServiceName, Tables, wire};
 use weft_ebpf_abi::{
     Address, AffinityKey, AffinityValue, BACKEND_ACTIVE, BackendKey, BackendValue, Port, SCOPE_EXTERNAL,
     SCOPE_INTERNAL, ServiceKey, ServiceValue, SlotKey, TCP,
@@ -124,8 +123,8 @@ fn slice(input: &mut Input<'_>, number: usize) -> Value {
     })
 }
 
-fn object<T: serde::de::DeserializeOwned>(value: Value) -> T {
-    serde_json::from_value(value).expect("the objects here are typed right")
+fn object<'a, T: serde::Deserialize<'a>>(text: &'a str) -> T {
+    serde_json::from_str(text).expect("the objects here are typed right")
 }
 
 /// One step.
@@ -133,12 +132,14 @@ fn step<M: MapSet>(input: &mut Input<'_>, reconciler: &mut Reconciler<M>) {
     match input.below(8) {
         0 | 1 => {
             let number = input.below(3);
-            let changed = reconciler.tables.apply_service(&object::<Service>(service(input, number)));
+            let text = service(input, number).to_string();
+            let changed = reconciler.tables.apply_service(&object::<wire::Service<'_>>(&text));
             reconciler.mark(changed);
         }
         2 | 3 => {
             let number = input.below(4);
-            let changed = reconciler.tables.apply_slice(&object::<EndpointSlice>(slice(input, number)));
+            let text = slice(input, number).to_string();
+            let changed = reconciler.tables.apply_slice(&object::<wire::Slice<'_>>(&text));
             reconciler.mark(changed);
         }
         4 => {
@@ -157,8 +158,8 @@ fn step<M: MapSet>(input: &mut Input<'_>, reconciler: &mut Reconciler<M>) {
         }
         _ => {
             let labels = json!({"topology.kubernetes.io/zone": input.pick(&["z1", "z2", ""])});
-            let node = json!({"metadata": {"name": "node-a", "labels": labels}});
-            let changed = reconciler.tables.apply_node(&object::<Node>(node));
+            let node = json!({"metadata": {"name": "node-a", "labels": labels}}).to_string();
+            let changed = reconciler.tables.apply_node(&object::<Node>(&node));
             reconciler.mark(changed);
         }
     }
@@ -260,15 +261,20 @@ fn another_agent(mut reconciler: Reconciler<FaultyMaps<MemoryMaps>>, before: &st
     assert_eq!(left, [0; 5], "{}", second.render().unwrap_or_default());
 }
 
+/// A page of a list, or an event.
+pub(crate) fn feed(bytes: &[u8]) {
+    weft_agent_dataplane::feed::fuzz::answer(bytes);
+}
+
 /// Services and slices as they come, a JSON object a line.
 pub(crate) fn objects(bytes: &[u8]) {
     let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).expect("memory can be read");
     for line in bytes.split(|byte| *byte == b'\n').take(16) {
-        if let Ok(service) = serde_json::from_slice::<Service>(line) {
+        if let Ok(service) = serde_json::from_slice::<wire::Service<'_>>(line) {
             let changed = reconciler.tables.apply_service(&service);
             reconciler.mark(changed);
         }
-        if let Ok(slice) = serde_json::from_slice::<EndpointSlice>(line) {
+        if let Ok(slice) = serde_json::from_slice::<wire::Slice<'_>>(line) {
             let changed = reconciler.tables.apply_slice(&slice);
             reconciler.mark(changed);
         }

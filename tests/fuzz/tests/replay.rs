@@ -49,7 +49,7 @@ macro_rules! targets {
 }
 
 targets! {
-    packet_bytes packet_built packet_answer policy_verdict policy_objects service_steps service_objects arp_frame ndp_message netlink_reply
-    cni_config cni_call api_json api_yaml api_protobuf api_patch api_selector api_text api_request dns_query image_archive image_layer
+    packet_bytes packet_built packet_answer policy_verdict policy_objects service_steps service_objects service_feed arp_frame ndp_message
+    netlink_reply cni_config cni_call api_json api_yaml api_protobuf api_patch api_selector api_text api_request dns_query image_archive image_layer
     image_reference log_line
 }

@@ -1,5 +1,7 @@
 //! Builds the eBPF programs: `ebpf/programs` for `bpfel-unknown-none`, with `core` from source.
 
+mod stack;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,7 +53,10 @@ pub(crate) fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
     quiet(&mut command)?;
     let built = target_folder.join(TARGET).join("release");
     place(&built.join("weft-bench"), &out.with_file_name("bench.bpf.o"))?;
-    place(&built.join("weft"), out)
+    let programs = built.join("weft");
+    let object = fs::read(&programs).with_context(|| format!("cannot read {}", programs.display()))?;
+    stack::check(&object)?;
+    place(&programs, out)
 }
 
 /// Copies unless it is there already: a new time stamp would make cargo build the binary that embeds it again.

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use serde::Serialize;
 use std::net::IpAddr;
 use weft_ebpf_abi::Address;
 
 use super::wire::{BackendKeyed, Frontend, FrontendKey, Protocol};
 use crate::desired::desired;
-use crate::tables::{Tables, service_name};
+use crate::tables::{Tables, service_name, wire};
 
 /// What a node should have of a Service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,11 +57,13 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
     }
     tables.set_silent(node.found.silent.iter().map(String::as_str));
     tables.set_ejected(node.found.ejected.iter().map(|backend| (*backend).into()).collect());
-    tables.apply_service(service);
-    for slice in slices {
-        tables.apply_slice(slice);
+    let text = json(service);
+    let service: wire::Service<'_> = serde_json::from_str(&text).expect("what was written can be read");
+    tables.apply_service(&service);
+    for text in slices.iter().map(json) {
+        tables.apply_slice(&serde_json::from_str(&text).expect("what was written can be read"));
     }
-    let Some(found) = service_name(service).and_then(|name| {
+    let Some(found) = service_name(&service).and_then(|name| {
         let (service, slices) = tables.get(&name)?;
         Some(desired(service, &slices, tables.view()))
     }) else {
@@ -81,6 +84,11 @@ pub fn expected(node: ForNode<'_>, service: &Service, slices: &[EndpointSlice]) 
         weighted: !found.weights.is_empty(),
         ejected: found.ejected.iter().filter_map(keyed).collect(),
     }
+}
+
+/// As the object would come to the node.
+fn json(object: &impl Serialize) -> String {
+    serde_json::to_string(object).expect("objects of the API have texts for keys")
 }
 
 impl Expected {

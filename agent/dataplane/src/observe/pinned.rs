@@ -7,10 +7,11 @@ use std::path::Path;
 
 use aya::maps::{MapData, MapInfo};
 use weft_ebpf_abi::{
-    Address, AffinityKey, AffinityValue, BackendKey, BackendValue, NodeConfig, ServiceKey, ServiceValue,
-    SlotKey, SourceData, SourceKey, names,
+    Address, AffinityKey, AffinityValue, BackendKey, BackendValue, NodeConfig, PodRange, ServiceKey,
+    ServiceValue, SlotKey, SourceData, SourceKey, names, policy::RangeKey,
 };
 use weft_ebpf_logic::Tables;
+use weft_ebpf_logic::direct::Nodes;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::ObserveError;
@@ -18,6 +19,8 @@ use crate::sys;
 
 /// Bits of a [`SourceKey`] that names one client: the list and the whole address.
 const SOURCE_BITS: u32 = 32 + 128;
+/// Bits of a [`RangeKey`] that names one address.
+const ADDRESS_BITS: u32 = 128;
 
 /// One pinned map of known sizes.
 #[derive(Debug)]
@@ -82,6 +85,8 @@ pub struct Pinned {
     affinity: PinnedMap,
     sources: PinnedMap,
     config: PinnedMap,
+    direct: PinnedMap,
+    pod_ranges: PinnedMap,
     /// The first read that failed while the logic ran: its tables know no errors.
     failed: RefCell<Option<ObserveError>>,
 }
@@ -100,6 +105,8 @@ impl Pinned {
             affinity: PinnedMap::open::<AffinityKey, AffinityValue>(pins, names::AFFINITY)?,
             sources: PinnedMap::open::<SourceKey, u32>(pins, names::SOURCES)?,
             config: PinnedMap::open::<u32, NodeConfig>(pins, names::CONFIG)?,
+            direct: PinnedMap::open::<RangeKey, u32>(pins, names::DIRECT)?,
+            pod_ranges: PinnedMap::open::<u32, PodRange>(pins, names::POD_RANGES)?,
             failed: RefCell::new(None),
         })
     }
@@ -180,5 +187,17 @@ impl Tables for Pinned {
     /// The clock that the programs read: CLOCK_MONOTONIC.
     fn now_seconds(&self) -> u32 {
         sys::monotonic_seconds()
+    }
+}
+
+impl Nodes for Pinned {
+    fn takes_bytes(&self, address: &Address) -> Option<u32> {
+        let key = RangeKey { prefix_bits: ADDRESS_BITS, address: *address };
+        let is_pods = || {
+            let family = u32::from(address.as_v4().is_none());
+            self.note(self.pod_ranges.get::<_, PodRange>(&family))
+                .is_some_and(|range| range.contains(address))
+        };
+        self.note(self.direct.get(&key)).or_else(|| is_pods().then_some(0))
     }
 }

@@ -15,6 +15,11 @@ pub fn overhead_bytes(node: IpAddr) -> u32 {
     }
 }
 
+/// Annotation of a Node that answers clients outside by itself, where another node has sent it their packets.
+pub const DIRECT_RETURN: &str = "weft.dev/direct-return";
+/// What it says: which packets the node understands.
+pub const DIRECT_RETURN_VERSION: &str = "1";
+
 /// Another node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
@@ -24,6 +29,10 @@ pub struct Peer {
     pub address: IpAddr,
     /// Its own addresses, one of each family: a router to its pods for who is on its link.
     pub routers: Vec<IpAddr>,
+    /// All its own addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it answers clients outside by itself ([`DIRECT_RETURN`]).
+    pub direct: bool,
 }
 
 impl Peer {
@@ -37,17 +46,22 @@ impl Peer {
                 pods.push(range);
             }
         }
-        let addresses = node.status.as_ref()?.addresses.iter().flatten();
-        let internal =
-            addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse::<IpAddr>().ok());
+        let mut addresses: Vec<IpAddr> = Vec::new();
         let mut routers: Vec<IpAddr> = Vec::new();
-        for address in internal {
+        for listed in node.status.as_ref()?.addresses.iter().flatten() {
+            let Ok(address) = listed.address.parse::<IpAddr>() else { continue };
+            addresses.push(address);
+            if listed.type_ != "InternalIP" {
+                continue;
+            }
             if !routers.iter().any(|other| other.is_ipv6() == address.is_ipv6()) {
                 routers.push(address);
             }
         }
         let address = *routers.iter().find(|address| address.is_ipv6() == v6)?;
-        (!pods.is_empty()).then_some(Self { pods, address, routers })
+        let version = node.metadata.annotations.as_ref().and_then(|all| all.get(DIRECT_RETURN));
+        let direct = version.is_some_and(|version| version == DIRECT_RETURN_VERSION);
+        (!pods.is_empty()).then_some(Self { pods, address, routers, addresses, direct })
     }
 
     /// Whether a network has an address of the node.

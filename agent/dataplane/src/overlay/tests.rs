@@ -45,6 +45,26 @@ fn peers_are_reached_in_the_families_that_the_node_has_addresses_of() {
 }
 
 #[test]
+fn a_node_says_which_packets_it_understands() {
+    let mut overlay = Overlay::new("a".to_owned(), "192.0.2.1".parse().unwrap(), Routing::Tunnel);
+    for (said, direct) in
+        [(None, false), (Some("0"), false), (Some(DIRECT_RETURN_VERSION), true), (Some("2"), false)]
+    {
+        let mut object = node("b", &["10.42.1.0/24"], &["192.0.2.2", "fd44::2"]);
+        let annotation = said.map(|said| (DIRECT_RETURN.to_owned(), said.to_owned()));
+        object.metadata.annotations = Some(annotation.into_iter().collect());
+        overlay.dirty = false;
+        overlay.apply_node(&object);
+        let peer = &overlay.nodes["b"];
+        assert_eq!((peer.direct, peer.addresses.len()), (direct, 2), "{said:?}");
+    }
+    // Until there is a way to them, its pods are known as the cluster's own, and so is it.
+    let known: Vec<_> =
+        overlay.direct().into_iter().map(|(range, takes)| format!("{range} {takes}")).collect();
+    assert_eq!(known, ["10.42.1.0/24 0", "192.0.2.2/32 0", "fd44::2/128 0"]);
+}
+
+#[test]
 fn hardware_addresses_follow_from_the_nodes_own() {
     assert_eq!(mac("10.44.0.2".parse().unwrap()).to_string(), "02:77:0a:2c:00:02");
     let macs: BTreeSet<_> = (2..=65_u16).map(|n| mac(IpAddr::from([0xfd44, 0, 0, 0, 0, 0, 0, n]))).collect();

@@ -21,6 +21,9 @@ pub(super) struct Contests {
 impl Contests {
     /// Lets the best of several new claims be known before the first of them is looked at.
     pub(super) fn announce(&mut self, changes: &[(ServiceName, Desired)]) {
+        if changes.len() < 2 {
+            return;
+        }
         let mut best: HashMap<ServiceKey, Right<'_>> = HashMap::new();
         for (name, desired) in changes {
             for (key, frontend) in &desired.frontends {

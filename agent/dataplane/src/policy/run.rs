@@ -286,11 +286,11 @@ impl Runner {
 
     fn absorb_pod(&mut self, event: watcher::Event<Pod>) {
         match event {
-            watcher::Event::Init => self.pods.begin(),
+            watcher::Event::Init => self.pods.begin(true),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 let Some(name) = Name::of(&object) else { return };
                 self.planner.apply_pod(&name, objects::Pod::new(&object, &self.node));
-                self.pods.name(Some(name));
+                self.pods.name(|| Some(name));
             }
             watcher::Event::Delete(object) => {
                 if let Some(name) = Name::of(&object) {
@@ -308,11 +308,11 @@ impl Runner {
 
     fn absorb_namespace(&mut self, event: watcher::Event<Namespace>) {
         match event {
-            watcher::Event::Init => self.namespaces.begin(),
+            watcher::Event::Init => self.namespaces.begin(true),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 let labels = object.metadata.labels.clone().unwrap_or_default();
                 self.planner.apply_namespace(&object.name_any(), &labels);
-                self.namespaces.name(Some(object.name_any()));
+                self.namespaces.name(|| Some(object.name_any()));
             }
             watcher::Event::Delete(object) => self.planner.delete_namespace(&object.name_any()),
             watcher::Event::InitDone => {
@@ -326,10 +326,10 @@ impl Runner {
 
     fn absorb_policy(&mut self, event: watcher::Event<NetworkPolicy>) {
         match event {
-            watcher::Event::Init => self.policies.begin(),
+            watcher::Event::Init => self.policies.begin(true),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
                 self.apply_policy(&object);
-                self.policies.name(Name::of(&object));
+                self.policies.name(|| Name::of(&object));
             }
             watcher::Event::Delete(object) => {
                 if let Some(name) = Name::of(&object) {

@@ -2,28 +2,29 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
+use futures::StreamExt as _;
 use futures::stream::{BoxStream, SelectAll};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::watcher;
 use kube::{Api, Client};
+use serde::Deserialize;
 
 use super::{Dataplane, PodNetwork};
+use crate::feed::feed;
 use crate::peers;
-use crate::tables::{ServiceName, service_name, slice_name};
+use crate::tables::{ServiceName, service_name, slice_name, wire};
 use crate::watch::{Relist, source};
-
-/// Annotation with the time of the change that a slice carries on.
-const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 #[expect(
     clippy::large_enum_variant,
     reason = "an event is taken apart as soon as it comes; a box would be one allocation more"
 )]
 pub(super) enum Event {
-    Service(watcher::Event<Service>),
-    Slice(watcher::Event<EndpointSlice>),
+    Service(watcher::Event<Bytes>),
+    Slice(watcher::Event<Bytes>),
     Node(watcher::Event<Node>),
 }
 
@@ -43,7 +44,12 @@ impl Relists {
 
     /// Whether every watch has listed once.
     pub(super) fn all_known(&self) -> bool {
-        self.services.known && self.slices.known && self.nodes.known
+        self.services.known && self.all_but_services_known()
+    }
+
+    /// Whether every watch but that of Services has.
+    pub(super) fn all_but_services_known(&self) -> bool {
+        self.slices.known && self.nodes.known
     }
 }
 
@@ -68,24 +74,32 @@ impl Dataplane {
         }
     }
 
-    fn absorb_service(&mut self, event: watcher::Event<Service>) {
+    fn absorb_service(&mut self, event: watcher::Event<Bytes>) {
         let tables = &mut self.reconciler.tables;
         let mut version = 0;
         let changed: Vec<_> = match event {
             watcher::Event::Init => {
-                self.relists.services.begin();
+                self.relists.services.begin(!tables.is_empty());
                 return;
             }
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.relists.services.name(service_name(&object));
-                version = version_of(&object);
+            watcher::Event::InitApply(json) | watcher::Event::Apply(json) => {
+                let Some(object) = decode::<wire::Service<'_>>(&json, |namespace, name| {
+                    self.relists.services.name(|| Some(ServiceName::new(namespace, name)));
+                }) else {
+                    return;
+                };
+                self.relists.services.name(|| service_name(&object));
+                version = object.version();
                 tables.apply_service(&object).into_iter().collect()
             }
-            watcher::Event::Delete(object) => {
-                service_name(&object).and_then(|name| tables.delete_service(&name)).into_iter().collect()
+            watcher::Event::Delete(json) => {
+                let name = decode::<wire::Anything<'_>>(&json, |_, _| ()).and_then(|object| {
+                    object.names().map(|(namespace, name)| ServiceName::new(namespace, name))
+                });
+                name.and_then(|name| tables.delete_service(&name)).into_iter().collect()
             }
             watcher::Event::InitDone => {
-                let gone = self.relists.services.finish_from(tables.service_names());
+                let gone = self.relists.services.finish_from(|| tables.service_names());
                 gone.iter().filter_map(|name| tables.delete_service(name)).collect()
             }
         };
@@ -97,43 +111,52 @@ impl Dataplane {
         self.mark(changed);
     }
 
-    fn absorb_slice(&mut self, event: watcher::Event<EndpointSlice>) {
+    fn absorb_slice(&mut self, event: watcher::Event<Bytes>) {
         let tables = &mut self.reconciler.tables;
-        let changed: Vec<_> = match event {
+        let mut changed: Vec<_> = match event {
             watcher::Event::Init => {
-                self.relists.slices.begin();
+                self.relists.slices.begin(!tables.is_empty());
                 return;
             }
-            watcher::Event::InitApply(object) => {
-                self.relists.slices.name(slice_name(&object));
+            watcher::Event::InitApply(json) => {
+                let Some(object) = decode::<wire::Slice<'_>>(&json, |namespace, name| {
+                    self.relists.slices.name(|| Some((namespace.to_owned(), name.to_owned())));
+                }) else {
+                    return;
+                };
+                self.relists.slices.name(|| slice_name(&object));
                 tables.apply_slice(&object)
             }
-            watcher::Event::Apply(object) => {
+            watcher::Event::Apply(json) => {
+                let Some(object) = decode::<wire::Slice<'_>>(&json, |_, _| ()) else { return };
                 let changed = tables.apply_slice(&object);
-                let waiting = changed.iter().cloned();
-                self.triggers.extend(
-                    trigger_time(&object).into_iter().flat_map(|at| waiting.clone().map(move |s| (s, at))),
-                );
+                if let Some(at) = object.trigger_time().and_then(|at| at.parse::<Timestamp>().ok()) {
+                    self.triggers.extend(changed.iter().map(|service| (service.clone(), at)));
+                }
                 changed
             }
-            watcher::Event::Delete(object) => slice_name(&object)
-                .and_then(|(namespace, name)| tables.delete_slice(&namespace, &name))
+            watcher::Event::Delete(json) => decode::<wire::Anything<'_>>(&json, |_, _| ())
+                .and_then(|object| {
+                    object.names().and_then(|(namespace, name)| tables.delete_slice(namespace, name))
+                })
                 .into_iter()
                 .collect(),
             watcher::Event::InitDone => {
-                let gone = self.relists.slices.finish_from(tables.slice_names());
+                let gone = self.relists.slices.finish_from(|| tables.slice_names());
                 gone.iter().filter_map(|(namespace, name)| tables.delete_slice(namespace, name)).collect()
             }
         };
         self.shared.metrics.endpoints_changed(changed.len());
+        // A Service that is not known yet takes its slices along when it comes.
+        changed.retain(|service| tables.has(service));
         self.mark(changed);
     }
 
     fn absorb_node(&mut self, event: watcher::Event<Node>) {
         match event {
-            watcher::Event::Init => self.relists.nodes.begin(),
+            watcher::Event::Init => self.relists.nodes.begin(true),
             watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                self.relists.nodes.name(object.metadata.name.clone());
+                self.relists.nodes.name(|| object.metadata.name.clone());
                 if self.pod_network == PodNetwork::Own {
                     self.overlay.apply_node(&object);
                 }
@@ -151,7 +174,8 @@ impl Dataplane {
             }
             watcher::Event::InitDone => {
                 let first = !self.relists.nodes.known;
-                let known = self.peers.nodes.keys().map(|name| name.to_string()).collect();
+                let nodes = &self.peers.nodes;
+                let known = || nodes.keys().map(|name| name.to_string()).collect();
                 for name in self.relists.nodes.finish_from(known) {
                     self.forget_node(&name);
                 }
@@ -209,21 +233,29 @@ impl Dataplane {
     }
 }
 
-/// Versions can be compared (KEP-5504); 0 for one that can't be read, which is reported to nobody.
-fn version_of(service: &Service) -> u64 {
-    let version = service.metadata.resource_version.as_ref();
-    version.and_then(|version| version.parse().ok()).unwrap_or(0)
+/// An object. Of one that can't be read `unreadable` is told its namespace and name: it is left as it is known.
+fn decode<'a, T: Deserialize<'a>>(json: &'a [u8], unreadable: impl FnOnce(&str, &str)) -> Option<T> {
+    match serde_json::from_slice(json) {
+        Ok(object) => Some(object),
+        Err(error) => {
+            let anything = serde_json::from_slice::<wire::Anything<'_>>(json).unwrap_or_default();
+            let (namespace, name) = anything.names().unwrap_or_default();
+            tracing::warn!(%error, namespace, name, "cannot read an object, it is left out");
+            unreadable(namespace, name);
+            None
+        }
+    }
 }
 
-fn trigger_time(slice: &EndpointSlice) -> Option<Timestamp> {
-    slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME)?.parse().ok()
-}
-
-/// The three watches as one stream.
+/// What is watched from the beginning.
 pub(super) fn sources(client: &Client) -> SelectAll<BoxStream<'static, Event>> {
     let mut all = SelectAll::new();
-    all.push(source(Api::all(client.clone()), Event::Service, "services"));
-    all.push(source(Api::all(client.clone()), Event::Slice, "endpointslices"));
+    all.push(feed::<EndpointSlice>(client, "endpointslices").map(Event::Slice).boxed());
     all.push(source(Api::all(client.clone()), Event::Node, "nodes"));
     all
+}
+
+/// What is watched once all of that is known: each Service comes when its endpoints are there.
+pub(super) fn services(client: &Client) -> BoxStream<'static, Event> {
+    feed::<Service>(client, "services").map(Event::Service).boxed()
 }

@@ -1,7 +1,7 @@
 //! What a dataplane stands on before it watches anything: programs, maps, and who the node is.
 
 use ipnetwork::IpNetwork;
-use weft_ebpf_abi::{Address, EVERY_CGROUP, NodeConfig};
+use weft_ebpf_abi::{Address, EVERY_CGROUP, NODE_DIRECT, NodeConfig};
 
 use super::{Config, Error, PodNetwork};
 use crate::maps::kernel::KernelMaps;
@@ -36,6 +36,7 @@ pub(super) fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps
         cgroup_id,
         bridge_ifindex: devices.bridge,
         overlay_ifindex: devices.overlay,
+        flags: if config.direct_return { NODE_DIRECT } else { 0 },
         ..NodeConfig::default()
     };
     programs.configure(identity)?;

@@ -1,17 +1,24 @@
 //! Brings overlay, maps and programs to what is known.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use k8s_openapi::jiff::Timestamp;
+use weft_ebpf_abi::NODE_DIRECT;
 
 use super::{Dataplane, MAX_TRIGGERS, RETRY_FIRST};
 use crate::maps::Table;
 use crate::metrics::Synced;
+use crate::sys;
 
 impl Dataplane {
-    /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted.
+    /// Nothing is written before all sources are known: half of them would empty the lists of maps that were adopted. Where none
+    /// were, Services are written as their list comes, each with all its endpoints.
     pub(super) fn sync(&mut self) {
         if !self.relists.all_known() {
+            if self.begins_empty && self.relists.all_but_services_known() && self.reconciler.is_dirty() {
+                self.sync_maps();
+            }
             return;
         }
         if self.overlay.is_dirty() {
@@ -37,10 +44,13 @@ impl Dataplane {
         }
     }
 
-    /// Tells the programs who is reached past the tunnel, and what fits by every way; what doesn't is the stack's.
+    /// Tells the programs who is reached past the tunnel, whose clients' packets go with what these asked for, and what fits by every
+    /// way; what doesn't is the stack's.
     fn tell_ways(&mut self) {
         let near = self.overlay.near();
-        let told = self.near.set(&near).and_then(|()| {
+        let is_direct = self.identity.flags & NODE_DIRECT != 0;
+        let direct = if is_direct { self.overlay.direct() } else { BTreeMap::new() };
+        let told = self.near.set(&near).and_then(|()| self.direct.set(&direct)).and_then(|()| {
             let identity = self.overlay.describe(self.identity);
             if identity != self.identity {
                 self.programs.configure(identity)?;
@@ -57,6 +67,9 @@ impl Dataplane {
         let started = Instant::now();
         let report = self.reconciler.sync();
         let took = started.elapsed();
+        if report.full {
+            sys::give_memory_back();
+        }
         tracing::debug!(applied = report.applied, failed = report.failed, ?took, "maps synchronised");
         let (totals, unprogrammed) = (self.reconciler.totals(), self.reconciler.unprogrammed());
         let metrics = &self.shared.metrics;

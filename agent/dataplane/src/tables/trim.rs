@@ -1,27 +1,15 @@
-//! Objects of the API trimmed to what the planner needs.
+//! What the planner needs of an object of the API.
 
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::jiff::Timestamp;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
+use super::wire::{self, Text};
 use super::{Endpoint, EndpointState, Family, Hints, NodeId, PortRange, Range, Service, ServicePort, Slice};
 use crate::announce::CLASS;
 
-/// Label on a Service that another proxy serves.
-const OTHER_PROXY_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// Label on a Service that no proxy serves, and on a slice that counts for none.
-pub(super) const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-/// Annotation on a Service: `10000-10099/UDP, 7000-7009`.
-const PORT_RANGES_ANNOTATION: &str = "weft.dev/port-ranges";
-/// Annotation on a Service: `true` has endpoints left out whose connections fail.
-const EJECTION_ANNOTATION: &str = "weft.dev/ejection";
-/// Annotation on a Service: how a backend is chosen for clients outside, `maglev` or `random`.
-const CHOICE_ANNOTATION: &str = "weft.dev/backend-choice";
-/// Annotation on an EndpointSlice: the weight of each of its endpoints.
-const WEIGHT_ANNOTATION: &str = "weft.dev/weight";
 /// The weight of endpoints whose slice names none.
 const DEFAULT_WEIGHT: u8 = 1;
 const MOST_WEIGHT: u8 = 100;
@@ -52,18 +40,16 @@ fn ordered<T: Ord>(mut items: Vec<T>) -> Vec<T> {
 }
 
 /// `None` for what no proxy serves: headless, ExternalName, another proxy's.
-pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<Service> {
+pub(super) fn service(object: &wire::Service<'_>, node_local: &[Address]) -> Option<Service> {
     let spec = object.spec.as_ref()?;
     let labels = object.metadata.labels.as_ref();
-    let labelled = |key| labels.is_some_and(|l| l.contains_key(key));
-    if spec.type_.as_deref() == Some("ExternalName")
-        || labelled(OTHER_PROXY_LABEL)
-        || labelled(HEADLESS_LABEL)
+    if spec.kind.as_deref() == Some("ExternalName")
+        || labels.is_some_and(|labels| labels.other_proxy.is_some() || labels.headless.is_some())
     {
         return None;
     }
-    let listed = spec.cluster_ips.iter().flatten().map(String::as_str);
-    let mut cluster = ordered(listed.chain(spec.cluster_ip.as_deref()).filter_map(address).collect());
+    let listed = spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip);
+    let mut cluster = ordered(listed.filter_map(|text| address(text)).collect());
     cluster.retain(|address| !node_local.contains(address));
     if cluster.is_empty() {
         return None;
@@ -73,7 +59,7 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
     let external = ordered(external.filter(served).collect());
     let balancer = ordered(balancer_addresses(object).filter(served).collect());
     let external_local = spec.external_traffic_policy.as_deref() == Some("Local");
-    let checked = external_local && spec.type_.as_deref() == Some("LoadBalancer");
+    let checked = external_local && spec.kind.as_deref() == Some("LoadBalancer");
     Some(Service {
         sources: sources(spec),
         ranges: port_ranges(object),
@@ -84,7 +70,7 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
         internal_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
-        created: object.metadata.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        created: object.metadata.creation_timestamp.as_deref().map_or(0, seconds),
         balancer_is_ours: spec.load_balancer_class.as_deref().is_none_or(|class| class == CLASS),
         cluster: cluster.into(),
         balancer: balancer.into(),
@@ -92,8 +78,13 @@ pub(super) fn service(object: &core::Service, node_local: &[Address]) -> Option<
     })
 }
 
+/// Seconds of the epoch; what is no time was before all times.
+fn seconds(time: &str) -> i64 {
+    time.parse::<Timestamp>().map_or(0, Timestamp::as_second)
+}
+
 /// The load balancer's addresses, unless it proxies itself (KEP-1860).
-fn balancer_addresses(object: &core::Service) -> impl Iterator<Item = Address> {
+fn balancer_addresses(object: &wire::Service<'_>) -> impl Iterator<Item = Address> {
     let balancer = object.status.as_ref().and_then(|s| s.load_balancer.as_ref());
     let ingress = balancer.into_iter().flat_map(|b| b.ingress.iter().flatten());
     let served = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy"));
@@ -102,7 +93,7 @@ fn balancer_addresses(object: &core::Service) -> impl Iterator<Item = Address> {
 
 /// Ranges of clients. One that can't be read allows nobody: the API refuses it, so this is not from there.
 /// Ranges of one family only keep out all clients of the other.
-fn sources(spec: &core::ServiceSpec) -> Option<Box<[Range]>> {
+fn sources(spec: &wire::ServiceSpec<'_>) -> Option<Box<[Range]>> {
     let texts = spec.load_balancer_source_ranges.as_ref().filter(|r| !r.is_empty())?;
     Some(ordered(texts.iter().filter_map(|t| t.trim().parse().ok().map(range)).collect()).into())
 }
@@ -113,9 +104,8 @@ fn range(network: IpNetwork) -> Range {
 }
 
 /// Ranges that can't be read are left out, and those that would be too many: the Service's other ports must go on.
-fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
-    let annotations = object.metadata.annotations.as_ref();
-    let Some(text) = annotations.and_then(|a| a.get(PORT_RANGES_ANNOTATION)) else { return Box::default() };
+fn port_ranges(object: &wire::Service<'_>) -> Box<[PortRange]> {
+    let Some(text) = annotation(&object.metadata, |a| &a.port_ranges) else { return Box::default() };
     let mut count = 0;
     let mut ranges = Vec::new();
     for text in text.split(',').map(str::trim).filter(|text| !text.is_empty()) {
@@ -124,8 +114,7 @@ fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
         match range {
             Some(range) if count <= MAX_RANGE_PORTS => ranges.push(range),
             Some(_) | None => {
-                tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
-                range = text, "not a range of ports, or more than 1024 ports in all")
+                complain(&object.metadata, text, "not a range of ports, or more than 1024 ports in all");
             }
         }
     }
@@ -133,31 +122,43 @@ fn port_ranges(object: &core::Service) -> Box<[PortRange]> {
 }
 
 /// Sockets choose at random in any case: they have no port yet.
-fn hashed(object: &core::Service) -> bool {
-    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(CHOICE_ANNOTATION));
-    match text.map(String::as_str) {
+fn hashed(object: &wire::Service<'_>) -> bool {
+    match annotation(&object.metadata, |a| &a.backend_choice) {
         Some("random") => false,
         None | Some("maglev") => true,
         Some(other) => {
-            tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
-                value = other, "annotation {CHOICE_ANNOTATION} is neither maglev nor random");
+            complain(
+                &object.metadata,
+                other,
+                "annotation weft.dev/backend-choice is neither maglev nor random",
+            );
             true
         }
     }
 }
 
 /// Off unless it is wanted: readiness alone decides then, as upstream has it.
-fn ejection(object: &core::Service) -> bool {
-    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(EJECTION_ANNOTATION));
-    match text.map(String::as_str) {
+fn ejection(object: &wire::Service<'_>) -> bool {
+    match annotation(&object.metadata, |a| &a.ejection) {
         Some("true") => true,
         None | Some("false") => false,
         Some(other) => {
-            tracing::warn!(service = ?object.metadata.name, namespace = ?object.metadata.namespace,
-                value = other, "annotation {EJECTION_ANNOTATION} is neither true nor false");
+            complain(&object.metadata, other, "annotation weft.dev/ejection is neither true nor false");
             false
         }
     }
+}
+
+fn annotation<'o>(
+    of: &'o wire::Metadata<'_>,
+    which: impl FnOnce(&'o wire::Annotations<'_>) -> &'o Option<Text<'o>>,
+) -> Option<&'o str> {
+    which(of.annotations.as_ref()?).as_deref()
+}
+
+fn complain(of: &wire::Metadata<'_>, value: &str, what: &'static str) {
+    let (namespace, name) = of.names().unwrap_or_default();
+    tracing::warn!(namespace, name, value, what);
 }
 
 fn port_range(text: &str) -> Option<PortRange> {
@@ -168,7 +169,7 @@ fn port_range(text: &str) -> Option<PortRange> {
     (0 < first && first <= last).then_some(PortRange { protocol, first, last })
 }
 
-fn affinity_seconds(spec: &core::ServiceSpec) -> u32 {
+fn affinity_seconds(spec: &wire::ServiceSpec<'_>) -> u32 {
     match spec.session_affinity.as_deref() {
         Some("ClientIP") => {
             let config = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref());
@@ -184,10 +185,10 @@ fn number(port: i32) -> u16 {
     u16::try_from(port).unwrap_or(0)
 }
 
-fn port(port: &core::ServicePort) -> Option<ServicePort> {
+fn port(port: &wire::Port<'_>) -> Option<ServicePort> {
     Some(ServicePort {
         name: port.name.as_deref().unwrap_or_default().into(),
-        port: u16::try_from(port.port).ok()?,
+        port: u16::try_from(port.port.unwrap_or(0)).ok()?,
         node_port: port.node_port.map_or(0, number),
         protocol: protocol(port.protocol.as_deref())?,
     })
@@ -195,7 +196,7 @@ fn port(port: &core::ServicePort) -> Option<ServicePort> {
 
 /// `number` gives the number of a node's name.
 pub(super) fn slice(
-    object: &discovery::EndpointSlice,
+    object: &wire::Slice<'_>,
     family: Family,
     node_name: &str,
     mut number: impl FnMut(&str) -> NodeId,
@@ -207,9 +208,9 @@ pub(super) fn slice(
     let weight = weight(object);
     let endpoints = object.endpoints.iter().flatten().filter_map(|e| {
         let uid = e.target_ref.as_ref().and_then(|t| t.uid.as_deref()).unwrap_or("");
+        let first = e.addresses.as_ref()?.0.as_deref()?;
         Some(Endpoint {
-            // Only the first address is meant to be used (discovery/v1 Endpoint.addresses).
-            address: address(e.addresses.first()?).filter(|a| Family::of(a) == family)?,
+            address: address(first).filter(|a| Family::of(a) == family)?,
             owner: fnv1a(uid.as_bytes()),
             node: e.node_name.as_deref().map_or(NodeId::default(), &mut number),
             local: e.node_name.as_deref() == Some(node_name),
@@ -222,21 +223,19 @@ pub(super) fn slice(
 }
 
 /// One that can't be read is that of all others: the endpoints must go on.
-fn weight(object: &discovery::EndpointSlice) -> u8 {
-    let text = object.metadata.annotations.as_ref().and_then(|a| a.get(WEIGHT_ANNOTATION));
-    let Some(text) = text else { return DEFAULT_WEIGHT };
+fn weight(object: &wire::Slice<'_>) -> u8 {
+    let Some(text) = annotation(&object.metadata, |a| &a.weight) else { return DEFAULT_WEIGHT };
     match text.parse() {
         Ok(weight) if (1..=MOST_WEIGHT).contains(&weight) => weight,
         _ => {
-            tracing::warn!(slice = ?object.metadata.name, namespace = ?object.metadata.namespace, weight = text,
-                "annotation {WEIGHT_ANNOTATION} is no number from 1 to {MOST_WEIGHT}");
+            complain(&object.metadata, text, "annotation weft.dev/weight is no number from 1 to 100");
             DEFAULT_WEIGHT
         }
     }
 }
 
 /// What is missing means yes for ready and serving, no for terminating (discovery/v1 EndpointConditions).
-fn endpoint_state(conditions: Option<&discovery::EndpointConditions>) -> EndpointState {
+fn endpoint_state(conditions: Option<&wire::Conditions>) -> EndpointState {
     let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
     let serving = conditions.and_then(|c| c.serving).unwrap_or(true);
     let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
@@ -247,10 +246,10 @@ fn endpoint_state(conditions: Option<&discovery::EndpointConditions>) -> Endpoin
     }
 }
 
-fn trim_hints(hints: &discovery::EndpointHints, node_name: &str) -> Option<Box<Hints>> {
-    let zones: Vec<_> = hints.for_zones.iter().flatten().map(|z| z.name.as_str().into()).collect();
+fn trim_hints(hints: &wire::Hints<'_>, node_name: &str) -> Option<Box<Hints>> {
+    let zones: Vec<_> = hints.for_zones.iter().flatten().map(|zone| (*zone.name).into()).collect();
     let nodes = hints.for_nodes.as_deref().unwrap_or_default();
-    let this_node = nodes.iter().any(|n| n.name == node_name);
+    let this_node = nodes.iter().any(|node| *node.name == *node_name);
     let any = !zones.is_empty() || !nodes.is_empty();
     any.then(|| Box::new(Hints { zones, nodes: !nodes.is_empty(), this_node }))
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{apply, service, settle, slice, tables};
 use crate::maps::faulty::FaultyMaps;
@@ -94,6 +94,30 @@ fn what_the_node_answers_itself_is_no_service() {
     apply(&mut reconciler, &dns);
     settle(&mut reconciler);
     assert_eq!(reconciler.render().unwrap(), "maps empty\n");
+}
+
+#[test]
+fn what_is_null_is_nothing() {
+    let mut reconciler = Reconciler::adopt(tables(), MemoryMaps::default()).unwrap();
+    let mut web = service("web", "10.43.0.1");
+    web["spec"]["externalIPs"] = Value::Null;
+    web["spec"]["sessionAffinityConfig"] = Value::Null;
+    web["status"] = json!({"loadBalancer": {"ingress": null}, "conditions": null});
+    apply(&mut reconciler, &web);
+    let mut endpoints = slice("web", 0..2);
+    endpoints["endpoints"][0]["conditions"] = json!({});
+    endpoints["endpoints"][1]["conditions"] = json!({"ready": null, "serving": null, "terminating": null});
+    endpoints["endpoints"][1]["targetRef"] = Value::Null;
+    apply(&mut reconciler, &endpoints);
+    settle(&mut reconciler);
+    let most =
+        |reconciler: &Reconciler<MemoryMaps>| reconciler.ledger().services.values().map(|v| v.count).max();
+    assert!(most(&reconciler) > Some(0) && reconciler.ledger().backends.len() == 2, "both are ready");
+    endpoints["endpoints"] = Value::Null;
+    endpoints["ports"] = Value::Null;
+    apply(&mut reconciler, &endpoints);
+    settle(&mut reconciler);
+    assert!(most(&reconciler) == Some(0) && reconciler.ledger().backends.is_empty());
 }
 
 /// Maps that hold a Service which is gone and one that has other endpoints now.

@@ -202,8 +202,9 @@ fn load(
         "addressType": "IPv4", "ports": [{"name": "udp", "port": POD_PORT, "protocol": "UDP"}],
         "endpoints": [{"addresses": [POD], "conditions": {"ready": true}}]});
     let tables = &mut reconciler.tables;
-    let mut changed: Vec<_> = tables.apply_service(&serde_json::from_value(service)?).into_iter().collect();
-    changed.extend(tables.apply_slice(&serde_json::from_value(slice)?));
+    let mut changed: Vec<_> =
+        tables.apply_service(&serde_json::from_str(&service.to_string())?).into_iter().collect();
+    changed.extend(tables.apply_slice(&serde_json::from_str(&slice.to_string())?));
     reconciler.mark(changed);
     let report = reconciler.sync();
     ensure!(report.failed == 0 && !reconciler.is_dirty(), "{report:?}");

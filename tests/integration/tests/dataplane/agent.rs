@@ -119,6 +119,7 @@ pub(crate) fn config(place: &Place) -> Config {
         balancer_pools: Vec::new(),
         pod_network: PodNetwork::Own,
         routing: Routing::Tunnel,
+        direct_return: false,
         reports: None,
     }
 }
@@ -251,6 +252,10 @@ async fn life(api: &Api, config: &Config, pod: SocketAddr) {
     ] {
         assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
+    // What can't be read changes nothing, and keeps nothing behind it back.
+    let mut unreadable = slice(&[], "10");
+    unreadable["ports"] = "nonsense".into();
+    api.event("endpointslices", "MODIFIED", &unreadable).await;
     api.event("services", "DELETED", &service()).await;
     eventually("removal", || matches!(ask_tcp(vip(10)), Err(e) if e.kind() == ErrorKind::NetworkUnreachable))
         .await;

@@ -37,8 +37,8 @@ const BODY_BYTES: usize = 4 << 20;
 /// The programs of one node, with one pod.
 pub(crate) struct Side {
     pub(crate) running: Running,
-    edges: Edges,
-    pins: PathBuf,
+    pub(crate) edges: Edges,
+    pub(crate) pins: PathBuf,
     pub(crate) cgroup: PathBuf,
     _folder: tempfile::TempDir,
 }

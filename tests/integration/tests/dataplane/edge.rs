@@ -163,7 +163,8 @@ fn local_policy_keeps_the_clients_address() {
     let service = json!({"metadata": {"namespace": "default", "name": "s10"}, "spec": {"type": "NodePort",
         "clusterIP": "10.43.0.10", "externalTrafficPolicy": "Local",
         "ports": [{"name": "TCP", "port": 80, "nodePort": 30080, "protocol": "TCP"}]}});
-    let changed = running.reconciler.tables.apply_service(&serde_json::from_value(service).unwrap());
+    let changed =
+        running.reconciler.tables.apply_service(&serde_json::from_str(&service.to_string()).unwrap());
     running.reconciler.mark(changed);
     running.sync().unwrap();
     within(&place.client, || {

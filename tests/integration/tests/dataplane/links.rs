@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use serde_json::json;
 use weft_agent_dataplane::node;
-use weft_agent_dataplane::overlay::{Overlay, Routing};
+use weft_agent_dataplane::overlay::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Overlay, Routing};
 use weft_tests_harness::netns::{Netns, ip};
 
 use crate::place::within;
@@ -23,7 +23,7 @@ pub(crate) struct Links {
     pub(crate) pods: Vec<Netns>,
     /// What joins nodes 1, 2 and the router.
     pub(crate) lan: Netns,
-    _router: Netns,
+    pub(crate) router: Netns,
 }
 
 /// A pod's addresses.
@@ -72,11 +72,11 @@ impl Links {
             run(&format!("-n {r} addr add fd{link}::fe/64 dev {device} nodad"));
             run(&format!("-n {r} link set {device} up"));
         }
-        let links = Self { nodes, pods, lan, _router: router };
+        let links = Self { nodes, pods, lan, router };
         for number in 1..=3 {
             links.furnish(number);
         }
-        for netns in links.nodes.iter().chain([&links._router]) {
+        for netns in links.nodes.iter().chain([&links.router]) {
             set(netns, "ipv4/ip_forward", "1");
             set(netns, "ipv6/conf/all/forwarding", "1");
         }
@@ -120,7 +120,7 @@ impl Links {
         for other in 1..=3 {
             let ranges = [format!("10.42.{other}.0/24"), format!("fd42:0:0:{other}::/64")];
             let addresses = address(other).map(|ip| json!({"type": "InternalIP", "address": ip}));
-            let node = json!({"metadata": {"name": format!("node-{other}")},
+            let node = json!({"metadata": {"name": format!("node-{other}"), "annotations": {DIRECT_RETURN: DIRECT_RETURN_VERSION}},
                 "spec": {"podCIDR": ranges[0], "podCIDRs": ranges}, "status": {"addresses": addresses}});
             overlay.apply_node(&serde_json::from_value(node).unwrap());
         }

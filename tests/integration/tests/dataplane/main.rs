@@ -4,6 +4,7 @@
 mod adoption;
 mod agent;
 mod crossing;
+mod direct;
 mod edge;
 mod ejection;
 mod entries;

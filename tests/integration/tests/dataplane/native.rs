@@ -8,8 +8,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane::node;
-use weft_agent_dataplane::overlay::{self, NearRanges, Overlay, Routing, trial};
+use weft_agent_dataplane::overlay::{self, Overlay, Ranges, Routing, trial};
 use weft_cni_netlink::Netlink;
+use weft_ebpf_abi::names;
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
 
@@ -103,6 +104,14 @@ fn nodes_on_a_link_do_without_the_tunnel_and_others_keep_it() {
     }
     let near = overlays[0].near();
     assert_eq!(near.keys().map(ToString::to_string).collect::<Vec<_>>(), ["10.42.2.0/24", "fd42:0:0:2::/64"]);
+    let direct = overlays[0].direct();
+    let takes = |range: &str| direct[&range.parse().unwrap()];
+    assert_eq!(
+        ["10.42.2.0/24", "192.168.79.2/32", "fd79::2/128"].map(takes),
+        [0; 3],
+        "what needs a tunnel has none"
+    );
+    assert_eq!(["10.42.3.0/24", "fd42:0:0:3::/64"].map(takes), [1_450; 2]);
 }
 
 #[test]
@@ -216,7 +225,7 @@ fn the_link_goes_down_and_comes_back() {
 }
 
 /// Tells a node's programs of its overlay, as the agent does.
-fn tell(side: &mut Side, near: &mut NearRanges, node: &Netns, overlay: &Overlay) {
+fn tell(side: &mut Side, near: &mut Ranges, node: &Netns, overlay: &Overlay) {
     near.set(&overlay.near()).unwrap();
     within(node, || {
         let devices = node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap();
@@ -233,7 +242,7 @@ fn the_short_way_goes_by_the_link_too() {
     let links = Links::new();
     let mut overlays = [1, 2].map(|number| links.overlay(number, Routing::Native));
     let mut sides = [1, 2].map(|number| Side::start(links.node(number)));
-    let mut near = [0, 1].map(|at: usize| NearRanges::adopt(&sides[at].running.programs).unwrap());
+    let mut near = [0, 1].map(|at: usize| Ranges::adopt(&sides[at].running.programs, names::NEAR).unwrap());
     for (at, number) in [(0, 1), (1, 2)] {
         sides[at].publish(links.node(number), pod(number), &[]);
         tell(&mut sides[at], &mut near[at], links.node(number), &overlays[at]);

@@ -171,7 +171,7 @@ impl Running {
         let port = |protocol: &str| json!({"name": protocol, "port": 80, "nodePort": node_port, "protocol": protocol});
         let service = json!({"metadata": {"namespace": "default", "name": name}, "spec": {"type": "NodePort",
             "clusterIP": format!("10.43.0.{last}"), "ports": [port("TCP"), port("UDP")]}});
-        let changed = self.reconciler.tables.apply_service(&serde_json::from_value(service)?);
+        let changed = self.reconciler.tables.apply_service(&serde_json::from_str(&service.to_string())?);
         self.reconciler.mark(changed);
         let target = endpoints.first().map_or(1, SocketAddr::port);
         let target = |protocol: &str| json!({"name": protocol, "port": target, "protocol": protocol});
@@ -181,7 +181,7 @@ impl Running {
             .collect();
         let slice = json!({"addressType": "IPv4", "endpoints": endpoints, "ports": [target("TCP"), target("UDP")],
             "metadata": {"namespace": "default", "name": name, "labels": {"kubernetes.io/service-name": name}}});
-        let changed = self.reconciler.tables.apply_slice(&serde_json::from_value(slice)?);
+        let changed = self.reconciler.tables.apply_slice(&serde_json::from_str(&slice.to_string())?);
         self.reconciler.mark(changed);
         self.sync()
     }
@@ -190,9 +190,9 @@ impl Running {
     pub(crate) fn apply(&mut self, object: Value) -> anyhow::Result<()> {
         let tables = &mut self.reconciler.tables;
         let changed: Vec<_> = if object.get("endpoints").is_some() {
-            tables.apply_slice(&serde_json::from_value(object)?)
+            tables.apply_slice(&serde_json::from_str(&object.to_string())?)
         } else {
-            tables.apply_service(&serde_json::from_value(object)?).into_iter().collect()
+            tables.apply_service(&serde_json::from_str(&object.to_string())?).into_iter().collect()
         };
         self.reconciler.mark(changed);
         self.sync()

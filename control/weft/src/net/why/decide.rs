@@ -178,7 +178,7 @@ impl Why<'_> {
         };
         let works = match (&trace.decision, &trace.service) {
             (Decision::Backend { kept }, Some(frontend)) => {
-                self.toward_backends(attempt, known, frontend, *kept).await?;
+                self.toward_backends(attempt, known, (frontend, *kept), &trace.direct).await?;
                 return Ok(());
             }
             (Decision::Refused { reason } | Decision::Dropped { reason }, Some(frontend)) => {
@@ -268,8 +268,8 @@ impl Why<'_> {
         &mut self,
         attempt: &Attempt<'_>,
         known: Option<&Known>,
-        frontend: &Frontend,
-        kept: Option<BackendKeyed>,
+        (frontend, kept): (&Frontend, Option<BackendKeyed>),
+        direct: &[BackendKeyed],
     ) -> anyhow::Result<()> {
         self.service_step(attempt, known, frontend)?;
         let chosen: Vec<&Backend> = match kept {
@@ -302,7 +302,14 @@ impl Why<'_> {
         let keeps = frontend.flags.iter().any(|flag| flag == "keep-source");
         for backend in chosen.into_iter().take(MAX_BACKENDS) {
             let destination = self.destination(backend.key, endpoint(backend)).await?;
-            let works = self.way(self.sender(attempt.node, keeps), &destination).await?;
+            let is_direct = direct.contains(&backend.key);
+            if is_direct {
+                let by = destination.node.as_deref().unwrap_or("its node");
+                let says =
+                    format!("the client keeps its address towards {}, and {by} answers it", backend.key);
+                self.report.push(Step::ok("backend", says).on(&attempt.node.name));
+            }
+            let works = self.way(self.sender(attempt.node, keeps || is_direct), &destination).await?;
             self.ways.push(works);
         }
         Ok(())

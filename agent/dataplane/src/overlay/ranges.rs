@@ -1,4 +1,4 @@
-//! What the programs know of pods that are reached past the tunnel.
+//! What the programs know of ranges of addresses: a number for each.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{LpmTrie, Map, MapData};
 use ipnetwork::IpNetwork;
-use weft_ebpf_abi::{Address, names};
+use weft_ebpf_abi::Address;
 
 use crate::programs::{self, ProgramError, Programs};
 
@@ -17,25 +17,25 @@ const MAPPED_BITS: u32 = 96;
 /// Length and address of a range, in IPv6's form.
 type RangeBits = (u32, [u8; ADDRESS_BYTES]);
 
-/// The programs' map of ranges, with what it holds.
-pub struct NearRanges {
+/// A map of ranges, with what it holds.
+pub struct Ranges {
+    name: &'static str,
     map: LpmTrie<MapData, [u8; ADDRESS_BYTES], u32>,
     applied: BTreeMap<RangeBits, u32>,
 }
 
-impl fmt::Debug for NearRanges {
+impl fmt::Debug for Ranges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NearRanges").field("ranges", &self.applied.len()).finish()
+        f.debug_struct("Ranges").field("map", &self.name).field("ranges", &self.applied.len()).finish()
     }
 }
 
-impl NearRanges {
-    /// With what an earlier agent left in the map.
+impl Ranges {
+    /// The map of this name, with what an earlier agent left in it.
     ///
     /// # Errors
     /// If the object has no such map, or it can't be read.
-    pub fn adopt(programs: &Programs) -> Result<Self, ProgramError> {
-        let name = names::NEAR;
+    pub fn adopt(programs: &Programs, name: &'static str) -> Result<Self, ProgramError> {
         let Some(Map::LpmTrie(data)) = programs.ebpf.map(name) else { return Err(programs::mismatch(name)) };
         programs::check_layout(data, name, size_of::<u32>() + ADDRESS_BYTES, size_of::<u32>())?;
         let wrap = |source| ProgramError::Map { name, source };
@@ -46,15 +46,16 @@ impl NearRanges {
             let (key, index) = entry.map_err(wrap)?;
             applied.insert((key.prefix_len(), key.data()), index);
         }
-        Ok(Self { map, applied })
+        Ok(Self { name, map, applied })
     }
 
-    /// Brings the map up to these ranges, each with the device of its link.
+    /// Brings the map up to these ranges, each with its number.
     ///
     /// # Errors
     /// If the kernel refuses an entry; the rest is tried next time.
     pub fn set(&mut self, ranges: &BTreeMap<IpNetwork, u32>) -> Result<(), ProgramError> {
-        let wrap = |source| ProgramError::Map { name: names::NEAR, source };
+        let name = self.name;
+        let wrap = |source| ProgramError::Map { name, source };
         let wanted: BTreeMap<_, _> = ranges.iter().map(|(range, index)| (bits(*range), *index)).collect();
         let gone: Vec<_> = self.applied.keys().filter(|range| !wanted.contains_key(range)).copied().collect();
         for range in gone {
