@@ -13,17 +13,21 @@ use super::iptables::Backed;
 /// Services whose chains are loaded at a time: the kernel's work for a transaction grows with the square of its chains.
 const AT_A_TIME: usize = 500;
 
-/// Loads the table of these Services into a namespace, which it goes with. First come the chains, then what leads to them.
+/// Loads the table of these Services into a namespace, which it goes with.
 pub(crate) fn load(netns: &Netns, services: &[Backed]) -> anyhow::Result<()> {
-    run(netns, &table(MARK))?;
-    for (part, some) in services.chunks(AT_A_TIME).enumerate() {
+    parts(services).iter().try_for_each(|part| run(netns, part))
+}
+
+/// The table in parts: first the chains, then what leads to them.
+fn parts(services: &[Backed]) -> Vec<String> {
+    let chains = services.chunks(AT_A_TIME).enumerate().map(|(part, some)| {
         let mut chains = String::new();
         for (number, Backed { vip, pods, port }) in (part * AT_A_TIME..).zip(some) {
             service(&mut chains, number, *vip, pods, *port);
         }
-        run(netns, &table(&chains))?;
-    }
-    run(netns, &table(&maps(services)))
+        table(&chains)
+    });
+    [table(MARK)].into_iter().chain(chains).chain([table(&maps(services))]).collect()
 }
 
 fn run(netns: &Netns, text: &str) -> anyhow::Result<()> {
@@ -106,12 +110,21 @@ mod tests {
     fn a_service_is_one_element_and_a_chain_for_each_endpoint() {
         let pods: Vec<Ipv4Addr> = (1..=4).map(|last| Ipv4Addr::new(10, 42, 0, last)).collect();
         let vip = |last| SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, last), 80);
+        let count = AT_A_TIME + 3;
         let services: Vec<_> =
-            (1..=3).map(|last| Backed { vip: vip(last), pods: pods.clone(), port: 8080 }).collect();
-        let table = text(&services);
-        assert_eq!(table.matches("dnat to").count(), 12);
-        assert_eq!(table.matches(" : goto service-").count(), 3);
-        assert_eq!(table.matches("numgen random mod 4 vmap").count(), 3);
-        assert_eq!(table.matches('{').count(), table.matches('}').count());
+            (0..count).map(|_| Backed { vip: vip(1), pods: pods.clone(), port: 8080 }).collect();
+        let parts = parts(&services);
+        assert_eq!(parts.len(), 4, "the mark, twice chains, and maps");
+        let (last, before) = parts.split_last().unwrap();
+        let chains = before.concat();
+        assert_eq!(chains.matches("dnat to").count(), 4 * count);
+        assert_eq!(chains.matches("numgen random mod 4 vmap").count(), count);
+        assert_eq!(last.matches(" : goto service-").count(), count);
+        for number in [0, AT_A_TIME - 1, AT_A_TIME, count - 1] {
+            assert_eq!(chains.matches(&format!(" chain service-{number} {{")).count(), 1, "{number}");
+        }
+        for part in parts {
+            assert_eq!(part.matches('{').count(), part.matches('}').count());
+        }
     }
 }
