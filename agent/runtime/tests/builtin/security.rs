@@ -50,9 +50,12 @@ async fn capabilities_are_the_default_set_and_go_with_the_user() {
     }
     let node = Node::new().await;
     let status = "cat /proc/self/status";
+    // Without version 1's controller nothing says which devices may be opened, so none may be made.
+    let may_make_devices = node.config.cgroup_root.join("devices").is_dir();
+    let all = if may_make_devices { 0xa804_25fb } else { 0xa004_25fb };
     let (_, output) = node.run(script("root", status)).await;
-    assert_eq!(capabilities(&output, "CapEff"), 0xa804_25fb);
-    assert_eq!(capabilities(&output, "CapBnd"), 0xa804_25fb);
+    assert_eq!(capabilities(&output, "CapEff"), all);
+    assert_eq!(capabilities(&output, "CapBnd"), all);
     assert_eq!(capabilities(&output, "CapInh") | capabilities(&output, "CapAmb"), 0);
     let mut user = script("user", status);
     user.security.run_as_user = Some(1000);

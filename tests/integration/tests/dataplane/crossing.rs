@@ -20,6 +20,7 @@ use weft_tests_harness::require;
 use zerocopy::IntoBytes as _;
 
 use crate::NEEDS;
+use crate::bodies::{exchange, send_back};
 use crate::overlay::{bodies_get_through_a_narrow_way, overlay, repair, two_nodes};
 use crate::place::{self, Running, ask_udp, serve, within};
 use crate::podedge::sent;
@@ -91,24 +92,8 @@ fn reaches(to: SocketAddr, hops: u8) -> bool {
 pub(crate) fn echo(from: &Netns, at: &Netns, address: IpAddr) {
     let listener = within(at, || TcpListener::bind((address, 0)).unwrap());
     let to = listener.local_addr().unwrap();
-    let server = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let mut body = vec![0; BODY_BYTES];
-        stream.read_exact(&mut body).unwrap();
-        stream.write_all(&body).unwrap();
-    });
-    within(from, || {
-        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        let body: Vec<u8> = (0..BODY_BYTES).map(|i| u8::try_from(i % 251).unwrap()).collect();
-        stream.write_all(&body).unwrap();
-        let mut back = vec![0; BODY_BYTES];
-        stream.read_exact(&mut back).unwrap();
-        assert!(back == body, "{address}: another body came back");
-    });
+    let server = send_back(listener, BODY_BYTES, PATIENCE);
+    within(from, || exchange(to, BODY_BYTES, PATIENCE));
     server.join().unwrap();
 }
 

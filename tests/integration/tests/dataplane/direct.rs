@@ -27,6 +27,7 @@ use weft_tests_harness::{require, wait_until};
 use zerocopy::IntoBytes as _;
 
 use crate::NEEDS;
+use crate::bodies::{exchange, send_back};
 use crate::crossing::Side;
 use crate::entries::{FAMILIES, Service};
 use crate::frames::frame;
@@ -174,25 +175,8 @@ fn bodies_get_through_both_ways() {
     let listeners = pod(2).map(|ip| within(place.links.pod(2), || TcpListener::bind((ip, 0)).unwrap()));
     let frontends = place.service([0, 1].map(|at: usize| listeners[at].local_addr().unwrap()), 0);
     for (to, listener) in frontends.into_iter().zip(listeners) {
-        let server = std::thread::spawn(move || {
-            let (mut stream, from) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            stream.set_write_timeout(Some(PATIENCE)).unwrap();
-            let mut body = vec![0; BODY_BYTES];
-            stream.read_exact(&mut body).unwrap();
-            stream.write_all(&body).unwrap();
-            from.ip()
-        });
-        within(&place.client, || {
-            let mut stream = TcpStream::connect_timeout(&to, SOON).unwrap();
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            stream.set_write_timeout(Some(PATIENCE)).unwrap();
-            let body: Vec<u8> = (0..BODY_BYTES).map(|i| u8::try_from(i % 251).unwrap()).collect();
-            stream.write_all(&body).unwrap();
-            let mut back = vec![0; BODY_BYTES];
-            stream.read_exact(&mut back).unwrap();
-            assert!(back == body, "{to}: another body came back");
-        });
+        let server = send_back(listener, BODY_BYTES, PATIENCE);
+        within(&place.client, || exchange(to, BODY_BYTES, PATIENCE));
         assert_eq!(server.join().unwrap(), client_at()[usize::from(to.is_ipv6())]);
     }
 }

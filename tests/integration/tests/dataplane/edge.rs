@@ -1,6 +1,6 @@
 //! The edge programs, seen by real connections: from outside, from pods that no socket hook sees, to the node itself.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Instant;
 
@@ -9,6 +9,7 @@ use weft_ebpf_abi::{SERVICE_CHECK_SOURCE, SERVICE_DROP_EMPTY, SERVICE_HASHED, SE
 use weft_tests_harness::{require, wait_until};
 
 use crate::NEEDS;
+use crate::bodies::{exchange, send_back};
 use crate::entries::{FAMILIES, Service};
 use crate::place::{
     CLIENT, NODE, POD, Place, SOON, ask_again, ask_datagram, ask_tcp, ask_udp, connected_udp, serve, within,
@@ -45,23 +46,9 @@ fn a_large_body_crosses_the_edge() {
     for family in FAMILIES {
         let listener = within(&place.pod, || TcpListener::bind((family.pod, 0)).unwrap());
         running.plain(&family, 10, 30080, &[listener.local_addr().unwrap()]).unwrap();
-        let echo = std::thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut body = vec![0; 1 << 20];
-            stream.read_exact(&mut body).unwrap();
-            stream.write_all(&body).unwrap();
-        });
-        let sent: Vec<u8> = (0..1_u32 << 20).map(|i| u8::try_from(i % 251).unwrap()).collect();
-        let received = within(&place.client, || {
-            let mut stream = TcpStream::connect_timeout(&family.at_node(30080), SOON).unwrap();
-            stream.set_read_timeout(Some(SOON)).unwrap();
-            stream.write_all(&sent).unwrap();
-            let mut received = vec![0; sent.len()];
-            stream.read_exact(&mut received).unwrap();
-            received
-        });
-        echo.join().unwrap();
-        assert!(received == sent, "the body was damaged");
+        let server = send_back(listener, 1 << 20, SOON);
+        within(&place.client, || exchange(family.at_node(30080), 1 << 20, SOON));
+        server.join().unwrap();
     }
 }
 

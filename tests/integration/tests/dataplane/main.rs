@@ -3,6 +3,7 @@
 
 mod adoption;
 mod agent;
+mod bodies;
 mod buffers;
 mod crossing;
 mod direct;

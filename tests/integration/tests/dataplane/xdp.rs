@@ -1,6 +1,6 @@
 //! XDP at the uplink: it carries on what the tc program began, passes all else untouched, and outlives the agent.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 
 use aya::maps::{HashMap, Map, MapData};
@@ -18,6 +18,7 @@ use weft_tests_harness::require;
 use zerocopy::IntoBytes as _;
 
 use crate::agent::{Api, config, eventually};
+use crate::bodies::{exchange, send_back};
 use crate::entries::{FAMILIES, Family, V4};
 use crate::frames::{ACK, RST, SYN, error, frame, packet, read_frame};
 use crate::place::{POD, POD6, Place, Running, SOON, ask_again, ask_datagram, connected_udp, serve, within};
@@ -326,24 +327,9 @@ fn a_flow_is_carried_by_either_program_at_any_time() {
 fn echo(place: &Place, running: &mut Running, family: &Family) {
     let listener = within(&place.pod, || TcpListener::bind((family.pod, 0)).unwrap());
     running.plain(family, 10, 30080, &[listener.local_addr().unwrap()]).unwrap();
-    let echo = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        let mut body = vec![0; 1 << 20];
-        stream.read_exact(&mut body).unwrap();
-        stream.write_all(&body).unwrap();
-    });
-    let sent: Vec<u8> = (0..1_u32 << 20).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    let received = within(&place.client, || {
-        let mut stream = TcpStream::connect_timeout(&family.at_node(30080), SOON).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream.write_all(&sent).unwrap();
-        let mut received = vec![0; sent.len()];
-        stream.read_exact(&mut received).unwrap();
-        received
-    });
-    echo.join().unwrap();
-    assert!(received == sent, "the body was damaged");
+    let server = send_back(listener, 1 << 20, SOON);
+    within(&place.client, || exchange(family.at_node(30080), 1 << 20, SOON));
+    server.join().unwrap();
 }
 
 #[test]
