@@ -3,9 +3,11 @@
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
-use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::answer::{Error, TCP_BYTES, TCP_WORDS, icmp_bytes, icmp_error, tcp_reset};
-use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
+use weft_ebpf_abi::{DropReason, SCTP, TCP};
+use weft_ebpf_logic::packet::answer::{
+    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, sctp_abort, tcp_reset,
+};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, FIN, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
 
 use crate::events;
 use crate::family::Family;
@@ -14,7 +16,8 @@ use crate::tc::raw;
 
 const DROP: i32 = TC_ACT_SHOT as i32;
 
-/// Counts the reason and answers with a TCP reset, or ICMP "port unreachable" for UDP.
+/// Counts the reason and answers with a TCP reset, an ABORT of SCTP, or ICMP "port unreachable" for UDP. (Of that, an SCTP socket of Linux only
+/// takes a note, and goes on asking.)
 #[inline(never)]
 pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
     count(reason);
@@ -22,6 +25,7 @@ pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -
     let answered = match packet.key.protocol {
         _ if packet.part == Part::Later => None,
         TCP => reset::<F>(ctx, packet),
+        SCTP => abort::<F>(ctx, packet),
         _ => unreachable::<F>(ctx, packet),
     };
     back(ctx, answered)
@@ -76,6 +80,20 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
+    ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
+}
+
+#[inline(always)]
+fn abort<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
+    // What ends an association is never answered (RFC 9260 §8.4).
+    if packet.flags & (RST | FIN) != 0 {
+        return None;
+    }
+    let tag: [u8; 4] = ctx.load(packet.transport() + abort_tag(packet)).ok()?;
+    let answer = sctp_abort(packet, u32::from_ne_bytes(tag));
+    resize::<F>(ctx, ABORT_BYTES as usize)?;
+    turn_ethernet(ctx)?;
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, SCTP, ABORT_BYTES), 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
 }
 

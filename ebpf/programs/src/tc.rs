@@ -337,7 +337,7 @@ fn established(packet: &Packet, entry: &FlowValue, now: u32, backend: &mut Backe
         }
         *backend = flow::backend(entry, protocol);
         if !flow_is_current(&Kernel, backend, entry.generation) {
-            return if protocol == TCP && packet.flags & SYN == 0 { Known::Gone } else { Known::Anew };
+            return if protocol != UDP && packet.flags & SYN == 0 { Known::Gone } else { Known::Anew };
         }
     }
     Known::Goes
@@ -361,7 +361,7 @@ fn was_never_answered(packet: &Packet, entry: &FlowValue) -> bool {
 /// Notes that a flow lives, at most once a second, and that it is closing, in both directions.
 #[inline(always)]
 fn touch(packet: &Packet, entry: &FlowValue, now: u32) {
-    let closing = packet.key.protocol == TCP && packet.flags & (FIN | RST) != 0;
+    let closing = packet.flags & (FIN | RST) != 0;
     if entry.last_seen != now
         && let Some(live) = FLOWS.get_ptr_mut(packet.key)
     {
@@ -421,7 +421,7 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     if !allows(&Kernel, &service, &key.source) {
         return Outcome::Dropped(DropReason::SourceNotAllowed);
     }
-    if key.protocol == TCP && packet.flags & SYN == 0 {
+    if key.protocol != UDP && packet.flags & SYN == 0 {
         return Outcome::Refused(DropReason::UnknownFlow);
     }
     let client = Client { client: key.source, port: Some(key.source_port), datagram_socket: None };
@@ -555,7 +555,7 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
         let known = FRAGMENTS.insert(packet.fragment_key(), packet.fragment_value(), 0);
         known.map_err(|_| DropReason::FlowTableFull)?;
     }
-    let rewritten = if packet.is_plain::<F>() {
+    let rewritten = if packet.is_plain::<F>() && packet.key.protocol != SCTP {
         F::rewrite(ctx, packet, entry)
     } else {
         rewrite::<F>(ctx, packet, entry)

@@ -21,6 +21,7 @@ mod paths;
 mod place;
 mod podedge;
 mod policy;
+mod sctp;
 mod services;
 mod sockets;
 mod xdp;

@@ -29,7 +29,7 @@ const NEXT: u32 = u32::MAX;
 const MANY: u64 = 200;
 
 /// The place with a second pod, and Services' programs at work.
-fn set_up(label: &str) -> (Place, Netns, Running) {
+pub(crate) fn set_up(label: &str) -> (Place, Netns, Running) {
     let place = Place::new(label).unwrap();
     let other = Netns::new(label).unwrap();
     let (n, o) = (place.node.name(), other.name());
@@ -50,12 +50,12 @@ fn set_up(label: &str) -> (Place, Netns, Running) {
     (place, other, running)
 }
 
-fn other(family: &Family) -> IpAddr {
+pub(crate) fn other(family: &Family) -> IpAddr {
     OTHER[usize::from(family.pod.is_ipv6())]
 }
 
 /// Puts programs at the edges of the pods with these addresses.
-fn edges(place: &Place, running: &Running, addresses: &[IpAddr]) -> Edges {
+pub(crate) fn edges(place: &Place, running: &Running, addresses: &[IpAddr]) -> Edges {
     let mut edges = Edges::new(&running.programs).unwrap();
     take_in(place, &mut edges, addresses);
     edges

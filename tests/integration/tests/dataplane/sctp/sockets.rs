@@ -1,0 +1,148 @@
+//! Sockets of SCTP, where the kernel has them: one-to-one ones, which are read and written as TCP's are.
+
+use std::io::{Error, ErrorKind};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::sockopt::{Ipv6V6Only, SendTimeout};
+use nix::sys::socket::{Backlog, SockaddrStorage, bind, connect, listen, setsockopt};
+use nix::sys::time::TimeVal;
+use weft_cni_netlink::Offloads;
+use weft_ebpf_abi::SERVICE_KEEP_SOURCE;
+use weft_tests_harness::require;
+
+use crate::NEEDS;
+use crate::bodies::{exchange_over, send_back};
+use crate::entries::{FAMILIES, Service};
+use crate::place::{Place, within};
+use crate::podedge;
+
+/// A bound against waiting for ever.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BODY_BYTES: usize = 300_000;
+
+/// A socket for addresses of `like`'s family, and for no other: an association names all addresses that its socket has.
+fn socket(like: SocketAddr) -> OwnedFd {
+    let family = if like.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 };
+    let kind = nix::libc::SOCK_STREAM | nix::libc::SOCK_CLOEXEC;
+    // SAFETY: a call with numbers.
+    let fd = unsafe { nix::libc::socket(family, kind, nix::libc::IPPROTO_SCTP) };
+    assert!(fd >= 0, "{}", Error::last_os_error());
+    // SAFETY: it was just opened, and nobody else has it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if like.is_ipv6() {
+        setsockopt(&fd, Ipv6V6Only, &true).unwrap();
+    }
+    // It bounds how long a connection may take.
+    setsockopt(&fd, SendTimeout, &TimeVal::new(PATIENCE.as_secs().cast_signed(), 0)).unwrap();
+    fd
+}
+
+fn listener(at: SocketAddr) -> TcpListener {
+    let fd = socket(at);
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(at)).unwrap();
+    listen(&fd, Backlog::new(8).unwrap()).unwrap();
+    TcpListener::from(fd)
+}
+
+fn associate(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let fd = socket(to);
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
+    Ok(TcpStream::from(fd))
+}
+
+/// A body to a Service and back; answers as whom the endpoint saw its client.
+fn ask(server: &TcpListener, to: SocketAddr) -> IpAddr {
+    let server = send_back(server.try_clone().unwrap(), BODY_BYTES, PATIENCE);
+    exchange_over(associate(to).unwrap(), BODY_BYTES, PATIENCE);
+    server.join().unwrap()
+}
+
+/// Who finishes a checksum: nobody, as pairs of devices don't lose anything; the node's devices; the sockets.
+fn finish(place: &Place, who: &str) {
+    let set = |netns, devices: &[&str]| {
+        within(netns, || {
+            for device in devices {
+                Offloads::open().unwrap().finish_checksums(device, false).unwrap();
+            }
+        });
+    };
+    match who {
+        "the node" => set(&place.node, &["up0", "pod0", "pod1"]),
+        "the sockets" => [&place.client, &place.pod].into_iter().for_each(|netns| set(netns, &["eth0"])),
+        _ => {}
+    }
+}
+
+#[test]
+fn associations_carry_bodies_both_ways_and_close() {
+    if !require("dataplane::sctp-sockets", &[NEEDS.as_slice(), &["sctp"]].concat()) {
+        return;
+    }
+    let (place, second, mut running) = podedge::set_up("sk");
+    let all: Vec<IpAddr> = FAMILIES.iter().flat_map(|f| [f.pod, podedge::other(f)]).collect();
+    let _edges = podedge::edges(&place, &running, &all);
+    for who in ["nobody", "the node", "the sockets"] {
+        finish(&place, who);
+        for family in FAMILIES {
+            let pod = SocketAddr::new(family.pod, 8080);
+            let server = within(&place.pod, || listener(pod));
+            running.plain(&family, 10, 30080, &[pod]).unwrap();
+            running.plain(&family, 11, 30081, &[]).unwrap();
+            let kept = Service {
+                last: 12,
+                node_port: 30082,
+                flags: SERVICE_KEEP_SOURCE,
+                backends: &[pod],
+                ..Service::default()
+            };
+            running.enter(&family, &kept).unwrap();
+            let other = podedge::other(&family);
+            let ways = [
+                ("a NodePort from outside", &place.client, family.at_node(30080), family.gateway),
+                ("one that keeps the client's address", &place.client, family.at_node(30082), family.client),
+                ("a cluster address from a pod", &second, family.vip(10), other),
+                ("the pod itself by it", &place.pod, family.vip(10), family.gateway),
+                ("the pod without a Service", &second, pod, other),
+            ];
+            for (way, netns, to, seen) in ways {
+                // Again: the first association has closed, and its ports with it.
+                for _ in 0..2 {
+                    assert_eq!(within(netns, || ask(&server, to)), seen, "{way}, {who} finishes checksums");
+                }
+            }
+            for (netns, to) in [(&place.client, family.at_node(30081)), (&second, family.vip(11))] {
+                let refused = within(netns, || associate(to)).unwrap_err();
+                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_association_ends_with_its_backend() {
+    if !require("dataplane::sctp-ends", &[NEEDS.as_slice(), &["sctp"]].concat()) {
+        return;
+    }
+    let place = Place::new("sd").unwrap();
+    let mut running = place.start().unwrap();
+    for family in FAMILIES {
+        use std::io::{Read as _, Write as _};
+
+        let pod = SocketAddr::new(family.pod, 8080);
+        let server = within(&place.pod, || listener(pod));
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        let mut client = within(&place.client, || associate(family.at_node(30080))).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let (mut taken, _) = server.accept().unwrap();
+        taken.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.write_all(b"?").unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!(taken.read(&mut buffer).unwrap(), 1);
+        running.withdraw(pod).unwrap();
+        // The message is answered with an ABORT.
+        client.write_all(b"?").unwrap();
+        assert_eq!(client.read(&mut buffer).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+}
