@@ -8,6 +8,7 @@ use weft_ebpf_logic::packet::answer::{
     ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, sctp_abort, tcp_reset,
 };
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, FIN, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
+use weft_ebpf_logic::sctp;
 
 use crate::events;
 use crate::family::Family;
@@ -90,7 +91,8 @@ fn abort<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
         return None;
     }
     let tag: [u8; 4] = ctx.load(packet.transport() + abort_tag(packet)).ok()?;
-    let answer = sctp_abort(packet, u32::from_ne_bytes(tag));
+    let checksum: [u8; 4] = ctx.load(packet.transport() + sctp::CHECKSUM).ok()?;
+    let answer = sctp_abort(packet, u32::from_ne_bytes(tag), u32::from_ne_bytes(checksum) == 0);
     resize::<F>(ctx, ABORT_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, SCTP, ABORT_BYTES), 0).ok()?;

@@ -54,14 +54,16 @@ const fn is_init(packet: &Packet) -> bool {
 }
 
 /// The SCTP packet that aborts a packet's association, as who knows nothing of it sends it (RFC 9260 §8.4). The tag is as it stands in memory:
-/// the sender's own, or one that it has for its peer, which the T bit says.
+/// the sender's own, or one that it has for its peer, which the T bit says. If the packet's checksum was left to a device, so is this one's.
 #[inline(always)]
 #[must_use]
-pub fn sctp_abort(packet: &Packet, tag: u32) -> [u32; ABORT_WORDS] {
+pub fn sctp_abort(packet: &Packet, tag: u32, is_unsummed: bool) -> [u32; ABORT_WORDS] {
     let (from, to) = (packet.key.destination_port.0, packet.key.source_port.0);
     let t_bit = if is_init(packet) { 0 } else { 1 };
     let mut out = [word([from[0], from[1], to[0], to[1]]), tag, 0, word([ABORT, t_bit, 0, 4])];
-    out[2] = sctp::checksum(&out).to_le();
+    if !is_unsummed {
+        out[2] = sctp::checksum(&out).to_le();
+    }
     out
 }
 

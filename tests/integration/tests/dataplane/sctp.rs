@@ -106,7 +106,16 @@ fn refusals_are_aborts() {
         assert_eq!((answer.from, answer.to), (nothing, from));
         assert_eq!(answer.payload[4..8], BODY[..4], "the tag that the INIT gives");
         assert_eq!(answer.payload[12..], [ABORT, 0, 0, 4]);
-        assert_eq!(running.drops("packet_no_endpoints"), n + 1);
+        let mut unsummed = sctp(from, nothing, INIT, &BODY);
+        let at = transport(&family);
+        unsummed[at + SCTP_CHECKSUM.start..at + SCTP_CHECKSUM.end].fill(0);
+        let (_, out) = run(&running, &place, &unsummed);
+        assert_eq!(
+            out[at + SCTP_CHECKSUM.start..at + SCTP_CHECKSUM.end],
+            [0; 4],
+            "a device makes it for both"
+        );
+        assert_eq!(running.drops("packet_no_endpoints"), n * 2 + 2);
         // The second is shorter than an INIT.
         for (chunk, body) in [(DATA, &[1; 100][..]), (SHUTDOWN_ACK, &[])] {
             let answer = refused(&sctp(from, service, chunk, body));

@@ -114,7 +114,7 @@ fn associations_carry_bodies_both_ways_and_close() {
             }
             for (netns, to) in [(&place.client, family.at_node(30081)), (&second, family.vip(11))] {
                 let refused = within(netns, || associate(to)).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
+                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}, {who} finishes checksums");
             }
         }
     }
