@@ -14,7 +14,9 @@ use weft_tests_harness::require;
 
 use crate::NEEDS;
 use crate::bodies::{exchange_over, send_back};
-use crate::entries::{FAMILIES, Service};
+use crate::crossing::{Side, UNDERLAY, pods};
+use crate::entries::{FAMILIES, Family, Service};
+use crate::overlay::{overlay, two_nodes};
 use crate::place::{Place, within};
 use crate::podedge;
 
@@ -144,5 +146,33 @@ fn an_association_ends_with_its_backend() {
         // The message is answered with an ABORT.
         client.write_all(b"?").unwrap();
         assert_eq!(client.read(&mut buffer).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+}
+
+#[test]
+fn associations_cross_the_overlay() {
+    if !require("dataplane::sctp-overlay", &[NEEDS.as_slice(), &["sctp"]].concat()) {
+        return;
+    }
+    let (netns, there) = two_nodes();
+    let both = [("node-1", 1), ("node-2", 2)];
+    let _overlays = [overlay(1, (&netns[0], UNDERLAY), &both), overlay(2, (&netns[1], UNDERLAY), &both)];
+    let mut sides = [Side::start(&netns[0]), Side::start(&netns[1])];
+    let far = |family: &Family| SocketAddr::new(pods(2)[usize::from(family.pod.is_ipv6())], 8080);
+    let servers = FAMILIES.map(|family| within(&there[1], || listener(far(&family))));
+    for family in FAMILIES {
+        sides[0].running.plain(&family, 10, 30080, &[far(&family)]).unwrap();
+    }
+    for with_edges in [false, true] {
+        if with_edges {
+            for (n, side) in (1_u8..).zip(&mut sides) {
+                side.publish(&netns[usize::from(n) - 1], pods(n), &[]);
+            }
+        }
+        for (family, server) in FAMILIES.iter().zip(&servers) {
+            let own = pods(1)[usize::from(family.pod.is_ipv6())];
+            let seen = within(&there[0], || ask(server, family.vip(10)));
+            assert_eq!(seen, own, "the client keeps its address; programs at the pods' edges: {with_edges}");
+        }
     }
 }
