@@ -152,6 +152,10 @@ fn decide<T: Tables>(
     let to = destination(query);
     // No hook sees a socket of SCTP.
     let unhooked = query.hook == Hook::Edge || query.protocol == Protocol::Sctp;
+    // What the node sends to itself by loopback passes no program either.
+    if unhooked && query.hook == Hook::NodeSocket && tables.is_node_address(&to.address) {
+        return (Decision::Direct, None);
+    }
     let value = match find(tables, &to) {
         Found::Nothing => return (Decision::Direct, None),
         Found::UnknownPort => {

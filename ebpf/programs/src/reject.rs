@@ -1,6 +1,6 @@
 //! Refusals: the packet itself is turned into the answer and sent back where it came from.
 
-use aya_ebpf::bindings::TC_ACT_SHOT;
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT};
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, SCTP, TCP};
@@ -20,7 +20,7 @@ const DROP: i32 = TC_ACT_SHOT as i32;
 /// Counts the reason and answers with a TCP reset, an ABORT of SCTP, or ICMP "port unreachable" for UDP. (Of that, an SCTP socket of Linux only
 /// takes a note, and goes on asking.)
 #[inline(never)]
-pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
+pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason, sender: Sender) -> i32 {
     count(reason);
     events::dropped(&packet.key, reason);
     let answered = match packet.key.protocol {
@@ -29,27 +29,37 @@ pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -
         SCTP => abort::<F>(ctx, packet),
         _ => unreachable::<F>(ctx, packet),
     };
-    back(ctx, answered)
+    back(ctx, answered, sender)
 }
 
 /// Counts a packet that does not fit through the next link, and tells its sender by ICMP what does. Without that, what is larger
 /// would vanish: the stack, which would say so, does not see the packet.
 #[inline(never)]
-pub fn too_big<F: Family>(ctx: &TcContext, packet: &Packet, mtu_bytes: u16) -> i32 {
+pub fn too_big<F: Family>(ctx: &TcContext, packet: &Packet, mtu_bytes: u16, sender: Sender) -> i32 {
     count(DropReason::PacketTooBig);
     // Only the first fragment has what the sender knows its socket by.
     if packet.part == Part::Later {
         return DROP;
     }
-    back(ctx, error::<F, LongQuote>(ctx, packet, Error::too_big::<F>(mtu_bytes)))
+    back(ctx, error::<F, LongQuote>(ctx, packet, Error::too_big::<F>(mtu_bytes)), sender)
 }
 
-/// Sends an answer out of the device that the packet came in by.
+/// Who is to get an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// Whoever is behind the device that the packet came in by.
+    Behind,
+    /// The node itself, which was about to send the packet by the device.
+    Node,
+}
+
+/// Sends an answer to who sent the packet.
 #[inline(always)]
-fn back(ctx: &TcContext, answered: Option<()>) -> i32 {
+fn back(ctx: &TcContext, answered: Option<()>, sender: Sender) -> i32 {
+    let flags = if matches!(sender, Sender::Node) { u64::from(BPF_F_INGRESS) } else { 0 };
     match answered {
         // SAFETY: a helper with numbers.
-        Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, 0) as i32 },
+        Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, flags) as i32 },
         None => DROP,
     }
 }

@@ -110,6 +110,8 @@ fn what_is_refused_names_the_hook() {
         refused(DropReason::PacketUnknownPort),
         "no hook sees its sockets"
     );
+    let by_loopback = Query { protocol: Protocol::Sctp, ..query(Hook::NodeSocket, NODE, 30080) };
+    assert_eq!(decision(&memory, &by_loopback), Decision::Direct, "nor what the node sends to itself");
     // From outside the address of the cluster is none: the packet goes where the routes say.
     assert_eq!(decision(&memory, &query(Hook::Edge, VIP, 81)), Decision::Direct);
 }

@@ -268,6 +268,37 @@ fn an_answer_of_the_node_itself_leaves_as_the_service() {
     }
 }
 
+#[test]
+fn the_nodes_own_associations_are_translated_as_they_leave() {
+    if !require("dataplane::sctp-own", &NEEDS) {
+        return;
+    }
+    let (place, running) = set_up("sn");
+    for (n, family) in (1..).zip(FAMILIES) {
+        let own = family.at_node(5_000);
+        let leaves = |packet: &[u8]| {
+            let (verdict, out) = run_program(&running, &place, "weft_egress", packet);
+            (verdict, read_frame("leaves", &out))
+        };
+        for chunk in [INIT, DATA] {
+            let (verdict, request) = leaves(&sctp(own, family.vip(10), chunk, &BODY));
+            let pod = SocketAddr::new(family.pod, 8080);
+            assert_eq!((verdict, request.to, request.from.ip()), (REDIRECT, pod, family.gateway));
+            let (verdict, out) = run(&running, &place, &sctp(pod, request.from, chunk, &BODY));
+            let answer = read_frame("answer", &out);
+            assert_eq!((verdict, answer.from, answer.to), (PASS, family.vip(10), own), "by the stack");
+        }
+        let (verdict, refusal) = leaves(&sctp(own, family.vip(11), INIT, &BODY));
+        assert_eq!((verdict, refusal.from, refusal.to), (REDIRECT, family.vip(11), own));
+        assert_eq!(refusal.payload[12], ABORT);
+        let itself = sctp(own, family.vip(12), INIT, &BODY);
+        assert_eq!(leaves(&itself).0, DROP, "the stack takes nothing from itself");
+        assert_eq!(running.drops("no_route"), n);
+        let away = sctp(own, SocketAddr::new(family.client, 80), INIT, &BODY);
+        assert_eq!(run_program(&running, &place, "weft_egress", &away), (PASS, away), "no Service");
+    }
+}
+
 /// From a device to a device: what comes out at the other end has its checksum, and the answer comes back.
 #[test]
 fn packets_on_the_wire_have_their_checksums() {

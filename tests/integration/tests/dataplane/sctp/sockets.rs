@@ -8,8 +8,10 @@ use std::time::Duration;
 use nix::sys::socket::sockopt::{Ipv6V6Only, SendTimeout};
 use nix::sys::socket::{Backlog, SockaddrStorage, bind, connect, listen, setsockopt};
 use nix::sys::time::TimeVal;
-use weft_cni_netlink::Offloads;
-use weft_ebpf_abi::SERVICE_KEEP_SOURCE;
+use weft_cni_netlink::hostport::{self, HostPort};
+use weft_cni_netlink::{Offloads, masquerade};
+use weft_ebpf_abi::{SCTP, SERVICE_KEEP_SOURCE};
+use weft_tests_harness::netns::ip;
 use weft_tests_harness::require;
 
 use crate::NEEDS;
@@ -85,6 +87,11 @@ fn associations_carry_bodies_both_ways_and_close() {
     let (place, second, mut running) = podedge::set_up("sk");
     let all: Vec<IpAddr> = FAMILIES.iter().flat_map(|f| [f.pod, podedge::other(f)]).collect();
     let _edges = podedge::edges(&place, &running, &all);
+    let node = place.node.name();
+    for family in FAMILIES {
+        // What the node asks for leaves by some way; here, the one to the client.
+        ip(&["-n", node, "route", "add", "default", "via", &family.client.to_string()]).unwrap();
+    }
     for who in ["nobody", "the node", "the sockets"] {
         finish(&place, who);
         for family in FAMILIES {
@@ -106,6 +113,7 @@ fn associations_carry_bodies_both_ways_and_close() {
                 ("one that keeps the client's address", &place.client, family.at_node(30082), family.client),
                 ("a cluster address from a pod", &second, family.vip(10), other),
                 ("the pod itself by it", &place.pod, family.vip(10), family.gateway),
+                ("the node itself", &place.node, family.vip(10), family.gateway),
                 ("the pod without a Service", &second, pod, other),
             ];
             for (way, netns, to, seen) in ways {
@@ -114,7 +122,12 @@ fn associations_carry_bodies_both_ways_and_close() {
                     assert_eq!(within(netns, || ask(&server, to)), seen, "{way}, {who} finishes checksums");
                 }
             }
-            for (netns, to) in [(&place.client, family.at_node(30081)), (&second, family.vip(11))] {
+            let nothing = [
+                (&place.client, family.at_node(30081)),
+                (&second, family.vip(11)),
+                (&place.node, family.vip(11)),
+            ];
+            for (netns, to) in nothing {
                 let refused = within(netns, || associate(to)).unwrap_err();
                 assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}, {who} finishes checksums");
             }
@@ -174,5 +187,28 @@ fn associations_cross_the_overlay() {
             let seen = within(&there[0], || ask(server, family.vip(10)));
             assert_eq!(seen, own, "the client keeps its address; programs at the pods' edges: {with_edges}");
         }
+    }
+}
+
+/// What no program of ours does: netfilter's rules are for every protocol that has ports.
+#[test]
+fn host_ports_lead_to_a_pod_and_pods_leave_by_their_nodes_address() {
+    if !require("dataplane::sctp-netfilter", &[NEEDS.as_slice(), &["sctp"]].concat()) {
+        return;
+    }
+    let place = Place::new("sh").unwrap();
+    let _running = place.start().unwrap();
+    within(&place.node, || {
+        let pod = |family: Family| family.pod;
+        let port = |pod| HostPort { host: None, port: 7_000, protocol: SCTP, pod, pod_port: 8_080 };
+        hostport::add(&FAMILIES.map(pod).map(port), weft_agent_dataplane::BRIDGE).unwrap();
+        masquerade::ensure(&["10.42.0.0/16", "fd42::/56"].map(|range| range.parse().unwrap()), &[]).unwrap();
+    });
+    for family in FAMILIES {
+        let server = within(&place.pod, || listener(SocketAddr::new(family.pod, 8_080)));
+        assert_eq!(within(&place.client, || ask(&server, family.at_node(7_000))), family.client);
+        let outside = SocketAddr::new(family.client, 9_000);
+        let server = within(&place.client, || listener(outside));
+        assert_eq!(within(&place.pod, || ask(&server, outside)), family.node);
     }
 }
