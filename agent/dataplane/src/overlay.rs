@@ -9,6 +9,7 @@ mod peer;
 mod ranges;
 pub mod trial;
 mod ways;
+pub mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,6 +21,7 @@ use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
 use self::trial::Trials;
 use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
+use self::width::{Ways, Widths};
 use crate::OVERLAY;
 use crate::node::Devices;
 use crate::peers::echo::Question;
@@ -46,6 +48,8 @@ pub struct Overlay {
     addresses: BTreeSet<IpAddr>,
     /// Ranges whose trial packets come through.
     proven: BTreeSet<IpNetwork>,
+    /// What ways take that are narrower than they begin, by the other end.
+    found: Widths,
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
@@ -71,6 +75,7 @@ impl Overlay {
             nodes: BTreeMap::new(),
             addresses: BTreeSet::new(),
             proven: BTreeSet::new(),
+            found: Widths::new(),
             index: 0,
             mtu_bytes: 0,
             applied: BTreeMap::new(),
@@ -102,6 +107,12 @@ impl Overlay {
         self.nodes.keys().cloned().collect()
     }
 
+    /// The Node that has an address.
+    pub(crate) fn name_of(&self, address: IpAddr) -> Option<&str> {
+        let mut nodes = self.nodes.iter();
+        nodes.find(|(_, peer)| peer.routers.contains(&address)).map(|(name, _)| name.as_str())
+    }
+
     /// Takes in the node's devices: a device that went took its entries with it.
     pub fn set_devices(&mut self, devices: &Devices) {
         if devices.addresses != self.addresses {
@@ -121,6 +132,13 @@ impl Overlay {
         let turned: BTreeSet<IpNetwork> = self.proven.symmetric_difference(&proven).copied().collect();
         self.proven = proven;
         self.look_again(|peer, _| peer.pods.iter().any(|range| turned.contains(range)));
+    }
+
+    /// Takes in what ways take that are narrower than they begin.
+    pub fn set_found(&mut self, found: Widths) {
+        let turned = width::turns(&self.found, &found);
+        self.found = found;
+        self.look_again(|peer, _| turned.iter().any(|(to, _)| peer.routers.contains(to)));
     }
 
     /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
@@ -212,6 +230,12 @@ impl Overlay {
             Some((destination, question))
         };
         if self.routing == Routing::Auto { ranges.filter_map(of).collect() } else { Trials::new() }
+    }
+
+    /// What has to be measured: the ways to other nodes.
+    #[must_use]
+    pub fn ways(&self) -> Ways {
+        self.applied.values().flat_map(|entries| &entries.firsts).map(|(to, first)| (*to, *first)).collect()
     }
 
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
@@ -356,7 +380,7 @@ impl Overlay {
         peer: &Peer,
         links: &BTreeMap<u32, Link>,
     ) -> Result<Entries, Error> {
-        let ground = Ground::find(netlink, peer, links, self.index)?;
+        let ground = Ground::find(netlink, peer, links, (self.index, &self.found))?;
         let entries = entries(peer, &ground, &self.local());
         match entries.narrow_bytes {
             Some(mtu) => drop(self.narrow.insert(peer.address, mtu)),

@@ -31,6 +31,7 @@ impl Dataplane {
         self.tell_ways();
         if !self.overlay.is_dirty() {
             self.links.set(self.overlay.trials());
+            self.findings.widths.set(self.overlay.ways());
         }
         if self.reconciler.is_dirty() {
             self.sync_maps();

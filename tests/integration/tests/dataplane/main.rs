@@ -23,6 +23,7 @@ mod podedge;
 mod policy;
 mod services;
 mod sockets;
+mod width;
 mod xdp;
 
 /// What every test here needs.

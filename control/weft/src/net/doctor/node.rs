@@ -173,8 +173,9 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
 }
 
 /// Whether the node's routes lead to the pods of every other node, through the tunnel to that node.
-pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
+pub(super) fn peers(node: &NodeHandle, all: &[Node], health: &Health) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let tunnels = health.devices.iter().find(|device| device.name == OVERLAY).map(|device| device.mtu_bytes);
     let (mut by_tunnel, mut by_link) = (0, 0);
     for peer in all.iter().filter(|peer| peer.name_any() != node.name) {
         let name = peer.name_any();
@@ -183,8 +184,11 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
         let mut ranges: Vec<IpNetwork> = listed.filter_map(|range| range.parse().ok()).collect();
         ranges.sort();
         ranges.dedup();
+        let mut narrow = None;
         for range in ranges {
-            match node.ask::<Path>(&Request::Path { to: second(range) }) {
+            let asked = node.ask::<Path>(&Request::Path { to: second(range) });
+            narrow = narrow.or(asked.as_ref().ok().and_then(|path| narrower(path, tunnels)));
+            match asked {
                 Ok(path) => match toward(&path, peer, range) {
                     None if path.tunnel.is_some() => by_tunnel += 1,
                     None => by_link += 1,
@@ -198,6 +202,11 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
                     findings.push(Finding::fail("overlay", format!("{error:#}"), "start the node's agent"))
                 }
             }
+        }
+        if let Some((takes, tunnel)) = narrow {
+            let says = format!("to {name}: tunnels take packets of {takes} bytes, and of {tunnel} elsewhere");
+            let advice = "give all links between the nodes one MTU; until then each pod is told by its first packet that is too large";
+            findings.push(Finding::warn("mtu", says, advice));
         }
     }
     match node.silent(all) {
@@ -230,6 +239,12 @@ fn second(range: IpNetwork) -> IpAddr {
     }
 }
 
+/// What a tunnel takes that is narrower than its device, and what that takes.
+fn narrower(path: &Path, tunnels: Option<u32>) -> Option<(u32, u32)> {
+    let (takes, tunnel) = (path.mtu_bytes?, tunnels?);
+    (path.tunnel.is_some() && takes < tunnel).then_some((takes, tunnel))
+}
+
 /// What is wrong with the way to a peer's pods.
 fn toward(path: &Path, peer: &Node, range: IpNetwork) -> Option<String> {
     if path.device.is_none() {
@@ -257,6 +272,7 @@ mod tests {
 
     use k8s_openapi::jiff::Timestamp;
     use weft_agent_dataplane::observe::health::{Fill, Hook};
+    use weft_agent_dataplane::observe::path::Way;
 
     use super::super::Level;
     use super::*;
@@ -291,6 +307,31 @@ mod tests {
         change(&mut health);
         let findings = judge(&health).into_iter().filter(|finding| finding.level != Level::Ok);
         findings.map(|finding| (finding.level, finding.what)).collect()
+    }
+
+    #[test]
+    fn a_tunnel_that_takes_less_than_others_is_seen() {
+        let path = |tunnel: Option<&str>, mtu_bytes| Path {
+            to: [10, 42, 1, 2].into(),
+            way: Way::Device,
+            device: None,
+            gateway: None,
+            source: None,
+            mtu_bytes,
+            running: true,
+            tunnel: tunnel.map(|ip| ip.parse().unwrap()),
+            missing: None,
+        };
+        let rows = [
+            (path(Some("10.44.0.3"), Some(1_350)), Some(1_450), Some((1_350, 1_450))),
+            (path(Some("10.44.0.3"), Some(1_450)), Some(1_450), None),
+            (path(None, Some(1_350)), Some(1_450), None),
+            (path(Some("10.44.0.3"), None), Some(1_450), None),
+            (path(Some("10.44.0.3"), Some(1_350)), None, None),
+        ];
+        for (path, tunnels, expected) in rows {
+            assert_eq!(narrower(&path, tunnels), expected, "{path:?}");
+        }
     }
 
     #[test]
