@@ -5,6 +5,7 @@
 //! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
 //! reached without ([`Routing`]).
 
+pub mod offload;
 mod peer;
 mod ranges;
 pub mod trial;
@@ -19,6 +20,7 @@ use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
 use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
+use self::offload::{Broken, Card, Finisher, Witness, Witnesses};
 use self::trial::Trials;
 use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
 use self::width::{Ways, Widths};
@@ -50,6 +52,9 @@ pub struct Overlay {
     proven: BTreeSet<IpNetwork>,
     /// What ways take that are narrower than they begin, by the other end.
     found: Widths,
+    /// A card that breaks checksums within tunnels.
+    broken: Option<Broken>,
+    finisher: Finisher,
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
@@ -76,6 +81,8 @@ impl Overlay {
             addresses: BTreeSet::new(),
             proven: BTreeSet::new(),
             found: Widths::new(),
+            broken: None,
+            finisher: Finisher::default(),
             index: 0,
             mtu_bytes: 0,
             applied: BTreeMap::new(),
@@ -107,10 +114,13 @@ impl Overlay {
         self.nodes.keys().cloned().collect()
     }
 
-    /// The Node that has an address.
+    /// The Node that has an address, itself or for its pods.
     pub(crate) fn name_of(&self, address: IpAddr) -> Option<&str> {
         let mut nodes = self.nodes.iter();
-        nodes.find(|(_, peer)| peer.routers.contains(&address)).map(|(name, _)| name.as_str())
+        let has = |peer: &Peer| {
+            peer.routers.contains(&address) || peer.pods.iter().any(|range| range.contains(address))
+        };
+        nodes.find(|(_, peer)| has(peer)).map(|(name, _)| name.as_str())
     }
 
     /// Takes in the node's devices: a device that went took its entries with it.
@@ -139,6 +149,12 @@ impl Overlay {
         let turned = width::turns(&self.found, &found);
         self.found = found;
         self.look_again(|peer, _| turned.iter().any(|(to, _)| peer.routers.contains(to)));
+    }
+
+    /// Takes in which card breaks checksums within tunnels: nothing is left to it any more.
+    pub fn set_broken(&mut self, broken: Option<Broken>) {
+        self.dirty |= broken != self.broken;
+        self.broken = broken;
     }
 
     /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
@@ -238,6 +254,26 @@ impl Overlay {
         self.applied.values().flat_map(|entries| &entries.firsts).map(|(to, first)| (*to, *first)).collect()
     }
 
+    /// Who can tell whether the card finishes checksums within tunnels: the bridges of nodes that a tunnel leads to.
+    #[must_use]
+    pub fn witnesses(&self) -> Witnesses {
+        let ranges = self.applied.values().flat_map(|entries| {
+            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
+            by_tunnel.map(|range| (entries.underlay, range.first))
+        });
+        let witness = |(link, route): (u32, Route)| {
+            let card = Card { overlay: self.index, link };
+            let finished_before = self.finisher != Finisher::Card;
+            Some((peer::first(route.destination), Witness { from: route.source?, card, finished_before }))
+        };
+        ranges.filter(|(link, _)| *link != 0).filter_map(witness).collect()
+    }
+
+    /// Whether the card finishes checksums within tunnels.
+    pub(crate) fn leaves_checksums(&self) -> bool {
+        self.finisher == Finisher::Card
+    }
+
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
     fn source(&self, v6: bool) -> Option<IpAddr> {
@@ -289,12 +325,14 @@ impl Overlay {
         if device.index != self.index {
             self.index = device.index;
             self.mtu_bytes = device.mtu_bytes;
+            self.finisher = Finisher::of_device()?;
             self.applied.clear();
             self.seconds.clear();
             self.pruned = false;
         }
         self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
-        let mut result = Ok(());
+        let broken = self.broken.is_some_and(|broken| broken.card.overlay == self.index);
+        let mut result = self.finisher.set(broken);
         let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
         for peer in gone.cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {

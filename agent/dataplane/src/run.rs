@@ -343,6 +343,7 @@ impl Dataplane {
                     self.overlay.set_proven(proven);
                 }
                 Ok(()) = self.findings.widths.found.changed() => self.take_widths(),
+                Ok(()) = self.findings.checksums.broken.changed() => self.take_broken(),
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;

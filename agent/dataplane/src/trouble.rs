@@ -31,6 +31,11 @@ pub(crate) enum Finding {
         /// The largest packet that gets there, if it is narrow.
         takes_bytes: Option<u32>,
     },
+    /// The card breaks checksums within tunnels, as a node could tell, or no packets go by it any more.
+    Checksums {
+        /// Who could tell.
+        broken: Option<Arc<str>>,
+    },
 }
 
 /// Tells of all that come; it ends only with the senders.
@@ -137,6 +142,19 @@ impl Teller<'_> {
                 EventType::Normal,
                 "PathWidened",
                 format!("All packets that the link takes get to node {node} ({address})"),
+            ),
+            Finding::Checksums { broken: Some(node) } => (
+                EventType::Warning,
+                "ChecksumOffloadBroken",
+                format!(
+                    "Datagrams that the network card finishes the checksums of don't get to node {node} through the tunnel, others do: \
+                     nothing is left to the card there any more"
+                ),
+            ),
+            Finding::Checksums { broken: None } => (
+                EventType::Normal,
+                "ChecksumOffloadUsed",
+                "Checksums within tunnels are left to the network card again".to_owned(),
             ),
         };
         let (reason, action) = (reason.to_owned(), "Measuring".to_owned());

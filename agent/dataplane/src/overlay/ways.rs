@@ -162,7 +162,7 @@ pub(super) struct Entries {
     pub(super) fdb: FdbEntry,
     /// What the narrowest way takes, if that is less than its device does.
     pub(super) narrow_bytes: Option<u32>,
-    underlay: u32,
+    pub(super) underlay: u32,
     /// The ways that packets take or may turn to.
     pub(super) firsts: Ways,
 }

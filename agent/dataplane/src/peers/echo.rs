@@ -240,7 +240,7 @@ fn request(kind: u8, id: u16, sequence: u16) -> [u8; HEADER_BYTES] {
 }
 
 /// RFC 1071's, of an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);

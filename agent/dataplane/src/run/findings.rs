@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Dataplane;
+use crate::overlay::offload;
 use crate::overlay::width::{self, Widths};
 use crate::trouble::Finding;
 
@@ -16,6 +17,7 @@ const MAX_FINDINGS: usize = 64;
 /// What the dataplane keeps of it.
 pub(super) struct Findings {
     pub(super) widths: width::Ends,
+    pub(super) checksums: offload::Ends,
     /// What was told of.
     known: Widths,
     tell: mpsc::Sender<Finding>,
@@ -27,7 +29,11 @@ pub(super) fn begin(
 ) -> (Findings, mpsc::Receiver<Finding>, impl Future<Output = ()> + use<>) {
     let (widths, measuring) = width::begin(shutdown.clone());
     let (tell, told) = mpsc::channel(MAX_FINDINGS);
-    (Findings { widths, known: Widths::new(), tell }, told, measuring)
+    let (checksums, testing) = offload::begin(shutdown.clone());
+    let both = async {
+        tokio::join!(measuring, testing);
+    };
+    (Findings { widths, checksums, known: Widths::new(), tell }, told, both)
 }
 
 impl Dataplane {
@@ -49,6 +55,20 @@ impl Dataplane {
         }
         self.overlay.set_found(found.clone());
         self.findings.known = found;
+    }
+
+    /// Takes in whether the card breaks checksums within tunnels.
+    pub(super) fn take_broken(&mut self) {
+        let broken = *self.findings.checksums.broken.borrow_and_update();
+        let witness = broken.map(|broken| self.name_of(broken.witness));
+        match &witness {
+            Some(node) => {
+                tracing::warn!(%node, "the network card breaks checksums within tunnels: nothing is left to it any more");
+            }
+            None => tracing::info!("checksums within tunnels are left to the network card again"),
+        }
+        self.overlay.set_broken(broken);
+        self.tell(Finding::Checksums { broken: witness });
     }
 
     /// The name of the node that has an address; the address itself if it has gone meanwhile.

@@ -32,6 +32,8 @@ impl Dataplane {
         if !self.overlay.is_dirty() {
             self.links.set(self.overlay.trials());
             self.findings.widths.set(self.overlay.ways());
+            self.findings.checksums.set(self.overlay.witnesses());
+            self.shared.metrics.leaves_checksums(self.overlay.leaves_checksums());
         }
         if self.reconciler.is_dirty() {
             self.sync_maps();

@@ -143,6 +143,11 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
         return vec![Finding::fail("devices", format!("the pods' bridge {BRIDGE} is not there"), advice)];
     };
     let mut findings = Vec::new();
+    if named(OVERLAY).is_some_and(|overlay| overlay.leaves_checksums == Some(false)) {
+        let says = format!("{OVERLAY} leaves no checksums to the network card, which costs processor time");
+        let advice = "if the agent's log says that the card breaks them, give it other firmware or another driver; else turn them on by ethtool";
+        findings.push(Finding::warn("checksums", says, advice));
+    }
     match named(OVERLAY) {
         Some(overlay) if !overlay.running => {
             findings.push(Finding::fail("devices", format!("{OVERLAY} carries no packets"), "set it up"));
@@ -278,7 +283,8 @@ mod tests {
     use super::*;
 
     fn device(name: &str, mtu_bytes: u32) -> Device {
-        Device { name: name.to_owned(), kind: String::new(), mtu_bytes, running: true }
+        let leaves_checksums = (name == OVERLAY).then_some(true);
+        Device { name: name.to_owned(), kind: String::new(), mtu_bytes, running: true, leaves_checksums }
     }
 
     fn healthy() -> Health {
@@ -344,6 +350,8 @@ mod tests {
         assert_eq!(wrong(|h| h.hooks[0].missing = Some("gone".to_owned())), [(Level::Fail, "hooks")]);
         assert_eq!(wrong(|h| h.maps[0].entries = 81), [(Level::Warn, "maps")]);
         assert_eq!(wrong(|h| h.devices[1].mtu_bytes = 1399), [(Level::Warn, "mtu")]);
+        assert_eq!(wrong(|h| h.devices[1].leaves_checksums = Some(false)), [(Level::Warn, "checksums")]);
+        assert_eq!(wrong(|h| h.devices[1].leaves_checksums = None), [], "an earlier agent's answer");
         assert_eq!(wrong(|h| h.devices[0].mtu_bytes = 1500), [], "a node that routes natively");
         assert_eq!(wrong(|h| h.devices.clear()), [(Level::Fail, "devices")]);
         let set = |name: &'static str, value: &'static str| {
