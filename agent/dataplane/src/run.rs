@@ -310,7 +310,7 @@ impl Dataplane {
         self.refresh_devices()?;
         let mut due = None;
         loop {
-            let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            let lagging = self.relists.all_known() && self.is_behind();
             // Fixed when it begins: events must not put it off.
             due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
