@@ -5,10 +5,12 @@
 //! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
 //! reached without ([`Routing`]).
 
+pub mod offload;
 mod peer;
 mod ranges;
 pub mod trial;
 mod ways;
+pub mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,8 +20,10 @@ use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
 use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
+use self::offload::{Broken, Card, Finisher, Witness, Witnesses};
 use self::trial::Trials;
 use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
+use self::width::{Ways, Widths};
 use crate::OVERLAY;
 use crate::node::Devices;
 use crate::peers::echo::Question;
@@ -46,6 +50,11 @@ pub struct Overlay {
     addresses: BTreeSet<IpAddr>,
     /// Ranges whose trial packets come through.
     proven: BTreeSet<IpNetwork>,
+    /// What ways take that are narrower than they begin, by the other end.
+    found: Widths,
+    /// A card that breaks checksums within tunnels.
+    broken: Option<Broken>,
+    finisher: Finisher,
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
@@ -71,6 +80,9 @@ impl Overlay {
             nodes: BTreeMap::new(),
             addresses: BTreeSet::new(),
             proven: BTreeSet::new(),
+            found: Widths::new(),
+            broken: None,
+            finisher: Finisher::default(),
             index: 0,
             mtu_bytes: 0,
             applied: BTreeMap::new(),
@@ -102,6 +114,15 @@ impl Overlay {
         self.nodes.keys().cloned().collect()
     }
 
+    /// The Node that has an address, itself or for its pods.
+    pub(crate) fn name_of(&self, address: IpAddr) -> Option<&str> {
+        let mut nodes = self.nodes.iter();
+        let has = |peer: &Peer| {
+            peer.routers.contains(&address) || peer.pods.iter().any(|range| range.contains(address))
+        };
+        nodes.find(|(_, peer)| has(peer)).map(|(name, _)| name.as_str())
+    }
+
     /// Takes in the node's devices: a device that went took its entries with it.
     pub fn set_devices(&mut self, devices: &Devices) {
         if devices.addresses != self.addresses {
@@ -121,6 +142,19 @@ impl Overlay {
         let turned: BTreeSet<IpNetwork> = self.proven.symmetric_difference(&proven).copied().collect();
         self.proven = proven;
         self.look_again(|peer, _| peer.pods.iter().any(|range| turned.contains(range)));
+    }
+
+    /// Takes in what ways take that are narrower than they begin.
+    pub fn set_found(&mut self, found: Widths) {
+        let turned = width::turns(&self.found, &found);
+        self.found = found;
+        self.look_again(|peer, _| turned.iter().any(|(to, _)| peer.routers.contains(to)));
+    }
+
+    /// Takes in which card breaks checksums within tunnels: nothing is left to it any more.
+    pub fn set_broken(&mut self, broken: Option<Broken>) {
+        self.dirty |= broken != self.broken;
+        self.broken = broken;
     }
 
     /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
@@ -214,6 +248,32 @@ impl Overlay {
         if self.routing == Routing::Auto { ranges.filter_map(of).collect() } else { Trials::new() }
     }
 
+    /// What has to be measured: the ways to other nodes.
+    #[must_use]
+    pub fn ways(&self) -> Ways {
+        self.applied.values().flat_map(|entries| &entries.firsts).map(|(to, first)| (*to, *first)).collect()
+    }
+
+    /// Who can tell whether the card finishes checksums within tunnels: the bridges of nodes that a tunnel leads to.
+    #[must_use]
+    pub fn witnesses(&self) -> Witnesses {
+        let ranges = self.applied.values().flat_map(|entries| {
+            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
+            by_tunnel.map(|range| (entries.underlay, range.first))
+        });
+        let witness = |(link, route): (u32, Route)| {
+            let card = Card { overlay: self.index, link };
+            let finished_before = self.finisher != Finisher::Card;
+            Some((peer::first(route.destination), Witness { from: route.source?, card, finished_before }))
+        };
+        ranges.filter(|(link, _)| *link != 0).filter_map(witness).collect()
+    }
+
+    /// Whether the card finishes checksums within tunnels.
+    pub(crate) fn leaves_checksums(&self) -> bool {
+        self.finisher == Finisher::Card
+    }
+
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
     fn source(&self, v6: bool) -> Option<IpAddr> {
@@ -265,12 +325,14 @@ impl Overlay {
         if device.index != self.index {
             self.index = device.index;
             self.mtu_bytes = device.mtu_bytes;
+            self.finisher = Finisher::of_device()?;
             self.applied.clear();
             self.seconds.clear();
             self.pruned = false;
         }
         self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
-        let mut result = Ok(());
+        let broken = self.broken.is_some_and(|broken| broken.card.overlay == self.index);
+        let mut result = self.finisher.set(broken);
         let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
         for peer in gone.cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {
@@ -356,7 +418,7 @@ impl Overlay {
         peer: &Peer,
         links: &BTreeMap<u32, Link>,
     ) -> Result<Entries, Error> {
-        let ground = Ground::find(netlink, peer, links, self.index)?;
+        let ground = Ground::find(netlink, peer, links, (self.index, &self.found))?;
         let entries = entries(peer, &ground, &self.local());
         match entries.narrow_bytes {
             Some(mtu) => drop(self.narrow.insert(peer.address, mtu)),

@@ -5,6 +5,7 @@ mod adoption;
 mod agent;
 mod bodies;
 mod buffers;
+mod card;
 mod crossing;
 mod direct;
 mod edge;
@@ -12,9 +13,11 @@ mod ejection;
 mod entries;
 mod errors;
 mod filters;
+mod findings;
 mod frames;
 mod links;
 mod native;
+mod offload;
 mod overlay;
 mod packets;
 mod paths;
@@ -24,6 +27,7 @@ mod policy;
 mod sctp;
 mod services;
 mod sockets;
+mod width;
 mod xdp;
 
 /// What every test here needs.
