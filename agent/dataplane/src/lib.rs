@@ -13,6 +13,7 @@ pub mod ejection;
 pub mod feed;
 mod health;
 mod hooks;
+mod icmp;
 pub mod maglev;
 pub mod maps;
 mod metrics;

@@ -8,6 +8,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, sendt
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use crate::icmp::queue_errors;
 use crate::sys;
 
 pub(crate) use self::told::Told;
@@ -69,7 +70,7 @@ impl Echo {
         let echo = Self { to_errors: true, ..Self::open(number)? };
         for (socket, v6) in [(&echo.v4, false), (&echo.v6, true)] {
             if let Some(socket) = socket {
-                sys::queue_errors(socket.as_fd(), v6)?;
+                queue_errors(socket.as_fd(), v6)?;
             }
         }
         Ok(echo)

@@ -1,20 +1,19 @@
 //! One peer is asked whether checksums are right that were left to the card.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recvmsg,
-    sendto, socket,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto, socket,
 };
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 use super::PORT;
+use crate::icmp::{queue_errors, try_returned};
 use crate::peers::echo::checksum;
-use crate::sys;
 
 /// How long a datagram waits for its answer.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -72,7 +71,7 @@ struct Exam {
 impl Exam {
     async fn open(from: IpAddr, to: IpAddr) -> io::Result<Self> {
         let plain = UdpSocket::bind((from, 0)).await?;
-        sys::queue_errors(plain.as_fd(), from.is_ipv6())?;
+        queue_errors(plain.as_fd(), from.is_ipv6())?;
         let family = if from.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         // Of this protocol nothing is ever received.
@@ -123,35 +122,20 @@ impl Exam {
     }
 
     /// Waits for the peer's word that nobody listens for a datagram.
-    async fn answer(&self, about: &[u8]) {
+    async fn answer(&self, about: &[u8; BODY_BYTES]) {
         loop {
             if self.plain.ready(Interest::ERROR).await.is_err() {
                 return std::future::pending().await;
             }
-            while let Ok(refused) = self.plain.try_io(Interest::ERROR, || refused(&self.plain)) {
-                if refused.as_deref() == Some(about) {
+            let mut body = [0; BODY_BYTES];
+            while let Ok(returned) = try_returned(&self.plain, &mut body) {
+                let whole = returned.about_bytes == BODY_BYTES;
+                if whole && returned.errno == libc::ECONNREFUSED && body == *about {
                     return;
                 }
             }
         }
     }
-}
-
-/// The body of the next datagram that an error is queued about; `None` if it says something else than that nobody listens.
-fn refused(socket: &UdpSocket) -> io::Result<Option<Vec<u8>>> {
-    let mut body = vec![0; BODY_BYTES];
-    let mut control =
-        nix::cmsg_space!([u8; size_of::<libc::sock_extended_err>() + size_of::<libc::sockaddr_in6>()]);
-    let mut into = [IoSliceMut::new(&mut body)];
-    let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
-    let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut into, Some(&mut control), flags)?;
-    let refused = message.cmsgs()?.any(|message| {
-        use ControlMessageOwned as M;
-        let (M::Ipv4RecvErr(error, _) | M::Ipv6RecvErr(error, _)) = message else { return false };
-        i32::try_from(error.ee_errno) == Ok(libc::ECONNREFUSED)
-    });
-    let whole = message.bytes == BODY_BYTES;
-    Ok((refused && whole).then_some(body))
 }
 
 fn body(number: u16, checksum: Checksum) -> [u8; BODY_BYTES] {
