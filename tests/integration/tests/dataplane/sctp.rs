@@ -3,9 +3,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{HashMap, Map, MapData};
 use weft_cni_netlink::{Netlink, Offloads};
-use weft_ebpf_abi::{NAT_PORT_FIRST, SCTP, SERVICE_KEEP_SOURCE};
+use weft_ebpf_abi::policy::{IDENTITY_NONE, POLICY_INGRESS, PolicyPod, RuleData, RuleKey};
+use weft_ebpf_abi::{Address, NAT_PORT_FIRST, SCTP, SERVICE_KEEP_SOURCE, TCP, names};
 use weft_tests_harness::require;
+use zerocopy::IntoBytes as _;
 
 use crate::NEEDS;
 use crate::buffers::{SUMMED, finished, run_in, send, watch};
@@ -296,6 +300,41 @@ fn the_nodes_own_associations_are_translated_as_they_leave() {
         assert_eq!(running.drops("no_route"), n);
         let away = sctp(own, SocketAddr::new(family.client, 80), INIT, &BODY);
         assert_eq!(run_program(&running, &place, "weft_egress", &away), (PASS, away), "no Service");
+    }
+}
+
+#[test]
+fn policies_are_asked_about_what_a_packet_becomes() {
+    if !require("dataplane::sctp-policy", &NEEDS) {
+        return;
+    }
+    const SET: u64 = 7;
+    let (place, _second, mut running) = podedge::set_up("sp");
+    let all: Vec<IpAddr> = FAMILIES.iter().flat_map(|f| [f.pod, podedge::other(f)]).collect();
+    let edges = podedge::edges(&place, &running, &all);
+    let map = |name: &str| MapData::from_pin(place.pins.join("maps").join(name)).unwrap();
+    let mut pods: HashMap<_, u32, [u8; size_of::<PolicyPod>()]> =
+        HashMap::try_from(Map::HashMap(map(names::POLICY_PODS))).unwrap();
+    let mut rules: LpmTrie<_, [u8; size_of::<RuleData>()], u32> =
+        LpmTrie::try_from(Map::LpmTrie(map(names::RULES))).unwrap();
+    let mut pod = [0; size_of::<PolicyPod>()];
+    let isolated = PolicyPod { flags: POLICY_INGRESS, ingress: SET, ..PolicyPod::default() };
+    pod.copy_from_slice(isolated.as_bytes());
+    pods.insert(edges.attached()[&Address::from(FAMILIES[0].pod)], pod, 0).unwrap();
+    // The pod's port by TCP, the Service's by SCTP, and at last what the packets become.
+    for (n, (protocol, port, verdict)) in
+        (5_000..).zip([(TCP, 8_080, DROP), (SCTP, 80, DROP), (SCTP, 8_080, REDIRECT)])
+    {
+        let rule = RuleKey::new(SET, IDENTITY_NONE, Some(protocol), Some((port, 16)));
+        let mut data = [0; size_of::<RuleData>()];
+        data.copy_from_slice(rule.data.as_bytes());
+        rules.insert(&Key::new(rule.prefix_bits, data), 1, 0).unwrap();
+        for family in FAMILIES {
+            running.plain(&family, 10, 30080, &[SocketAddr::new(family.pod, 8_080)]).unwrap();
+            let init = sctp(SocketAddr::new(podedge::other(&family), n), family.vip(10), INIT, &BODY);
+            let (found, _) = run_program(&running, &place, "weft_pod_edge", &init);
+            assert_eq!(found, verdict, "{protocol} {port} {}", family.pod);
+        }
     }
 }
 
