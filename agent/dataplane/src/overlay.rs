@@ -8,6 +8,7 @@
 pub mod offload;
 mod peer;
 mod ranges;
+mod tell;
 pub mod trial;
 mod ways;
 pub mod width;
@@ -18,15 +19,12 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
-use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
-use self::offload::{Broken, Card, Finisher, Witness, Witnesses};
-use self::trial::Trials;
-use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
-use self::width::{Ways, Widths};
+use self::offload::{Broken, Finisher};
+use self::ways::{Entries, Ground, Local, PROTOCOL, entries, same};
+use self::width::Widths;
 use crate::OVERLAY;
 use crate::node::Devices;
-use crate::peers::echo::Question;
 
 pub use self::peer::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Peer, mac, overhead_bytes};
 pub use self::ranges::Ranges;
@@ -54,7 +52,8 @@ pub struct Overlay {
     found: Widths,
     /// A card that breaks checksums within tunnels.
     broken: Option<Broken>,
-    finisher: Finisher,
+    /// Of the device of this number, which may be down now.
+    finisher: (u32, Finisher),
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
@@ -82,7 +81,7 @@ impl Overlay {
             proven: BTreeSet::new(),
             found: Widths::new(),
             broken: None,
-            finisher: Finisher::default(),
+            finisher: (0, Finisher::default()),
             index: 0,
             mtu_bytes: 0,
             applied: BTreeMap::new(),
@@ -112,15 +111,6 @@ impl Overlay {
     #[must_use]
     pub fn node_names(&self) -> Vec<String> {
         self.nodes.keys().cloned().collect()
-    }
-
-    /// The Node that has an address, itself or for its pods.
-    pub(crate) fn name_of(&self, address: IpAddr) -> Option<&str> {
-        let mut nodes = self.nodes.iter();
-        let has = |peer: &Peer| {
-            peer.routers.contains(&address) || peer.pods.iter().any(|range| range.contains(address))
-        };
-        nodes.find(|(_, peer)| has(peer)).map(|(name, _)| name.as_str())
     }
 
     /// Takes in the node's devices: a device that went took its entries with it.
@@ -193,87 +183,6 @@ impl Overlay {
         self.dirty
     }
 
-    /// Enters into what the programs are told what the ways to peers are like.
-    #[must_use]
-    pub fn describe(&self, node: NodeConfig) -> NodeConfig {
-        let narrowest = self.narrow.values().copied().min().unwrap_or(0);
-        let near = self.applied.values().flat_map(|entries| &entries.ranges).any(|r| r.native().is_some());
-        NodeConfig {
-            narrowest_bytes: u16::try_from(narrowest).unwrap_or(u16::MAX),
-            flags: node.flags & NODE_DIRECT | if near { NODE_NEAR } else { 0 },
-            ..node
-        }
-    }
-
-    /// The ranges that are reached past the tunnel, with the device of the link.
-    #[must_use]
-    pub fn near(&self) -> BTreeMap<IpNetwork, u32> {
-        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
-        ranges.filter_map(|range| Some((range.first.destination, range.native()?))).collect()
-    }
-
-    /// The addresses of the other nodes and of their pods, with the largest packet that gets to these pods by the tunnel if their node
-    /// answers clients outside by itself; 0 for all others.
-    #[must_use]
-    pub fn direct(&self) -> BTreeMap<IpNetwork, u32> {
-        let others = self.nodes.iter().filter(|(name, _)| **name != self.node_name).map(|(_, peer)| peer);
-        let mut known = BTreeMap::new();
-        for peer in others {
-            known.extend(peer.addresses.iter().map(|address| (IpNetwork::from(*address), 0)));
-            known.extend(peer.pods.iter().map(|range| (*range, 0)));
-        }
-        for (peer, entries) in self.applied.iter().filter(|(peer, _)| peer.direct) {
-            let takes = entries.narrow_bytes.unwrap_or(u32::MAX).min(self.mtu_bytes);
-            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
-            let ranges = by_tunnel.map(|range| range.first.destination).filter(|r| peer.pods.contains(r));
-            known.extend(ranges.map(|range| (range, takes)));
-        }
-        known
-    }
-
-    /// What has to be tried: whether packets from pods to those of each of these ranges get there by the link.
-    #[must_use]
-    pub fn trials(&self) -> Trials {
-        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
-        let of = |range: &Range| {
-            let (destination, hop) = (range.first.destination, range.hop?);
-            let question = Question {
-                to: peer::first(destination),
-                from: range.first.source?,
-                device: hop.index,
-                packet_bytes: usize::try_from(hop.takes_bytes()).unwrap_or(usize::MAX),
-            };
-            Some((destination, question))
-        };
-        if self.routing == Routing::Auto { ranges.filter_map(of).collect() } else { Trials::new() }
-    }
-
-    /// What has to be measured: the ways to other nodes.
-    #[must_use]
-    pub fn ways(&self) -> Ways {
-        self.applied.values().flat_map(|entries| &entries.firsts).map(|(to, first)| (*to, *first)).collect()
-    }
-
-    /// Who can tell whether the card finishes checksums within tunnels: the bridges of nodes that a tunnel leads to.
-    #[must_use]
-    pub fn witnesses(&self) -> Witnesses {
-        let ranges = self.applied.values().flat_map(|entries| {
-            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
-            by_tunnel.map(|range| (entries.underlay, range.first))
-        });
-        let witness = |(link, route): (u32, Route)| {
-            let card = Card { overlay: self.index, link };
-            let finished_before = self.finisher != Finisher::Card;
-            Some((peer::first(route.destination), Witness { from: route.source?, card, finished_before }))
-        };
-        ranges.filter(|(link, _)| *link != 0).filter_map(witness).collect()
-    }
-
-    /// Whether the card finishes checksums within tunnels.
-    pub(crate) fn leaves_checksums(&self) -> bool {
-        self.finisher == Finisher::Card
-    }
-
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
     /// in that range, or answers would not come back through the overlay.
     fn source(&self, v6: bool) -> Option<IpAddr> {
@@ -325,14 +234,12 @@ impl Overlay {
         if device.index != self.index {
             self.index = device.index;
             self.mtu_bytes = device.mtu_bytes;
-            self.finisher = Finisher::of_device()?;
             self.applied.clear();
             self.seconds.clear();
             self.pruned = false;
         }
         self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
-        let broken = self.broken.is_some_and(|broken| broken.card.overlay == self.index);
-        let mut result = self.finisher.set(broken);
+        let mut result = self.choose_finisher();
         let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
         for peer in gone.cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {
@@ -361,6 +268,15 @@ impl Overlay {
         }
         self.dirty = result.is_err();
         result
+    }
+
+    /// Leaves checksums to the card, or not.
+    fn choose_finisher(&mut self) -> Result<(), Error> {
+        if self.finisher.0 != self.index {
+            self.finisher = (self.index, Finisher::of_device()?);
+        }
+        let broken = self.broken.is_some_and(|broken| broken.card.overlay == self.index);
+        self.finisher.1.set(broken)
     }
 
     /// The tunnels' device, made where it is needed: a cluster of one node needs none.

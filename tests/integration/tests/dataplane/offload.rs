@@ -115,6 +115,10 @@ fn a_broken_card_is_found_out_and_done_without() {
         let before = cards.left(1);
         assert_eq!(get_through(&pods[0], servers), [true; 4], "made anew: {remade}");
         assert_eq!(cards.left(1), before, "nothing is left to the card");
+        // A device that was only down is the one that it was.
+        let down = format!("-n {} link set weft.vx down", netns[0].name());
+        repair(&mut first, &netns[0], &down, || run(&down));
+        assert!(!finishes(&netns[0]));
         test.witnesses.send_replace(first.witnesses());
         devices.push(card.overlay);
     }
