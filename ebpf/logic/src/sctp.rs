@@ -3,7 +3,7 @@
 //! The checksum is CRC32c over the SCTP packet alone: addresses are none of it. It is linear: what a change of the first four bytes
 //! changes is the change itself, taken past all bytes that follow, whatever these are.
 
-use crate::packet::{ACK, FIN, RST, SYN};
+use crate::packet::{ACK, Bytes, FIN, Packet, RST, SYN};
 
 /// Where the verification tag stands.
 pub const TAG: usize = 4;
@@ -101,6 +101,34 @@ pub fn change_of_checksum(change: u32, bytes: u16) -> u32 {
         }
     }
     crc
+}
+
+/// More of them before the one that is cut off have no honest use.
+const MAX_CHUNKS: usize = 8;
+
+/// Bytes of the SCTP packet that a first fragment is of: up to the end of the chunk that is cut off. Who cuts does it because one chunk is too
+/// large, which is the last then; a sender that puts others behind it is not understood, and its packet's checksum will not be right.
+/// `None` if no chunk is cut off.
+#[inline(always)]
+pub fn bytes_of_all<B: Bytes + ?Sized>(bytes: &B, first: &Packet) -> Option<u16> {
+    let there = first.total_bytes.wrapping_sub(first.header_bytes) as usize;
+    let mut end = FIRST_CHUNK;
+    for _ in 0..MAX_CHUNKS {
+        if end + 4 > there {
+            return None;
+        }
+        let [_, _, a, b]: [u8; 4] = bytes.read(first.transport() + end)?;
+        let chunk = usize::from(u16::from_be_bytes([a, b]));
+        // None is shorter than its header.
+        if chunk < 4 {
+            return None;
+        }
+        end += (chunk + 3) & !3;
+        if end > there {
+            return u16::try_from(end).ok();
+        }
+    }
+    None
 }
 
 /// The checksum of a packet whose own is 0 yet; the first byte is the lowest, which is how it is sent.

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, SCTP, TCP};
 use weft_ebpf_logic::packet::answer::{
-    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, sctp_abort, tcp_reset,
+    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, is_begun, sctp_abort, tcp_reset,
 };
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, FIN, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
 use weft_ebpf_logic::sctp;
@@ -16,6 +16,8 @@ use crate::maps::count;
 use crate::tc::raw;
 
 const DROP: i32 = TC_ACT_SHOT as i32;
+/// Where UDP's checksum stands.
+const UDP_CHECKSUM: usize = 6;
 
 /// Counts the reason and answers with a TCP reset, an ABORT of SCTP, or ICMP "port unreachable" for UDP. (Of that, an SCTP socket of Linux only
 /// takes a note, and goes on asking.)
@@ -87,7 +89,8 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
         return None;
     }
     let tcp: [u32; TCP_WORDS] = ctx.load(packet.transport()).ok()?;
-    let answer = tcp_reset(packet, &tcp);
+    let [a, b, ..] = tcp[4].to_ne_bytes();
+    let answer = tcp_reset(packet, &tcp, is_begun(packet, [a, b]));
     resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
@@ -115,7 +118,13 @@ fn unreachable<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     if packet.header_bytes as usize != F::HEADER_BYTES {
         return None;
     }
-    error::<F, F::Quote>(ctx, packet, Error::port_unreachable::<F>())
+    let checksum: [u8; 2] = ctx.load(packet.transport() + UDP_CHECKSUM).ok()?;
+    let kind = if is_begun(packet, checksum) {
+        Error::port_unreachable_to_begun::<F>(packet)
+    } else {
+        Error::port_unreachable::<F>()
+    };
+    error::<F, F::Quote>(ctx, packet, kind)
 }
 
 #[inline(always)]

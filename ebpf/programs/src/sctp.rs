@@ -4,8 +4,9 @@ use aya_ebpf::bindings::BPF_F_RECOMPUTE_CSUM;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::FlowValue;
 use weft_ebpf_logic::packet::{Packet, Part};
-use weft_ebpf_logic::sctp::{CHECKSUM, change_of_checksum};
+use weft_ebpf_logic::sctp::{CHECKSUM, bytes_of_all, change_of_checksum};
 
+use crate::family::Frame;
 use crate::rewrite::ports;
 
 /// A sum of the whole packet that a device has made follows.
@@ -21,15 +22,14 @@ pub fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()
     if old == new {
         return Some(());
     }
-    // How much follows a first fragment is not known.
-    if !matches!(packet.part, Part::Whole) {
-        return None;
-    }
     let checksum: [u8; 4] = ctx.load(transport + CHECKSUM).ok()?;
     let checksum = u32::from_le_bytes(checksum);
     if checksum != 0 {
         let change = u32::from_le_bytes(old) ^ u32::from_le_bytes(new);
-        let bytes = packet.total_bytes.wrapping_sub(packet.header_bytes) as u16;
+        let bytes = match packet.part {
+            Part::Whole => packet.total_bytes.wrapping_sub(packet.header_bytes) as u16,
+            Part::First | Part::Later => bytes_of_all(&Frame(ctx), packet)?,
+        };
         let checksum = (checksum ^ change_of_checksum(change, bytes)).to_le_bytes();
         ctx.store(transport + CHECKSUM, &checksum, RECOMPUTE).ok()?;
     }

@@ -83,6 +83,11 @@ spec: {selector: {app: lazy}, ports: [{port: 80}]}
 ---
 apiVersion: v1
 kind: Service
+metadata: {name: lines}
+spec: {selector: {app: one}, ports: [{port: 2905, protocol: SCTP}]}
+---
+apiVersion: v1
+kind: Service
 metadata: {name: headless}
 spec: {clusterIP: None, selector: {app: one}, ports: [{port: 80}]}
 ";
@@ -137,6 +142,7 @@ fn services(cluster: &Cluster) -> anyhow::Result<()> {
     };
     assert_eq!(row("web")?[5..], ["80:30080/TCP", "3/3", "3/3"], "{said}");
     assert_eq!(row("lazy")?[5..], ["80/TCP", "0/1", "3/3"], "{said}");
+    assert_eq!(row("lines")?[5..], ["2905/SCTP", "1/1", "3/3"], "{said}");
     assert_eq!(row("headless")?[5..], ["80/TCP", "1/1", "-"], "the kernel knows nothing of it");
 
     let (shown, code) = json(cluster, &["service", "show", "default/one"])?;
@@ -202,21 +208,28 @@ fn ways_that_work(cluster: &Cluster) -> anyhow::Result<()> {
     for (from, to, steps) in ways {
         let (report, code) = json(cluster, &["why", from, to])?;
         assert_eq!((code, &report["outcome"]), (0, &Value::from("reachable")), "{from} {to}: {report:#}");
-        for (name, node, says) in steps {
-            let found = report["steps"].as_array().is_some_and(|all| {
-                all.iter().any(|step| {
-                    step["name"] == *name
-                        && step["node"] == *node
-                        && step["says"].as_str().is_some_and(|text| text.contains(says))
-                })
-            });
-            assert!(found, "{from} {to}: no step {name} on {node} says {says:?}: {report:#}");
-        }
+        has_steps(&report, steps);
     }
+    // Whether somebody listens, only a kernel with SCTP can tell.
+    let (report, _) = json(cluster, &["why", "client", "lines:2905", "--protocol", "sctp"])?;
+    has_steps(&report, &[("service", "node-1", ":2905/SCTP"), ("backend", "node-1", "the only one")]);
     // The answer is what happens.
     let said = cluster.kubectl(&["exec", "client", "--", "wget", "-qO-", "http://one/hostname"])?;
     assert_eq!(said.trim(), "one");
     Ok(())
+}
+
+fn has_steps(report: &Value, steps: &[(&str, &str, &str)]) {
+    for (name, node, says) in steps {
+        let found = report["steps"].as_array().is_some_and(|all| {
+            all.iter().any(|step| {
+                step["name"] == *name
+                    && step["node"] == *node
+                    && step["says"].as_str().is_some_and(|text| text.contains(says))
+            })
+        });
+        assert!(found, "no step {name} on {node} says {says:?}: {report:#}");
+    }
 }
 
 fn ways_that_do_not(cluster: &Cluster) -> anyhow::Result<()> {

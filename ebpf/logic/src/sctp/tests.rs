@@ -97,6 +97,30 @@ fn a_packet_tells_its_ports_and_what_its_first_chunk_says() {
 }
 
 #[test]
+fn a_first_fragment_tells_how_long_all_of_it_is() {
+    let chunk = |bytes: u16| {
+        let [a, b] = bytes.to_be_bytes();
+        [vec![0, 3, a, b], vec![7; usize::from(bytes) - 4]].concat()
+    };
+    let sack = [3, 0, 0, 16, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0];
+    let rows = [
+        ("one chunk", chunk(1_400), Some(1_412)),
+        ("one that is padded", chunk(1_401), Some(1_416)),
+        ("another before it", [&sack[..], &chunk(1_401)].concat(), Some(1_432)),
+        ("all are whole", [&sack[..], &chunk(40)].concat(), None),
+        ("too many", [sack.repeat(8), chunk(1_400)].concat(), None),
+        ("shorter than a chunk can be", [&[0, 3, 0, 3], &chunk(1_400)[..]].concat(), None),
+        ("the header is cut off", [&sack[..], &[0; 84], &chunk(1_400)].concat(), None),
+    ];
+    for (name, chunks, wanted) in rows {
+        let mut sctp = [&[0; 12][..], &chunks].concat();
+        sctp.truncate(200);
+        let read = parse::<V4, _>(frame(false, 0x2000, &sctp).as_slice()).unwrap();
+        assert_eq!(bytes_of_all(frame(false, 0x2000, &sctp).as_slice(), &read), wanted, "{name}");
+    }
+}
+
+#[test]
 fn errors_quote_it() {
     let quoted = frame(false, 0, &packet([5_000, 80], 0, &[]));
     // A router need not quote more than the ports and the tag.

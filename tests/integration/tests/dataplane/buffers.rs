@@ -263,6 +263,24 @@ fn checksums_that_are_only_begun_are_finished_right() {
     }
 }
 
+#[test]
+fn refusals_of_what_is_only_begun_are_finished_right() {
+    if !require("dataplane::buffers-refused", &NEEDS) {
+        return;
+    }
+    let place = Place::new("br").unwrap();
+    let mut running = place.start().unwrap();
+    within(&place.node, || Offloads::open().unwrap().finish_checksums("up0", false).unwrap());
+    for family in FAMILIES {
+        running.plain(&family, 10, 30080, &[]).unwrap();
+        within(&place.client, || {
+            for asked in [ask_tcp(family.at_node(30080)), ask_udp(family.at_node(30080))] {
+                assert_eq!(asked.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+            }
+        });
+    }
+}
+
 /// Sends a frame out of a device. The kernel puts no more than an Ethernet header into the first piece of a buffer of more than a page.
 pub(crate) fn send(netns: &Netns, device: &str, packet: &[u8]) {
     within(netns, || {

@@ -85,7 +85,7 @@ pub(crate) fn frame_with(
 }
 
 /// CRC32c of an SCTP packet whose checksum is 0 (RFC 9260 appendix A).
-fn crc32c(bytes: &[u8]) -> [u8; 4] {
+pub(crate) fn crc32c(bytes: &[u8]) -> [u8; 4] {
     let mut crc = u32::MAX;
     for byte in bytes {
         crc ^= u32::from(*byte);

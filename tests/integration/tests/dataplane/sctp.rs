@@ -3,14 +3,18 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{HashMap, Map, MapData};
 use weft_cni_netlink::{Netlink, Offloads};
-use weft_ebpf_abi::{NAT_PORT_FIRST, SCTP, SERVICE_KEEP_SOURCE};
+use weft_ebpf_abi::policy::{IDENTITY_NONE, POLICY_INGRESS, PolicyPod, RuleData, RuleKey};
+use weft_ebpf_abi::{Address, NAT_PORT_FIRST, SCTP, TCP, names};
 use weft_tests_harness::require;
+use zerocopy::IntoBytes as _;
 
 use crate::NEEDS;
 use crate::buffers::{SUMMED, finished, run_in, send, watch};
-use crate::entries::{FAMILIES, Family, Service};
-use crate::frames::{Read, SCTP_CHECKSUM, checksum, error, ethernet, packet, read, read_frame, sctp};
+use crate::entries::{FAMILIES, Family};
+use crate::frames::{Read, SCTP_CHECKSUM, checksum, crc32c, error, ethernet, packet, read, read_frame, sctp};
 use crate::packets::{DROP, PASS, REDIRECT, client, error_kinds, run, run_program, set_up};
 use crate::place::{Place, Running, within};
 use crate::podedge;
@@ -219,36 +223,42 @@ fn part(family: &Family, offset: u16, more: bool, payload: &[u8]) -> Vec<u8> {
     }
 }
 
+/// What a sender cuts that learns of a smaller link when its chunk is made already.
 #[test]
-fn fragments_go_where_no_port_changes() {
+fn fragments_of_a_large_chunk_make_a_packet_with_its_checksum() {
     if !require("dataplane::sctp-fragments", &NEEDS) {
         return;
     }
-    let (place, mut running) = set_up("sf");
+    let (place, running) = set_up("sf");
     for (n, family) in (1..).zip(FAMILIES) {
-        let pod = SocketAddr::new(family.pod, 30083);
-        let kept = Service {
-            last: 13,
-            node_port: 30083,
-            flags: SERVICE_KEEP_SOURCE,
-            backends: &[pod],
-            ..Service::default()
+        let (from, service) = (client(&family, 5_000), family.at_node(30080));
+        let begun = asked(&running, &place, &sctp(from, service, INIT, &BODY));
+        let at = transport(&family);
+        let data = sctp(from, service, DATA, &[5; 402])[at..].to_vec();
+        assert_eq!(data.len() % 4, 2, "without the padding that its chunk needs");
+        let whole = {
+            let mut padded = [&data[..], &[0, 0]].concat();
+            padded[SCTP_CHECKSUM].fill(0);
+            let sum = crc32c(&padded);
+            padded[SCTP_CHECKSUM].copy_from_slice(&sum);
+            padded
         };
-        running.enter(&family, &kept).unwrap();
-        for (port, goes) in [(30083, true), (30080, false)] {
-            let whole = sctp(client(&family, 5_000), family.at_node(port), INIT, &[5; 400]);
-            let (first, later) = whole[transport(&family)..].split_at(200);
-            let (verdict, out) = run(&running, &place, &part(&family, 0, true, first));
-            if !goes {
-                assert_eq!(verdict, DROP, "the checksum of all of it can't be known");
-                assert_eq!(running.drops("rewrite_failed"), n);
-                continue;
-            }
-            let transport = transport(&family) + if family.node.is_ipv4() { 0 } else { 8 };
-            assert_eq!((verdict, &out[transport..]), (REDIRECT, first), "but for addresses it is as it was");
-            let (verdict, out) = run(&running, &place, &part(&family, 25, false, later));
-            assert_eq!((verdict, &out[transport..]), (REDIRECT, later));
-        }
+        let (first, later) = whole.split_at(200);
+        let behind = at + if family.node.is_ipv4() { 0 } else { 8 };
+        let [first, later] = [part(&family, 0, true, first), part(&family, 25, false, later)].map(|packet| {
+            let (verdict, out) = run(&running, &place, &packet);
+            assert_eq!((verdict, out.len()), (REDIRECT, packet.len()));
+            out
+        });
+        let all = [&first[behind..], &later[behind..]].concat();
+        let (pod, gateway) = (family.pod, family.gateway);
+        let joined = read_frame("joined", &ethernet(&packet(gateway, pod, SCTP, &all)));
+        assert_eq!((joined.from, joined.to), (begun.from, begun.to));
+
+        // Chunks that end with the fragment: what else there is can't be known.
+        let ends = sctp(from, service, DATA, &[5; 184])[at..].to_vec();
+        assert_eq!(run(&running, &place, &part(&family, 0, true, &ends)).0, DROP);
+        assert_eq!(running.drops("rewrite_failed"), n);
     }
 }
 
@@ -296,6 +306,41 @@ fn the_nodes_own_associations_are_translated_as_they_leave() {
         assert_eq!(running.drops("no_route"), n);
         let away = sctp(own, SocketAddr::new(family.client, 80), INIT, &BODY);
         assert_eq!(run_program(&running, &place, "weft_egress", &away), (PASS, away), "no Service");
+    }
+}
+
+#[test]
+fn policies_are_asked_about_what_a_packet_becomes() {
+    if !require("dataplane::sctp-policy", &NEEDS) {
+        return;
+    }
+    const SET: u64 = 7;
+    let (place, _second, mut running) = podedge::set_up("sp");
+    let all: Vec<IpAddr> = FAMILIES.iter().flat_map(|f| [f.pod, podedge::other(f)]).collect();
+    let edges = podedge::edges(&place, &running, &all);
+    let map = |name: &str| MapData::from_pin(place.pins.join("maps").join(name)).unwrap();
+    let mut pods: HashMap<_, u32, [u8; size_of::<PolicyPod>()]> =
+        HashMap::try_from(Map::HashMap(map(names::POLICY_PODS))).unwrap();
+    let mut rules: LpmTrie<_, [u8; size_of::<RuleData>()], u32> =
+        LpmTrie::try_from(Map::LpmTrie(map(names::RULES))).unwrap();
+    let mut pod = [0; size_of::<PolicyPod>()];
+    let isolated = PolicyPod { flags: POLICY_INGRESS, ingress: SET, ..PolicyPod::default() };
+    pod.copy_from_slice(isolated.as_bytes());
+    pods.insert(edges.attached()[&Address::from(FAMILIES[0].pod)], pod, 0).unwrap();
+    // The pod's port by TCP, the Service's by SCTP, and at last what the packets become.
+    for (n, (protocol, port, verdict)) in
+        (5_000..).zip([(TCP, 8_080, DROP), (SCTP, 80, DROP), (SCTP, 8_080, REDIRECT)])
+    {
+        let rule = RuleKey::new(SET, IDENTITY_NONE, Some(protocol), Some((port, 16)));
+        let mut data = [0; size_of::<RuleData>()];
+        data.copy_from_slice(rule.data.as_bytes());
+        rules.insert(&Key::new(rule.prefix_bits, data), 1, 0).unwrap();
+        for family in FAMILIES {
+            running.plain(&family, 10, 30080, &[SocketAddr::new(family.pod, 8_080)]).unwrap();
+            let init = sctp(SocketAddr::new(podedge::other(&family), n), family.vip(10), INIT, &BODY);
+            let (found, _) = run_program(&running, &place, "weft_pod_edge", &init);
+            assert_eq!(found, verdict, "{protocol} {port} {}", family.pod);
+        }
     }
 }
 

@@ -212,3 +212,22 @@ fn host_ports_lead_to_a_pod_and_pods_leave_by_their_nodes_address() {
         assert_eq!(within(&place.pod, || ask(&server, outside)), family.node);
     }
 }
+
+/// A client learns of a smaller link by its first large message, which is a chunk by then, and goes on in fragments.
+#[test]
+fn large_messages_get_through_a_narrow_way() {
+    if !require("dataplane::sctp-narrow", &[NEEDS.as_slice(), &["sctp"]].concat()) {
+        return;
+    }
+    let place = Place::new("sm").unwrap();
+    ip(&["-n", place.node.name(), "link", "set", "pod0", "mtu", "1400"]).unwrap();
+    ip(&["-n", place.pod.name(), "link", "set", "eth0", "mtu", "1400"]).unwrap();
+    let mut running = place.start().unwrap();
+    for family in FAMILIES {
+        let pod = SocketAddr::new(family.pod, 8_080);
+        let server = within(&place.pod, || listener(pod));
+        running.plain(&family, 10, 30080, &[pod]).unwrap();
+        assert_eq!(within(&place.client, || ask(&server, family.at_node(30080))), family.gateway);
+        assert!(running.drops("packet_too_big") > 0, "it was told");
+    }
+}
