@@ -74,10 +74,13 @@ pub(crate) fn host_triple() -> anyhow::Result<String> {
 }
 
 /// Copies unless the content is the same: a new time stamp would build `weft` again.
-fn place(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(crate) fn place(from: &Path, to: &Path) -> anyhow::Result<()> {
     let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     if fs::read(to).is_ok_and(|present| present == content) {
         return Ok(());
+    }
+    if let Some(folder) = to.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     let fresh = to.with_extension("new");
     fs::copy(from, &fresh).with_context(|| format!("cannot write {}", fresh.display()))?;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, bail};
 
+use crate::artifacts::place;
 use crate::steps::quiet;
 
 const TARGET: &str = "bpfel-unknown-none";
@@ -57,18 +58,6 @@ pub(crate) fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
     let object = fs::read(&programs).with_context(|| format!("cannot read {}", programs.display()))?;
     stack::check(&object)?;
     place(&programs, out)
-}
-
-/// Copies unless it is there already: a new time stamp would make cargo build the binary that embeds it again.
-fn place(object: &Path, out: &Path) -> anyhow::Result<()> {
-    let built = fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
-    if fs::read(out).is_ok_and(|present| present == built) {
-        return Ok(());
-    }
-    if let Some(folder) = out.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    }
-    fs::write(out, built).with_context(|| format!("cannot write {}", out.display()))
 }
 
 fn rustflags() -> String {
