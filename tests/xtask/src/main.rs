@@ -76,9 +76,9 @@ enum Task {
     Vm {
         /// Machines, or runs in them such as `v2/builtin`; all if none is named
         runs: Vec<String>,
-        /// Further arguments for the test programs, such as a test's name
+        /// Names of tests, in place of those that a run chooses
         #[arg(last = true)]
-        args: Vec<String>,
+        tests: Vec<String>,
     },
     /// Check which crate may use which
     Layers,
@@ -109,7 +109,7 @@ fn main() -> ExitCode {
         Task::Bench { args } => checks::bench(&args),
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
-        Task::Vm { runs, args } => vm::run(&vm::Wish { runs, args }),
+        Task::Vm { runs, tests } => vm::run(&vm::Wish { runs, tests }),
         Task::WorkInVm { job } => vm::work_inside(&job),
         Task::Layers => layers::check(),
         Task::RunTest { command } => deadline::run(&command),

@@ -31,8 +31,8 @@ pub(crate) use inside::run as work_inside;
 pub(crate) struct Wish {
     /// Boots (`v2`) or runs of them (`v2/dataplane`); none stands for all.
     pub(crate) runs: Vec<String>,
-    /// Further arguments for the test programs, such as a test's name.
-    pub(crate) args: Vec<String>,
+    /// Names of tests, in place of those that a run chooses.
+    pub(crate) tests: Vec<String>,
 }
 
 /// Installs and builds what the machines need, and runs what was wished.
@@ -48,7 +48,7 @@ pub(crate) fn run(wish: &Wish) -> anyhow::Result<()> {
 
 /// Runs all boots, with everything built already.
 pub(crate) fn run_all() -> anyhow::Result<()> {
-    boot_all(&Wish { runs: Vec::new(), args: Vec::new() })
+    boot_all(&Wish { runs: Vec::new(), tests: Vec::new() })
 }
 
 /// Why no machine can be emulated here, if so.
@@ -93,14 +93,19 @@ impl Wish {
 fn one(boot: &Boot, runs: &[&Run], wish: &Wish, kernel: &Kernel, built: &Built) -> anyhow::Result<()> {
     let folder = target("vm")?.join(boot.name);
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let programs = runs.iter().map(|run| program(run, wish, built)).collect::<anyhow::Result<_>>()?;
-    let job =
-        Job { cgroups: boot.cgroups, modules: kernel.modules.clone(), environment: environment()?, programs };
+    let programs: Vec<_> = runs.iter().map(|run| program(run, wish, built)).collect::<anyhow::Result<_>>()?;
+    let job = Job {
+        cgroups: boot.cgroups,
+        modules: kernel.modules.clone(),
+        load: boot.load.iter().map(|name| (*name).to_owned()).collect(),
+        environment: environment()?,
+        programs,
+    };
     let title = format!("Linux {} in an emulated machine, {}", kernel.release, boot.title);
     let mut summary = Vec::new();
     let outcome = step(&title, || {
         let said = emulator::boot(kernel, &job, &folder)?;
-        let outcome = judge::judge(runs, &said);
+        let outcome = judge::judge(runs, &job.programs, &said);
         summary = outcome.summary;
         judge::verdict(&outcome.wrong, &folder)
     });
@@ -124,11 +129,8 @@ fn environment() -> anyhow::Result<Vec<(String, String)>> {
 
 fn program(run: &Run, wish: &Wish, built: &Built) -> anyhow::Result<Program> {
     let path = built.program(run.package, run.test)?;
-    let args = run.args.iter().map(|word| (*word).to_owned()).chain(wish.args.iter().cloned());
-    Ok(Program {
-        name: run.name.to_owned(),
-        path,
-        folder: crate::steps::root().join(run.package),
-        args: args.collect(),
-    })
+    let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let tests = if wish.tests.is_empty() { owned(run.tests) } else { wish.tests.clone() };
+    let folder = crate::steps::root().join(run.package);
+    Ok(Program { name: run.name.to_owned(), path, folder, args: owned(run.args), tests })
 }

@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
@@ -99,6 +99,7 @@ fn virtualizes() -> bool {
 /// Takes in what the machine writes until it is off; ends it at the deadline.
 fn follow(child: &mut Child, stream: ChildStdout, log: &Path) -> anyhow::Result<(String, bool)> {
     let mut log = fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let begin = Instant::now();
     let (ended, end) = channel();
     let reader = std::thread::spawn(move || -> anyhow::Result<String> {
         // Dropped when this ends, which is the sign.
@@ -106,7 +107,7 @@ fn follow(child: &mut Child, stream: ChildStdout, log: &Path) -> anyhow::Result<
         let mut output = String::new();
         for line in BufReader::new(stream).split(b'\n') {
             let line = String::from_utf8_lossy(&line?).into_owned();
-            writeln!(log, "{line}")?;
+            writeln!(log, "{:6.1} {line}", begin.elapsed().as_secs_f64())?;
             writeln!(output, "{line}")?;
         }
         Ok(output)

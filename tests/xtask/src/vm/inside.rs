@@ -23,7 +23,7 @@ const PORT: &str = "/dev/ttyS1";
 const SKIPS: &str = "/run/skipped-tests.txt";
 /// Folders on the disk itself: the root is an overlay, on which no other can be laid.
 const SCRATCH: &str = "/var/tmp";
-const DATA_DIR: &str = "/var/lib/weft";
+const STATE: &str = "/var/lib";
 const CONTROLLERS: [&str; 8] = ["cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids"];
 
 /// Does the job that a file holds.
@@ -61,6 +61,9 @@ fn furnish(job: &Job) -> anyhow::Result<()> {
     let modules = Path::new("/lib/modules").join(release);
     fs::create_dir_all(&modules)?;
     mount(Some(&job.modules), &modules, none, MsFlags::MS_BIND, none).context("mount the modules")?;
+    for module in &job.load {
+        quiet(Command::new("/sbin/modprobe").arg(module))?;
+    }
     mount(none, "/", none, MsFlags::MS_SHARED | MsFlags::MS_REC, none).context("share the mounts")?;
     nix::unistd::sethostname("debian")?;
     quiet(Command::new("/sbin/ip").args(["link", "set", "lo", "up"]))?;
@@ -73,7 +76,7 @@ fn disk() -> anyhow::Result<()> {
     let (whole, none) = (Path::new("/run/disk"), None::<&str>);
     fs::create_dir(whole)?;
     mount(Some(DISK), whole, Some("ext4"), MsFlags::empty(), none).context("mount the disk")?;
-    for (name, place, mode) in [("scratch", SCRATCH, 0o1777), ("data", DATA_DIR, 0o755)] {
+    for (name, place, mode) in [("scratch", SCRATCH, 0o1777), ("state", STATE, 0o755)] {
         let folder = whole.join(name);
         fs::create_dir(&folder)?;
         fs::set_permissions(&folder, fs::Permissions::from_mode(mode))?;
@@ -127,7 +130,7 @@ fn work(program: &Program, job: &Job, port: &fs::File) -> anyhow::Result<()> {
         fs::remove_file(SKIPS)?;
     }
     let mut command = Command::new(&program.path);
-    command.args(&program.args).current_dir(&program.folder);
+    command.args(&program.args).args(&program.tests).current_dir(&program.folder);
     command.env_clear().envs(job.environment.iter().cloned());
     command.env("HOME", "/root").env("TMPDIR", SCRATCH).env("WEFT_SKIP_LOG", SKIPS);
     command.stdin(Stdio::null()).stdout(port.try_clone()?).stderr(port.try_clone()?);

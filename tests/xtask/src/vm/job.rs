@@ -19,6 +19,8 @@ pub(super) struct Job {
     pub(super) cgroups: Cgroups,
     /// The kernel's modules, as they lie below `/lib/modules`.
     pub(super) modules: PathBuf,
+    /// Those to load at once.
+    pub(super) load: Vec<String>,
     pub(super) environment: Vec<(String, String)>,
     pub(super) programs: Vec<Program>,
 }
@@ -31,6 +33,8 @@ pub(super) struct Program {
     /// Where it runs.
     pub(super) folder: PathBuf,
     pub(super) args: Vec<String>,
+    /// Parts of the names of its tests; none stands for all.
+    pub(super) tests: Vec<String>,
 }
 
 /// Begins each line that is the machine's own and no program's.

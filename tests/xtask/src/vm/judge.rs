@@ -6,7 +6,7 @@ use anyhow::bail;
 
 use super::boots::Run;
 use super::emulator::Said;
-use super::job::Mark;
+use super::job::{Mark, Program};
 
 /// How much of what was said a failure repeats.
 const TAIL_LINES: usize = 80;
@@ -45,13 +45,13 @@ pub(super) fn verdict(wrong: &[String], folder: &Path) -> anyhow::Result<()> {
     bail!("{}\nall that it said is in {}", wrong.join("\n"), folder.display())
 }
 
-/// Judges what a machine said that had these runs to do.
-pub(super) fn judge(runs: &[&Run], said: &Said) -> Outcome {
+/// Judges what a machine said that had these runs to do, each as one of the programs.
+pub(super) fn judge(runs: &[&Run], programs: &[Program], said: &Said) -> Outcome {
     let (sections, done) = sections(&said.output);
     let mut outcome = Outcome { summary: Vec::new(), wrong: Vec::new() };
-    for run in runs {
+    for (run, program) in runs.iter().zip(programs) {
         match sections.iter().find(|section| section.program == run.name) {
-            Some(section) => judge_run(run, section, &mut outcome),
+            Some(section) => judge_run(run, &program.tests, section, &mut outcome),
             None => outcome.wrong.push(format!("{} was not begun", run.name)),
         }
     }
@@ -67,7 +67,7 @@ pub(super) fn judge(runs: &[&Run], said: &Said) -> Outcome {
     outcome
 }
 
-fn judge_run(run: &Run, section: &Section, outcome: &mut Outcome) {
+fn judge_run(run: &Run, tests: &[String], section: &Section, outcome: &mut Outcome) {
     let Some(count) = count(&section.lines) else {
         let last = tail(&section.lines);
         outcome.wrong.push(format!("{} told no result; it said at last:\n{last}", run.name));
@@ -87,6 +87,12 @@ fn judge_run(run: &Run, section: &Section, outcome: &mut Outcome) {
             None => {
                 outcome.wrong.push(format!("{} skipped a test that runs in such a machine: {skip}", run.name))
             }
+        }
+    }
+    for name in tests {
+        let ran = section.lines.iter().any(|line| line.starts_with("test ") && line.contains(name.as_str()));
+        if !ran {
+            outcome.wrong.push(format!("{} has no test {name}", run.name));
         }
     }
     if count.passed <= skipped && count.failed == 0 {

@@ -89,6 +89,7 @@ fn wanted(path: &Path) -> bool {
         ["lib", "modules", _, "kernel", "drivers", "net", _] => {
             path.extension().is_some_and(|end| end == "ko")
         }
+        ["lib", "modules", _, "kernel", "drivers", "net", "vxlan", ..] => true,
         ["lib", "modules", _, "kernel", "drivers", kind, ..] => ["virtio", "block", "char"].contains(kind),
         ["lib", "modules", _, "kernel", kind, ..] => *kind != "sound",
         ["lib", "modules", ..] => true,
@@ -112,6 +113,7 @@ mod tests {
         let kernel = "./lib/modules/6.1.0-56-amd64/kernel";
         for path in [
             "drivers/net/veth.ko",
+            "drivers/net/vxlan/vxlan.ko",
             "net/sctp/sctp.ko",
             "drivers/virtio/virtio.ko",
             "lib/crc16.ko",

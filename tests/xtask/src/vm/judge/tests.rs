@@ -7,6 +7,7 @@ const RUN: Run = Run {
     package: "agent/runtime",
     test: "builtin",
     args: &[],
+    tests: &[],
     lacks: &[("xdp", "older than 6.3")],
 };
 const GOOD: &str = "running 3 tests\ntest a::b ... ok\ntest c ... ok\ntest victim ... ignored, of another\n\n\
@@ -38,13 +39,24 @@ fn done() -> String {
     line(&Mark::Done)
 }
 
+fn judged(tests: &[&str], said: &Said) -> Outcome {
+    let program = Program {
+        name: RUN.name.to_owned(),
+        path: "/builtin".into(),
+        folder: "/".into(),
+        args: Vec::new(),
+        tests: tests.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    judge(&[&RUN], &[program], said)
+}
+
 fn wrong(output: &str) -> Vec<String> {
-    judge(&[&RUN], &said(output)).wrong
+    judged(&[], &said(output)).wrong
 }
 
 #[test]
 fn what_went_well_is_counted() {
-    let outcome = judge(&[&RUN], &said(&[begin(), GOOD.to_owned(), end(None), done()].concat()));
+    let outcome = judged(&[], &said(&[begin(), GOOD.to_owned(), end(None), done()].concat()));
     assert_eq!(outcome.wrong, Vec::<String>::new());
     assert_eq!(outcome.summary, ["builtin: 2 passed, 0 failed, 0 skipped, 1 ignored"]);
 }
@@ -66,7 +78,7 @@ fn a_failed_test_counts_whatever_the_program_returns() {
 #[test]
 fn only_skips_that_are_expected_are_let_pass() {
     let expected = skip("SKIP dataplane::xdp: needs xdp: Linux 6.1 is older than 6.3");
-    let outcome = judge(&[&RUN], &said(&[begin(), GOOD.to_owned(), expected, end(None), done()].concat()));
+    let outcome = judged(&[], &said(&[begin(), GOOD.to_owned(), expected, end(None), done()].concat()));
     assert_eq!(outcome.wrong, Vec::<String>::new());
     assert_eq!(outcome.summary[0], "builtin: 1 passed, 0 failed, 1 skipped, 1 ignored");
     let other = skip("SKIP a: needs xdpx: none");
@@ -96,5 +108,12 @@ fn a_machine_that_ends_early_is_wrong() {
 fn a_machine_that_hung_is_wrong() {
     let mut said = said(&[begin(), GOOD.to_owned(), end(None), done()].concat());
     said.late = true;
-    assert_eq!(judge(&[&RUN], &said).wrong.len(), 1);
+    assert_eq!(judged(&[], &said).wrong.len(), 1);
+}
+
+#[test]
+fn a_name_that_no_test_has_is_wrong() {
+    let said = said(&[begin(), GOOD.to_owned(), end(None), done()].concat());
+    assert_eq!(judged(&["a::"], &said).wrong, Vec::<String>::new());
+    assert_eq!(judged(&["a::", "gone::"], &said).wrong, ["builtin has no test gone::"]);
 }
