@@ -44,11 +44,13 @@ const DATAPLANE: Run = Run {
     tests: &[
         "adoption::services_outlive_the_agent",
         "crossing::the_short_way_and_the_long_one",
+        "direct::bodies",
         "direct::flows_outlive",
         "filters::",
         "overlay::pods_of_two_nodes",
         "packets::packets_to_services",
         "packets::programs_stay_far",
+        "policy::policies_hold",
         "services::every_address",
         "sockets::a_pod_is_served",
         "sockets::a_process_of_the_node",
