@@ -1,9 +1,10 @@
 //! Where programs are attached, and the pins by which the next agent finds them there.
 //!
-//! A pin holds a link, which a new program is put into between two packets. Linux before 6.6 has no links for packets of devices: there
-//! the program is a filter, which stays with its device, and the pin holds the program itself.
+//! A pin holds a link, which a new program is put into between two packets. Where packets of a device are hooked by a filter instead, it
+//! stays with its device, and the pin holds the program itself. That is so on Linux before 6.6, which has no links for packets, and at
+//! devices that come and go with pods: making a link holds the kernel's lock on devices until all processors have been through a
+//! scheduling point, 5 to 20 ms, and so does its end.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
@@ -93,7 +94,7 @@ impl Hooks {
         Self { folder, filters_only: false }
     }
 
-    /// Packets by filters, whatever the kernel has.
+    /// Packets by filters, whatever the kernel has. A link of the same name is taken over.
     pub(crate) fn by_filters(self) -> Self {
         Self { filters_only: true, ..self }
     }
@@ -129,13 +130,22 @@ impl Hooks {
     /// Pinned first: a filter without a pin would never be taken off.
     fn filter(&self, program: BorrowedFd<'_>, name: &str, packets: Packets) -> io::Result<()> {
         let pin = self.folder.join(packets.pin(name));
-        match fs::remove_file(&pin) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => sys::pin(program, &pin)?,
-        }
+        remove_pin(&pin)?;
+        sys::pin(program, &pin)?;
         let attached =
             Netlink::open().and_then(|mut netlink| netlink.set_filter(packets.filter(), program, name));
-        attached.map_err(|error| reason(&error))
+        attached.map_err(|error| reason(&error))?;
+        self.detach_link(&self.folder.join(name))
+    }
+
+    /// Takes a link's program off its place and removes the pin. What is gone has nothing to be taken off.
+    fn detach_link(&self, pin: &Path) -> io::Result<()> {
+        if let Ok(link) = sys::open_pin(pin)
+            && let Err(error) = sys::link_detach(link.as_fd())
+        {
+            tracing::debug!(pin = %pin.display(), %error, "link was dead already");
+        }
+        remove_pin(pin)
     }
 
     /// Whether a link is pinned under a name.
@@ -143,31 +153,19 @@ impl Hooks {
         self.folder.join(name).exists()
     }
 
-    /// The names of all places, alive or not.
-    pub(crate) fn names(&self) -> Result<BTreeSet<String>, NodeError> {
-        let name = |pin: String| Packets::read(&pin).map(|(name, _)| name.to_owned()).unwrap_or(pin);
-        Ok(self.pins()?.map(name).collect())
-    }
-
     fn pins(&self) -> Result<impl Iterator<Item = String>, NodeError> {
         let entries = fs::read_dir(&self.folder).map_err(failed("list", &self.folder))?;
         Ok(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()))
     }
 
-    /// Takes a program off its place and removes the pin. What is gone has nothing to be taken off.
-    pub(crate) fn detach(&self, name: &str) -> Result<(), NodeError> {
-        let pin = self.folder.join(name);
-        if let Ok(link) = sys::open_pin(&pin)
-            && let Err(error) = sys::link_detach(link.as_fd())
-        {
-            tracing::debug!(pin = %pin.display(), %error, "link was dead already");
-        }
-        remove_pin(&pin)?;
+    /// Takes programs off the places with these names, alive or not, and removes the pins.
+    pub(crate) fn detach_where(&self, unwanted: impl Fn(&str) -> bool) -> Result<(), NodeError> {
         for pin in self.pins()? {
-            if let Some((place, packets)) = Packets::read(&pin)
-                && place == name
-            {
-                self.take_off(&self.folder.join(&pin), packets)?;
+            let path = self.folder.join(&pin);
+            match Packets::read(&pin) {
+                Some((name, packets)) if unwanted(name) => self.take_off(&path, packets)?,
+                None if unwanted(&pin) => self.detach_link(&path).map_err(failed("remove pin", &path))?,
+                _ => {}
             }
         }
         Ok(())
@@ -184,14 +182,12 @@ impl Hooks {
             Ok(())
         };
         off().map_err(failed("take off the filter of", pin))?;
-        remove_pin(pin)
+        remove_pin(pin).map_err(failed("remove pin", pin))
     }
 
     /// Takes all programs off, and removes the pins and their folder.
     pub(crate) fn remove(&self) -> Result<(), NodeError> {
-        for name in self.names()? {
-            self.detach(&name)?;
-        }
+        self.detach_where(|_| true)?;
         fs::remove_dir(&self.folder).map_err(failed("remove folder", &self.folder))
     }
 
@@ -258,9 +254,9 @@ fn reason(error: &weft_cni_netlink::Error) -> io::Error {
     }
 }
 
-fn remove_pin(path: &Path) -> Result<(), NodeError> {
+fn remove_pin(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove pin", path)(source)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }

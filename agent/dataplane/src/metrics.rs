@@ -62,6 +62,8 @@ pub struct Metrics {
     left_out: Family<[Label; 1], Gauge>,
     ejections: Counter,
     peers: Family<[Label; 1], Gauge>,
+    narrow_ways: Gauge,
+    checksums_by_node: Gauge,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
     drops: Arc<Drops>,
@@ -100,6 +102,8 @@ impl Default for Metrics {
             left_out: Family::default(),
             ejections: Counter::default(),
             peers: Family::default(),
+            narrow_ways: Gauge::default(),
+            checksums_by_node: Gauge::default(),
             entries: Family::default(),
             capacity: Family::default(),
             drops: Arc::default(),
@@ -124,6 +128,10 @@ impl Metrics {
         r.register("weft_dataplane_ejections", ejections, self.ejections.clone());
         let peers = "Other nodes, by whether they answer this one";
         r.register("weft_dataplane_nodes", peers, self.peers.clone());
+        let narrow = "Ways to other nodes on which packets are lost that the first link takes";
+        r.register("weft_dataplane_narrow_paths", narrow, self.narrow_ways.clone());
+        let by_node = "Whether checksums within tunnels are not left to the network card, as a broken one's";
+        r.register("weft_dataplane_checksum_offload_off", by_node, self.checksums_by_node.clone());
         r.register("weft_policy_objects", "Size of NetworkPolicy on this node", self.policies.clone());
         let would_drop = "Packets that policies on trial would drop";
         r.register("weft_policy_would_drop_packets", would_drop, self.would_drop.clone());
@@ -250,6 +258,16 @@ impl Metrics {
         for (state, count) in all {
             self.peers.get_or_create(&[("state", state)]).set(number(count));
         }
+    }
+
+    /// How many ways to other nodes are narrower than they begin.
+    pub(crate) fn narrow_ways(&self, count: usize) {
+        self.narrow_ways.set(number(count));
+    }
+
+    /// Whether checksums within tunnels are left to the card.
+    pub(crate) fn leaves_checksums(&self, leaves: bool) {
+        self.checksums_by_node.set(i64::from(!leaves));
     }
 
     pub(crate) fn holds(&self, table: Table, entries: usize) {

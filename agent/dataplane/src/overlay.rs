@@ -5,10 +5,13 @@
 //! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
 //! reached without ([`Routing`]).
 
+pub mod offload;
 mod peer;
 mod ranges;
+mod tell;
 pub mod trial;
 mod ways;
+pub mod width;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,13 +19,12 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
-use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 
-use self::trial::Trials;
-use self::ways::{Entries, Ground, Local, PROTOCOL, Range, entries, same};
+use self::offload::{Broken, Finisher};
+use self::ways::{Entries, Ground, Local, PROTOCOL, entries, same};
+use self::width::Widths;
 use crate::OVERLAY;
 use crate::node::Devices;
-use crate::peers::echo::Question;
 
 pub use self::peer::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Peer, mac, overhead_bytes};
 pub use self::ranges::Ranges;
@@ -46,6 +48,12 @@ pub struct Overlay {
     addresses: BTreeSet<IpAddr>,
     /// Ranges whose trial packets come through.
     proven: BTreeSet<IpNetwork>,
+    /// What ways take that are narrower than they begin, by the other end.
+    found: Widths,
+    /// A card that breaks checksums within tunnels.
+    broken: Option<Broken>,
+    /// Of the device of this number, which may be down now.
+    finisher: (u32, Finisher),
     /// Number of the device that `applied` is about.
     index: u32,
     /// Its largest packet in bytes.
@@ -71,6 +79,9 @@ impl Overlay {
             nodes: BTreeMap::new(),
             addresses: BTreeSet::new(),
             proven: BTreeSet::new(),
+            found: Widths::new(),
+            broken: None,
+            finisher: (0, Finisher::default()),
             index: 0,
             mtu_bytes: 0,
             applied: BTreeMap::new(),
@@ -123,6 +134,19 @@ impl Overlay {
         self.look_again(|peer, _| peer.pods.iter().any(|range| turned.contains(range)));
     }
 
+    /// Takes in what ways take that are narrower than they begin.
+    pub fn set_found(&mut self, found: Widths) {
+        let turned = width::turns(&self.found, &found);
+        self.found = found;
+        self.look_again(|peer, _| turned.iter().any(|(to, _)| peer.routers.contains(to)));
+    }
+
+    /// Takes in which card breaks checksums within tunnels: nothing is left to it any more.
+    pub fn set_broken(&mut self, broken: Option<Broken>) {
+        self.dirty |= broken != self.broken;
+        self.broken = broken;
+    }
+
     /// Takes in a change of the kernel's: what somebody else took away or replaced will be put again. What the overlay itself
     /// does contradicts nothing.
     pub fn observe(&mut self, event: &Event) {
@@ -157,61 +181,6 @@ impl Overlay {
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         self.dirty
-    }
-
-    /// Enters into what the programs are told what the ways to peers are like.
-    #[must_use]
-    pub fn describe(&self, node: NodeConfig) -> NodeConfig {
-        let narrowest = self.narrow.values().copied().min().unwrap_or(0);
-        let near = self.applied.values().flat_map(|entries| &entries.ranges).any(|r| r.native().is_some());
-        NodeConfig {
-            narrowest_bytes: u16::try_from(narrowest).unwrap_or(u16::MAX),
-            flags: node.flags & NODE_DIRECT | if near { NODE_NEAR } else { 0 },
-            ..node
-        }
-    }
-
-    /// The ranges that are reached past the tunnel, with the device of the link.
-    #[must_use]
-    pub fn near(&self) -> BTreeMap<IpNetwork, u32> {
-        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
-        ranges.filter_map(|range| Some((range.first.destination, range.native()?))).collect()
-    }
-
-    /// The addresses of the other nodes and of their pods, with the largest packet that gets to these pods by the tunnel if their node
-    /// answers clients outside by itself; 0 for all others.
-    #[must_use]
-    pub fn direct(&self) -> BTreeMap<IpNetwork, u32> {
-        let others = self.nodes.iter().filter(|(name, _)| **name != self.node_name).map(|(_, peer)| peer);
-        let mut known = BTreeMap::new();
-        for peer in others {
-            known.extend(peer.addresses.iter().map(|address| (IpNetwork::from(*address), 0)));
-            known.extend(peer.pods.iter().map(|range| (*range, 0)));
-        }
-        for (peer, entries) in self.applied.iter().filter(|(peer, _)| peer.direct) {
-            let takes = entries.narrow_bytes.unwrap_or(u32::MAX).min(self.mtu_bytes);
-            let by_tunnel = entries.ranges.iter().filter(|range| range.native().is_none());
-            let ranges = by_tunnel.map(|range| range.first.destination).filter(|r| peer.pods.contains(r));
-            known.extend(ranges.map(|range| (range, takes)));
-        }
-        known
-    }
-
-    /// What has to be tried: whether packets from pods to those of each of these ranges get there by the link.
-    #[must_use]
-    pub fn trials(&self) -> Trials {
-        let ranges = self.applied.values().flat_map(|entries| &entries.ranges);
-        let of = |range: &Range| {
-            let (destination, hop) = (range.first.destination, range.hop?);
-            let question = Question {
-                to: peer::first(destination),
-                from: range.first.source?,
-                device: hop.index,
-                packet_bytes: usize::try_from(hop.takes_bytes()).unwrap_or(usize::MAX),
-            };
-            Some((destination, question))
-        };
-        if self.routing == Routing::Auto { ranges.filter_map(of).collect() } else { Trials::new() }
     }
 
     /// The address that the node uses towards pods of a family: the bridge's, the first of the node's own range. It must lie
@@ -270,7 +239,7 @@ impl Overlay {
             self.pruned = false;
         }
         self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
-        let mut result = Ok(());
+        let mut result = self.choose_finisher();
         let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
         for peer in gone.cloned().collect::<Vec<_>>() {
             match self.remove(&mut netlink, &peer, &wanted) {
@@ -299,6 +268,15 @@ impl Overlay {
         }
         self.dirty = result.is_err();
         result
+    }
+
+    /// Leaves checksums to the card, or not.
+    fn choose_finisher(&mut self) -> Result<(), Error> {
+        if self.finisher.0 != self.index {
+            self.finisher = (self.index, Finisher::of_device()?);
+        }
+        let broken = self.broken.is_some_and(|broken| broken.card.overlay == self.index);
+        self.finisher.1.set(broken)
     }
 
     /// The tunnels' device, made where it is needed: a cluster of one node needs none.
@@ -356,7 +334,7 @@ impl Overlay {
         peer: &Peer,
         links: &BTreeMap<u32, Link>,
     ) -> Result<Entries, Error> {
-        let ground = Ground::find(netlink, peer, links, self.index)?;
+        let ground = Ground::find(netlink, peer, links, (self.index, &self.found))?;
         let entries = entries(peer, &ground, &self.local());
         match entries.narrow_bytes {
             Some(mtu) => drop(self.narrow.insert(peer.address, mtu)),

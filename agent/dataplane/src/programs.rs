@@ -240,7 +240,10 @@ impl Programs {
     pub fn watch_sockets(&self, cgroup: &Path, wanted: bool) -> Result<(), ProgramError> {
         let (name, attach_type) = SOCKET_STATES;
         if !wanted {
-            return if self.hooks.has_link(name) { Ok(self.hooks.detach(name)?) } else { Ok(()) };
+            if self.hooks.has_link(name) {
+                self.hooks.detach_where(|pinned| pinned == name)?;
+            }
+            return Ok(());
         }
         let folder = fs::File::open(cgroup).map_err(failed("open cgroup", cgroup))?;
         let place = Place::Cgroup(folder.as_fd(), attach_type);
@@ -264,12 +267,7 @@ impl Programs {
                 wanted.insert(place);
             }
         }
-        for name in self.hooks.names()? {
-            if name.starts_with("edge_") && !wanted.contains(&name) {
-                self.hooks.detach(&name)?;
-            }
-        }
-        Ok(())
+        Ok(self.hooks.detach_where(|name| name.starts_with("edge_") && !wanted.contains(name))?)
     }
 
     pub(crate) fn program_fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, ProgramError> {

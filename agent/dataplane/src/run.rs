@@ -2,6 +2,7 @@
 
 mod absorb;
 mod eject;
+mod findings;
 mod peers;
 mod say;
 mod setup;
@@ -42,6 +43,7 @@ use crate::xdp::Carrier;
 
 use self::absorb::{Relists, services, sources};
 use self::eject::Ejecting;
+use self::findings::Findings;
 use self::peers::Peers;
 use self::say::Versions;
 use self::setup::{families, set_up};
@@ -195,6 +197,7 @@ pub async fn run_with_metrics(
     let (tell, ejected) = mpsc::channel(MAX_EJECTIONS);
     let ejecting = Ejecting::adopt(&programs, &mut reconciler, cgroup2, tell)?;
     let (links, trying) = trial::begin(shutdown.clone());
+    let (findings, found, finding) = findings::begin(&shutdown);
     let mut dataplane = Dataplane {
         ejecting,
         troubles,
@@ -203,6 +206,7 @@ pub async fn run_with_metrics(
         near: Ranges::adopt(&programs, names::NEAR)?,
         direct: Ranges::adopt(&programs, names::DIRECT)?,
         links,
+        findings,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
         programs,
         reconciler,
@@ -224,7 +228,7 @@ pub async fn run_with_metrics(
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
-    let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected);
+    let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected, found);
     // Of these only what was woken is polled: a change of a Service must not go round all of them.
     let mut parts: FuturesUnordered<BoxFuture<'_, Result<(), Error>>> = FuturesUnordered::new();
     parts.push(dataplane.run(client, shutdown).boxed());
@@ -235,6 +239,7 @@ pub async fn run_with_metrics(
         announce.boxed(),
         watching.boxed(),
         trying.boxed(),
+        finding.boxed(),
     ];
     parts.extend(beside.map(|part| part.map(Ok).boxed()));
     // There is one, so there is an outcome.
@@ -269,6 +274,7 @@ struct Dataplane {
     near: Ranges,
     direct: Ranges,
     links: trial::Ends,
+    findings: Findings,
     carrier: Carrier,
     identity: NodeConfig,
     devices: Devices,
@@ -304,7 +310,7 @@ impl Dataplane {
         self.refresh_devices()?;
         let mut due = None;
         loop {
-            let lagging = self.relists.all_known() && (self.reconciler.is_dirty() || self.overlay.is_dirty());
+            let lagging = self.relists.all_known() && self.is_behind();
             // Fixed when it begins: events must not put it off.
             due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
             tokio::select! {
@@ -336,6 +342,8 @@ impl Dataplane {
                     let proven = self.links.proven.borrow_and_update().clone();
                     self.overlay.set_proven(proven);
                 }
+                Ok(()) = self.findings.widths.found.changed() => self.take_widths(),
+                Ok(()) = self.findings.checksums.broken.changed() => self.take_broken(),
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;

@@ -353,6 +353,16 @@ pub(crate) fn arp_socket(index: u32) -> io::Result<OwnedFd> {
     if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
 }
 
+/// Has ICMP errors about what a socket has sent queued for it.
+pub(crate) fn queue_errors(socket: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    let set = match v6 {
+        false => setsockopt(&socket, sockopt::Ipv4RecvErr, &true),
+        true => setsockopt(&socket, sockopt::Ipv6RecvErr, &true),
+    };
+    set.map_err(io::Error::from)
+}
+
 /// A raw socket for ICMP of a family, non-blocking, that gets packets of one type only.
 pub(crate) fn icmp_socket(v6: bool, accepted: u8) -> io::Result<OwnedFd> {
     /// `SOL_RAW` and `ICMP_FILTER` of linux/icmp.h, `ICMPV6_FILTER` of linux/icmpv6.h.

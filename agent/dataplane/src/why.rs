@@ -139,7 +139,7 @@ fn destination(query: &Query) -> Destination {
         port: Port::new(query.port),
         protocol: query.protocol.number(),
         scope: if query.hook == Hook::Edge { SCOPE_EXTERNAL } else { SCOPE_INTERNAL },
-        loopback_is_node: query.hook == Hook::NodeSocket,
+        loopback_is_node: query.hook == Hook::NodeSocket && query.protocol != Protocol::Sctp,
     }
 }
 
@@ -150,19 +150,23 @@ fn decide<T: Tables>(
     client: Address,
 ) -> (Decision, Option<(ServiceKey, ServiceValue)>) {
     let to = destination(query);
+    // No hook sees a socket of SCTP.
+    let unhooked = query.hook == Hook::Edge || query.protocol == Protocol::Sctp;
+    // What the node sends to itself by loopback passes no program either.
+    if unhooked && query.hook == Hook::NodeSocket && tables.is_node_address(&to.address) {
+        return (Decision::Direct, None);
+    }
     let value = match find(tables, &to) {
         Found::Nothing => return (Decision::Direct, None),
         Found::UnknownPort => {
-            let at_edge = query.hook == Hook::Edge;
-            let reason = if at_edge { DropReason::PacketUnknownPort } else { DropReason::SocketUnknownPort };
+            let reason = if unhooked { DropReason::PacketUnknownPort } else { DropReason::SocketUnknownPort };
             return (refused(reason), None);
         }
         Found::Service(value) => value,
     };
     let entry = Some((key_of(tables, &to), value));
     // A Service that asks who its clients are leaves a pod's sockets to the edge, which sees the pod's address.
-    let by_packet = query.hook == Hook::Edge
-        || (query.hook == Hook::PodSocket && value.flags & SERVICE_CHECK_SOURCE != 0);
+    let by_packet = unhooked || (query.hook == Hook::PodSocket && value.flags & SERVICE_CHECK_SOURCE != 0);
     // A node in a range may use the address as if it came from that address itself.
     let source = if by_packet { Address::from(query.from) } else { to.address };
     if !allows(tables, &value, &source) {

@@ -191,13 +191,11 @@ impl Carrier {
             }
         }
         self.attached = attached;
-        for name in programs.hooks.names().map_err(ProgramError::from)? {
+        let gone = |name: &str| {
             let index = name.strip_prefix(PIN).and_then(|index| index.parse().ok());
-            if index.is_some_and(|index: u32| !self.attached.contains_key(&index)) {
-                programs.hooks.detach(&name).map_err(ProgramError::from)?;
-            }
-        }
-        Ok(())
+            index.is_some_and(|index: u32| !self.attached.contains_key(&index))
+        };
+        Ok(programs.hooks.detach_where(gone).map_err(ProgramError::from)?)
     }
 
     /// The bridge's ports that lead to a pod, have no queue, and whose other end takes frames.

@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType,
+};
 use nix::errno::Errno;
 
 use crate::route::{family, ip};
@@ -24,6 +26,8 @@ pub struct Destined {
     pub source: Option<IpAddr>,
     /// Largest packet in bytes, if the route says one.
     pub mtu_bytes: Option<u32>,
+    /// The kernel has learned that size from an ICMP error, and will forget it.
+    pub learned: bool,
 }
 
 impl Netlink {
@@ -58,12 +62,16 @@ pub(crate) fn read(message: &RouteMessage) -> Option<Destined> {
         RouteType::Unicast => false,
         _ => return None,
     };
-    let mut found = Destined { local, index: 0, gateway: None, source: None, mtu_bytes: None };
+    let mut found =
+        Destined { local, index: 0, gateway: None, source: None, mtu_bytes: None, learned: false };
+    // Of IPv6 a router's announcement may make a route that expires; what the kernel makes itself is a copy.
+    let copied = message.header.flags.contains(RouteFlags::Cloned);
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Gateway(address) => found.gateway = ip(address),
             RouteAttribute::PrefSource(address) => found.source = ip(address),
             RouteAttribute::Oif(index) => found.index = *index,
+            RouteAttribute::CacheInfo(info) => found.learned = copied && info.expires != 0,
             RouteAttribute::Metrics(metrics) => {
                 let mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),

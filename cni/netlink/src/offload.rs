@@ -13,7 +13,8 @@ use crate::Error;
 
 /// `SIOCETHTOOL` of linux/sockios.h.
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
-/// `ETHTOOL_STXCSUM` and `ETHTOOL_SGRO` of linux/ethtool.h.
+/// `ETHTOOL_GTXCSUM`, `ETHTOOL_STXCSUM` and `ETHTOOL_SGRO` of linux/ethtool.h.
+const GET_TRANSMIT_CHECKSUMS: u32 = 0x16;
 const SET_TRANSMIT_CHECKSUMS: u32 = 0x17;
 const SET_RECEIVE_BATCHES: u32 = 0x2c;
 
@@ -71,18 +72,33 @@ impl Offloads {
         self.set("set the checksums of", device, SET_TRANSMIT_CHECKSUMS, on)
     }
 
+    /// Whether a device finishes the checksums of what it sends.
+    ///
+    /// # Errors
+    /// If there is no such device.
+    pub fn finishes_checksums(&self, device: &str) -> Result<bool, Error> {
+        self.call("find out who finishes the checksums of", device, GET_TRANSMIT_CHECKSUMS, 0)
+            .map(|data| data != 0)
+    }
+
     fn set(&self, op: &'static str, device: &str, command: u32, on: bool) -> Result<(), Error> {
+        self.call(op, device, command, u32::from(on)).map(drop)
+    }
+
+    fn call(&self, op: &'static str, device: &str, command: u32, data: u32) -> Result<u32, Error> {
         let refused = |errno| Error::Refused { op, subject: device.to_owned(), errno };
         let mut name = [0; libc::IFNAMSIZ];
         if device.len() >= name.len() {
             return Err(refused(Errno::ENODEV));
         }
         name[..device.len()].copy_from_slice(device.as_bytes());
-        let mut value = Value { command, data: u32::from(on) };
+        let mut value = Value { command, data };
         let mut request = Request { name, data: &raw mut value, rest: [0; 2] };
         // SAFETY: the request is a valid `struct ifreq` that points to a valid value, both for the length of the call.
         let result = unsafe { libc::ioctl(self.0.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
-        Errno::result(result).map(|_| ()).map_err(refused)
+        Errno::result(result).map_err(refused)?;
+        // SAFETY: the kernel wrote into it behind the compiler's back; every bit pattern is valid.
+        Ok(unsafe { std::ptr::read_volatile(&raw const value.data) })
     }
 }
 

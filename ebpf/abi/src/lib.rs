@@ -191,7 +191,7 @@ pub struct ServiceKey {
     pub address: Address,
     /// Port.
     pub port: Port,
-    /// [`TCP`] or [`UDP`].
+    /// [`TCP`], [`UDP`] or [`SCTP`].
     pub protocol: u8,
     /// [`SCOPE_INTERNAL`] or [`SCOPE_EXTERNAL`].
     pub scope: u8,
@@ -274,14 +274,14 @@ pub struct BackendKey {
     pub address: Address,
     /// Port.
     pub port: Port,
-    /// [`TCP`] or [`UDP`].
+    /// [`TCP`], [`UDP`] or [`SCTP`].
     pub protocol: u8,
     /// Zero.
     pub pad: u8,
 }
 const _: () = assert!(size_of::<BackendKey>() == 20);
 
-/// The backend takes new flows. Without it only established TCP flows go on (an endpoint that is terminating or not ready).
+/// The backend takes new flows. Without it only established flows of TCP and SCTP go on (an endpoint that is terminating or not ready).
 pub const BACKEND_ACTIVE: u32 = 1;
 
 /// What is known of a backend. A flow holds the generation it began with; if it differs, the flow's endpoint is gone.
@@ -337,7 +337,7 @@ pub struct FlowKey {
     pub source_port: Port,
     /// Destination port.
     pub destination_port: Port,
-    /// [`TCP`] or [`UDP`].
+    /// [`TCP`], [`UDP`] or [`SCTP`].
     pub protocol: u8,
     /// Which node sent it, for a client's packet that another node hands on; else zero.
     pub pad: [u8; 3],
@@ -401,7 +401,7 @@ pub struct FragmentValue {
     pub source_port: Port,
     /// Destination port.
     pub destination_port: Port,
-    /// [`TCP`] or [`UDP`].
+    /// [`TCP`], [`UDP`] or [`SCTP`].
     pub protocol: u8,
     /// Zero.
     pub pad: [u8; 3],

@@ -8,13 +8,13 @@ pub enum DropReason {
     SocketNoEndpoints = 1,
     /// A socket asked for a port that the cluster address does not serve.
     SocketUnknownPort = 2,
-    /// A packet for a Service without endpoints; answered with a reset or "port unreachable".
+    /// A packet for a Service without endpoints; answered with a reset, an ABORT of SCTP, or "port unreachable".
     PacketNoEndpoints = 3,
     /// A packet for a port that the cluster address does not serve; answered likewise.
     PacketUnknownPort = 4,
-    /// A TCP packet whose backend is gone; answered with a reset.
+    /// A packet of TCP or SCTP whose backend is gone; answered with a reset or an ABORT.
     BackendGone = 5,
-    /// A TCP packet in the middle of a connection that is not known; answered with a reset.
+    /// A packet of TCP or SCTP in the middle of a connection that is not known; answered likewise.
     UnknownFlow = 6,
     /// No free source port towards the backend.
     NatPortsExhausted = 7,

@@ -1,7 +1,7 @@
 //! Flows of clients outside whose backend's node answers them by itself: when they are, and what their packets tell that node.
 
 use weft_ebpf_abi::{
-    ASKED_BYTES, ASKED_VERSION, Address, Asked, BACKEND_ACTIVE, FLOW_DIRECT, FlowKey, FlowValue, Port,
+    ASKED_BYTES, ASKED_VERSION, Address, Asked, BACKEND_ACTIVE, FLOW_DIRECT, FlowKey, FlowValue, Port, SCTP,
     SERVICE_KEEP_SOURCE, SERVICE_WATCHED, TCP, UDP,
 };
 
@@ -25,12 +25,14 @@ pub fn fits<N: Nodes>(nodes: &N, packet: &Packet, pod: &Address) -> bool {
 
 /// Whether the flow that a packet from outside begins is to be answered by its backend's node. `flags` are the Service's.
 ///
-/// Not of a client that is in the cluster: it has its own rules. Not where connections are watched: this node sees no answers.
+/// Not of a client that is in the cluster: it has its own rules. Not where connections are watched: this node sees no answers. Not SCTP: a
+/// checksum that is only begun would be finished over what stands behind the packet as well, which sums up to zero but for a CRC.
 #[inline(always)]
 pub fn suits<N: Nodes>(nodes: &N, packet: &Packet, flags: u32, backend: &Address) -> bool {
     let watched = packet.key.protocol == TCP && flags & SERVICE_WATCHED != 0;
     flags & SERVICE_KEEP_SOURCE == 0
         && !watched
+        && packet.key.protocol != SCTP
         && matches!(packet.part, Part::Whole)
         && fits(nodes, packet, backend)
         && nodes.takes_bytes(&packet.key.source).is_none()

@@ -11,6 +11,7 @@ pub mod flow;
 pub mod hash;
 pub mod packet;
 pub mod policy;
+pub mod sctp;
 pub mod service;
 
 use weft_ebpf_abi::{

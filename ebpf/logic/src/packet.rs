@@ -4,10 +4,12 @@ pub mod answer;
 mod v4;
 mod v6;
 
-use weft_ebpf_abi::{Address, FlowKey, FragmentKey, FragmentValue, Port, TCP, UDP};
+use weft_ebpf_abi::{Address, FlowKey, FragmentKey, FragmentValue, Port, SCTP, TCP, UDP};
 
 pub use v4::V4;
 pub use v6::V6;
+
+use crate::sctp;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET_BYTES: usize = 14;
@@ -102,7 +104,7 @@ pub struct Packet {
     pub total_bytes: u32,
     /// Identification, if it is a fragment.
     pub fragment: FragmentId,
-    /// TCP's flags; 0 for all else.
+    /// TCP's flags, or what SCTP says in their words ([`sctp::flags`]); 0 for all else.
     pub flags: u8,
     /// Fragment or not.
     pub part: Part,
@@ -183,8 +185,8 @@ impl Packet {
     }
 }
 
-/// Reads a frame. `None` for what the programs leave alone: another family, a protocol other than TCP and UDP (ICMP
-/// errors excepted), a frame that ends before the ports do. A later fragment has no ports yet.
+/// Reads a frame. `None` for what the programs leave alone: another family, a protocol other than TCP, UDP and SCTP
+/// (ICMP errors excepted), a frame that ends before the ports do. A later fragment has no ports yet.
 #[inline(always)]
 pub fn parse<F: Family, B: Bytes + ?Sized>(bytes: &B) -> Option<Packet> {
     let mut packet = F::header(bytes, ETHERNET_BYTES)?;
@@ -198,11 +200,14 @@ pub fn parse<F: Family, B: Bytes + ?Sized>(bytes: &B) -> Option<Packet> {
     read_ports(bytes, &mut packet, ETHERNET_BYTES)?;
     if packet.key.protocol == TCP {
         [packet.flags] = bytes.read(packet.transport() + 13)?;
+    } else if packet.key.protocol == SCTP {
+        let [first_chunk] = bytes.read(packet.transport() + sctp::FIRST_CHUNK)?;
+        packet.flags = sctp::flags(first_chunk);
     }
     Some(packet)
 }
 
-/// Reads the packet that an ICMP error quotes. `None` if it is none of TCP and UDP, or quoted too short.
+/// Reads the packet that an ICMP error quotes. `None` if it is none of TCP, UDP and SCTP, or quoted too short.
 #[inline(always)]
 pub fn parse_quote<F: Family, B: Bytes + ?Sized>(bytes: &B, error: &Packet) -> Option<Packet> {
     let at = error.transport() + ICMP_BYTES;
@@ -216,7 +221,7 @@ pub fn parse_quote<F: Family, B: Bytes + ?Sized>(bytes: &B, error: &Packet) -> O
 
 #[inline(always)]
 fn read_ports<B: Bytes + ?Sized>(bytes: &B, packet: &mut Packet, at: usize) -> Option<()> {
-    if packet.key.protocol != TCP && packet.key.protocol != UDP {
+    if !matches!(packet.key.protocol, TCP | UDP | SCTP) {
         return None;
     }
     let ports: [u8; 4] = bytes.read(at + packet.header_bytes as usize)?;

@@ -18,7 +18,7 @@ pub struct Destination {
     pub address: Address,
     /// Port.
     pub port: Port,
-    /// `TCP` or `UDP`.
+    /// `TCP`, `UDP` or `SCTP`.
     pub protocol: u8,
     /// `SCOPE_…`.
     pub scope: u8,

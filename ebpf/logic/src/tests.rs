@@ -189,6 +189,9 @@ fn generations() {
     assert!(flow_is_current(&memory, &tcp, 1), "a draining backend keeps its TCP flows");
     memory.backends.remove(&tcp);
     assert!(!flow_is_current(&memory, &tcp, 1), "gone");
+    let (mut memory, _) = with_backends(2, SCTP, 0);
+    memory.backends.get_mut(&backend(0, SCTP)).unwrap().flags = 0;
+    assert!(flow_is_current(&memory, &backend(0, SCTP), 1), "and its associations");
     let (mut memory, _) = with_backends(2, UDP, 0);
     memory.backends.get_mut(&backend(0, UDP)).unwrap().flags = 0;
     assert!(!flow_is_current(&memory, &backend(0, UDP), 1), "UDP leaves a draining backend");
@@ -342,4 +345,5 @@ fn idle_udp_begins_anew() {
     assert!(!flow::is_idle(&entry, UDP, 100));
     assert!(flow::is_idle(&entry, UDP, 130));
     assert!(!flow::is_idle(&entry, TCP, 10_000));
+    assert!(!flow::is_idle(&entry, SCTP, 10_000));
 }

@@ -99,7 +99,7 @@ fn settle<F: Family>(ctx: &TcContext, left: Left, checksum: usize, flags: u64) -
 
 /// Changes the sum that a device has made of the whole packet, if one has.
 #[inline(always)]
-fn summed(ctx: &TcContext, change: u32) {
+pub fn summed(ctx: &TcContext, change: u32) {
     if change != 0 {
         // SAFETY: the context is valid. It refuses packets that have no such sum, which need no change then.
         unsafe { bpf_csum_update(raw(ctx), change) };

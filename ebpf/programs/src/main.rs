@@ -12,6 +12,7 @@ mod pod;
 mod policy;
 mod reject;
 mod rewrite;
+mod sctp;
 mod sock;
 mod tc;
 mod xdp;

@@ -190,7 +190,7 @@ fn verdict(allowed: bool, reason: DropReason, packet: Option<&Packet>) -> i32 {
 
 /// Whether the node made the packet itself: it came in by no device.
 #[inline(always)]
-fn is_own(ctx: &TcContext) -> bool {
+pub fn is_own(ctx: &TcContext) -> bool {
     // SAFETY: the kernel hands in a valid context.
     unsafe { (*raw(ctx)).ingress_ifindex == 0 }
 }

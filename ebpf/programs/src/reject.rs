@@ -1,11 +1,14 @@
 //! Refusals: the packet itself is turned into the answer and sent back where it came from.
 
-use aya_ebpf::bindings::TC_ACT_SHOT;
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT};
 use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
-use weft_ebpf_abi::{DropReason, TCP};
-use weft_ebpf_logic::packet::answer::{Error, TCP_BYTES, TCP_WORDS, icmp_bytes, icmp_error, tcp_reset};
-use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
+use weft_ebpf_abi::{DropReason, SCTP, TCP};
+use weft_ebpf_logic::packet::answer::{
+    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, sctp_abort, tcp_reset,
+};
+use weft_ebpf_logic::packet::{ETHERNET_BYTES, FIN, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
+use weft_ebpf_logic::sctp;
 
 use crate::events;
 use crate::family::Family;
@@ -14,37 +17,49 @@ use crate::tc::raw;
 
 const DROP: i32 = TC_ACT_SHOT as i32;
 
-/// Counts the reason and answers with a TCP reset, or ICMP "port unreachable" for UDP.
+/// Counts the reason and answers with a TCP reset, an ABORT of SCTP, or ICMP "port unreachable" for UDP. (Of that, an SCTP socket of Linux only
+/// takes a note, and goes on asking.)
 #[inline(never)]
-pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason) -> i32 {
+pub fn reject<F: Family>(ctx: &TcContext, packet: &Packet, reason: DropReason, sender: Sender) -> i32 {
     count(reason);
     events::dropped(&packet.key, reason);
     let answered = match packet.key.protocol {
         _ if packet.part == Part::Later => None,
         TCP => reset::<F>(ctx, packet),
+        SCTP => abort::<F>(ctx, packet),
         _ => unreachable::<F>(ctx, packet),
     };
-    back(ctx, answered)
+    back(ctx, answered, sender)
 }
 
 /// Counts a packet that does not fit through the next link, and tells its sender by ICMP what does. Without that, what is larger
 /// would vanish: the stack, which would say so, does not see the packet.
 #[inline(never)]
-pub fn too_big<F: Family>(ctx: &TcContext, packet: &Packet, mtu_bytes: u16) -> i32 {
+pub fn too_big<F: Family>(ctx: &TcContext, packet: &Packet, mtu_bytes: u16, sender: Sender) -> i32 {
     count(DropReason::PacketTooBig);
     // Only the first fragment has what the sender knows its socket by.
     if packet.part == Part::Later {
         return DROP;
     }
-    back(ctx, error::<F, LongQuote>(ctx, packet, Error::too_big::<F>(mtu_bytes)))
+    back(ctx, error::<F, LongQuote>(ctx, packet, Error::too_big::<F>(mtu_bytes)), sender)
 }
 
-/// Sends an answer out of the device that the packet came in by.
+/// Who is to get an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// Whoever is behind the device that the packet came in by.
+    Behind,
+    /// The node itself, which was about to send the packet by the device.
+    Node,
+}
+
+/// Sends an answer to who sent the packet.
 #[inline(always)]
-fn back(ctx: &TcContext, answered: Option<()>) -> i32 {
+fn back(ctx: &TcContext, answered: Option<()>, sender: Sender) -> i32 {
+    let flags = if matches!(sender, Sender::Node) { u64::from(BPF_F_INGRESS) } else { 0 };
     match answered {
         // SAFETY: a helper with numbers.
-        Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, 0) as i32 },
+        Some(()) => unsafe { bpf_redirect((*raw(ctx)).ifindex, flags) as i32 },
         None => DROP,
     }
 }
@@ -76,6 +91,21 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
+    ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
+}
+
+#[inline(always)]
+fn abort<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
+    // What ends an association is never answered (RFC 9260 §8.4).
+    if packet.flags & (RST | FIN) != 0 {
+        return None;
+    }
+    let tag: [u8; 4] = ctx.load(packet.transport() + abort_tag(packet)).ok()?;
+    let checksum: [u8; 4] = ctx.load(packet.transport() + sctp::CHECKSUM).ok()?;
+    let answer = sctp_abort(packet, u32::from_ne_bytes(tag), u32::from_ne_bytes(checksum) == 0);
+    resize::<F>(ctx, ABORT_BYTES as usize)?;
+    turn_ethernet(ctx)?;
+    ctx.store(ETHERNET_BYTES, &F::answer(packet, SCTP, ABORT_BYTES), 0).ok()?;
     ctx.store(ETHERNET_BYTES + F::HEADER_BYTES, &answer, 0).ok()
 }
 

@@ -5,9 +5,12 @@ use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::bpf_csum_diff;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
+use weft_ebpf_logic::fast::Shape as _;
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, Packet, Part};
 
 use crate::family::Family;
+use crate::in_place::summed;
+use crate::sctp;
 
 const PSEUDO: u64 = BPF_F_PSEUDO_HDR as u64;
 
@@ -23,7 +26,7 @@ fn difference(old: &[Address; 2], new: &[Address; 2]) -> u64 {
 }
 
 #[inline(always)]
-fn ports(source: Port, destination: Port) -> [u8; 4] {
+pub fn ports(source: Port, destination: Port) -> [u8; 4] {
     [source.0[0], source.0[1], destination.0[0], destination.0[1]]
 }
 
@@ -44,7 +47,15 @@ pub fn rewrite<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -
     let key = &packet.key;
     let new = [entry.source, entry.destination];
     let changed = difference(&[key.source, key.destination], &new);
-    if packet.part != Part::Later {
+    if key.protocol == SCTP {
+        if packet.part != Part::Later {
+            sctp::rewrite(ctx, packet, entry)?;
+        }
+        if !F::Shape::HEADER_HAS_CHECKSUM {
+            // Nothing in the packet makes up for the addresses.
+            summed(ctx, changed as u32);
+        }
+    } else if packet.part != Part::Later {
         let transport = packet.transport();
         let udp = key.protocol == UDP;
         let checksum = transport + if udp { 6 } else { 16 };

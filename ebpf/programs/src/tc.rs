@@ -26,7 +26,7 @@ use crate::family::{Family, Frame};
 use crate::maps::{FLOWS, FRAGMENTS, Kernel, LOCAL_PODS, Work, config, count, near, work};
 use crate::pod;
 use crate::policy;
-use crate::reject::{reject, too_big};
+use crate::reject::{Sender, reject, too_big};
 use crate::rewrite::{rewrite, rewrite_error};
 
 const PASS: i32 = TC_ACT_OK as i32;
@@ -43,6 +43,8 @@ const UNREAD: i32 = -5;
 pub const UNKNOWN: i32 = -6;
 /// Likewise: one that is read, on which something is to be decided.
 pub const UNDECIDED: i32 = -7;
+/// By which device the node's own packets come.
+const NO_DEVICE: u32 = 0;
 const LEAST_MTU_BYTES: u32 = 1_280;
 
 /// Packets that enter the node: from outside, from its pods, from the overlay.
@@ -71,7 +73,7 @@ fn ingress<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if pod::arrives::<F>(ctx, work) { TO_POD } else { serve::<F>(ctx, work) }
 }
 
-/// Packets that the node's own processes send: answers of a backend that is the node itself.
+/// Packets that the node's own processes send: answers of a backend that is the node itself, and SCTP to Services.
 #[classifier]
 pub fn weft_egress(ctx: TcContext) -> i32 {
     match ethertype(&ctx) {
@@ -156,7 +158,7 @@ pub fn decide<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
                 Err(reason) => told(packet, reason),
             }
         }
-        Outcome::Refused(reason) => reject::<F>(ctx, &work.packet, reason),
+        Outcome::Refused(reason) => reject::<F>(ctx, &work.packet, reason, Sender::Behind),
         Outcome::Dropped(reason) => told(&work.packet, reason),
     }
 }
@@ -213,7 +215,7 @@ fn told(packet: &Packet, reason: DropReason) -> i32 {
 fn go<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     choose_link(work);
     if let Some(mtu_bytes) = too_big_for(ctx, work.packet.total_bytes, work.entry.ifindex) {
-        return too_big::<F>(ctx, &work.packet, mtu_bytes);
+        return too_big::<F>(ctx, &work.packet, mtu_bytes, Sender::Behind);
     }
     match translate::<F>(ctx, &work.packet, &work.entry) {
         Ok(()) if work.entry.flags & FLOW_DIRECT != 0 => direct::leave::<F>(ctx, work),
@@ -235,11 +237,72 @@ fn egress<F: Family>(ctx: &TcContext) -> i32 {
     }
     let Work { packet, entry, .. } = work;
     if known(&packet.key, entry).is_none() || entry.flags & FLOW_REPLY == 0 {
-        return PASS;
+        return if packet.key.protocol == SCTP { own::<F>(ctx, work) } else { PASS };
     }
     touch(packet, entry, Kernel.now_seconds());
     watch(packet, entry);
     translate::<F>(ctx, packet, entry).map_or_else(dropped, |()| PASS)
+}
+
+/// SCTP of the node's own sockets, which no hook sees. Their packets to Services go on as clients' do that come in by no device, and so
+/// their answers are the stack's.
+#[inline(always)]
+fn own<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    if !policy::is_own(ctx) {
+        return PASS;
+    }
+    (work.came_by, work.at_pod, work.carried) = (NO_DEVICE, false, UNDECIDED);
+    match judge::<F>(ctx, work) {
+        Outcome::Pass => PASS,
+        Outcome::Goes => go_out::<F>(ctx, work),
+        Outcome::Begins => {
+            if begin_own(work) {
+                go_out::<F>(ctx, work)
+            } else {
+                DROP
+            }
+        }
+        Outcome::Refused(reason) => reject::<F>(ctx, &work.packet, reason, Sender::Node),
+        Outcome::Dropped(reason) => told_apart(&work.packet, reason),
+    }
+}
+
+/// Enters a flow of the node's own.
+#[inline(never)]
+fn begin_own(work: &mut Work) -> bool {
+    let Work { packet, entry, route, backend, .. } = work;
+    // The stack would not take a packet from itself.
+    let entered = match route.ifindex {
+        0 => Err(DropReason::NoRoute),
+        _ => record(&packet.key, route, NO_DEVICE, entry),
+    };
+    if let Err(reason) = entered {
+        told(packet, reason);
+        return false;
+    }
+    *backend = flow::backend(entry, packet.key.protocol);
+    events::packet(&packet.key, backend);
+    true
+}
+
+/// As [`told`], where the stack is full.
+#[inline(never)]
+fn told_apart(packet: &Packet, reason: DropReason) -> i32 {
+    told(packet, reason)
+}
+
+/// Sends the node's own packet on as what it becomes, if it fits. It leaves by the bridge to a pod of the node: none can be handed over here.
+#[inline(never)]
+fn go_out<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+    choose_link(work);
+    if let Some(mtu_bytes) = too_big_for(ctx, work.packet.total_bytes, work.entry.ifindex) {
+        return too_big::<F>(ctx, &work.packet, mtu_bytes, Sender::Node);
+    }
+    match translate::<F>(ctx, &work.packet, &work.entry) {
+        // SAFETY: no parameters are given; the kernel looks the neighbour up by the packet's destination.
+        Ok(()) => unsafe { bpf_redirect_neigh(work.entry.ifindex, core::ptr::null_mut(), 0, 0) as i32 },
+        Err(reason) => dropped(reason),
+    }
 }
 
 #[inline(always)]
@@ -337,7 +400,7 @@ fn established(packet: &Packet, entry: &FlowValue, now: u32, backend: &mut Backe
         }
         *backend = flow::backend(entry, protocol);
         if !flow_is_current(&Kernel, backend, entry.generation) {
-            return if protocol == TCP && packet.flags & SYN == 0 { Known::Gone } else { Known::Anew };
+            return if protocol != UDP && packet.flags & SYN == 0 { Known::Gone } else { Known::Anew };
         }
     }
     Known::Goes
@@ -361,7 +424,7 @@ fn was_never_answered(packet: &Packet, entry: &FlowValue) -> bool {
 /// Notes that a flow lives, at most once a second, and that it is closing, in both directions.
 #[inline(always)]
 fn touch(packet: &Packet, entry: &FlowValue, now: u32) {
-    let closing = packet.key.protocol == TCP && packet.flags & (FIN | RST) != 0;
+    let closing = packet.flags & (FIN | RST) != 0;
     if entry.last_seen != now
         && let Some(live) = FLOWS.get_ptr_mut(packet.key)
     {
@@ -409,7 +472,7 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
         address: key.destination,
         port: key.destination_port,
         protocol: key.protocol,
-        scope: if pods.has(ifindex) { SCOPE_INTERNAL } else { SCOPE_EXTERNAL },
+        scope: if ifindex == NO_DEVICE || pods.has(ifindex) { SCOPE_INTERNAL } else { SCOPE_EXTERNAL },
         loopback_is_node: false,
     };
     let service = match find(&Kernel, &to) {
@@ -421,7 +484,7 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
     if !allows(&Kernel, &service, &key.source) {
         return Outcome::Dropped(DropReason::SourceNotAllowed);
     }
-    if key.protocol == TCP && packet.flags & SYN == 0 {
+    if key.protocol != UDP && packet.flags & SYN == 0 {
         return Outcome::Refused(DropReason::UnknownFlow);
     }
     let client = Client { client: key.source, port: Some(key.source_port), datagram_socket: None };
@@ -432,7 +495,8 @@ fn begin<F: Family>(ctx: &TcContext, work: &mut Work) -> Outcome {
             _ => Outcome::Dropped(DropReason::NoLocalEndpoints),
         };
     };
-    if find_route::<F>(ctx, ifindex, &backend, route).is_none() {
+    let from = if ifindex == NO_DEVICE { ingress_ifindex(ctx) } else { ifindex };
+    if find_route::<F>(ctx, from, &backend, route).is_none() {
         return Outcome::Dropped(DropReason::NoRoute);
     }
     // Past the tunnel or not, it is a way to pods, and may be the other one by the next packet.
@@ -555,7 +619,7 @@ fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> 
         let known = FRAGMENTS.insert(packet.fragment_key(), packet.fragment_value(), 0);
         known.map_err(|_| DropReason::FlowTableFull)?;
     }
-    let rewritten = if packet.is_plain::<F>() {
+    let rewritten = if packet.is_plain::<F>() && packet.key.protocol != SCTP {
         F::rewrite(ctx, packet, entry)
     } else {
         rewrite::<F>(ctx, packet, entry)

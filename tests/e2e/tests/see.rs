@@ -376,7 +376,9 @@ fn check(cluster: &Cluster) -> anyhow::Result<()> {
     let (lines, code) = json(cluster, &["net", "check"])?;
     let lines = lines.as_array().context("a list")?;
     assert_eq!(code, 0, "{lines:#?}");
-    for (check, count) in [("pod", 18), ("service", 18), ("nodeport", 18), ("hairpin", 3), ("dns", 3)] {
+    for (check, count) in
+        [("pod", 18), ("body", 9), ("service", 18), ("nodeport", 18), ("hairpin", 3), ("dns", 3)]
+    {
         let of = lines.iter().filter(|line| line["check"] == check && line["outcome"] == "ok");
         assert_eq!(of.count(), count, "{check}: from pods and nodes, to every node: {lines:#?}");
     }

@@ -189,7 +189,7 @@ pub(crate) fn built(bytes: &[u8]) {
 fn check<F: Family>(meant: &Meant, frame: &[u8], header_bytes: usize, readable: bool) {
     let read = packet::parse::<F, _>(frame);
     let part = meant.part();
-    let is_ours = part == Part::Later || [TCP, UDP].contains(&meant.protocol);
+    let is_ours = part == Part::Later || [TCP, UDP, SCTP].contains(&meant.protocol);
     if !readable || !is_ours {
         // An ICMP message of an error's type is read; its type is the first byte of what would be ports.
         let error = meant.protocol == F::ICMP && readable;

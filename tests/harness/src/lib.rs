@@ -10,8 +10,11 @@ use std::time::{Duration, Instant};
 /// Programs to test against that no package has: who has built one puts it on PATH.
 const PEERS: [&str; 1] = ["kube-proxy"];
 
-/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `xdp`, `layers` (many in an image), `etcd`, `kubectl`, `artifacts`, `weft`,
-/// `postgres-image`, or the name of any program.
+/// What a kernel has or lacks: it can't be installed.
+const KERNELS: [&str; 1] = ["sctp"];
+
+/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `sctp`, `xdp`, `layers` (many in an image), `etcd`, `kubectl`, `artifacts`,
+/// `weft`, `postgres-image`, or the name of any program.
 ///
 /// A test that gets `false` returns at once; the skip is written to standard error and, for the summary of
 /// `cargo xtask test`, to the file that `WEFT_SKIP_LOG` names.
@@ -23,7 +26,8 @@ pub fn require(test: &str, needs: &[&str]) -> bool {
     let required: Vec<&str> = required.split(',').map(str::trim).collect();
     for need in needs {
         let Err(reason) = present(need) else { continue };
-        let forbidden = required.contains(need) || (required.contains(&"all") && !PEERS.contains(need));
+        let forbidden = required.contains(need)
+            || (required.contains(&"all") && !PEERS.contains(need) && !KERNELS.contains(need));
         assert!(!forbidden, "{test} needs {need}, and WEFT_REQUIRE forbids to skip it: {reason}");
         let line = format!("SKIP {test}: needs {need}: {reason}");
         eprintln!("{line}");
@@ -58,6 +62,11 @@ fn present(need: &str) -> Result<(), String> {
         "ipv6" => match std::path::Path::new("/proc/sys/net/ipv6").is_dir() {
             true => Ok(()),
             false => Err("the kernel has no IPv6".to_owned()),
+        },
+        // A module, or built in.
+        "sctp" => match std::path::Path::new("/proc/net/sctp").is_dir() {
+            true => Ok(()),
+            false => Err("the kernel has no SCTP, or its module is not loaded".to_owned()),
         },
         // Older ones don't say which devices take frames, so XDP hands none over.
         "xdp" => linux((6, 3)),

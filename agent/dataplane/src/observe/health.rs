@@ -9,7 +9,7 @@ use aya::maps::MapType;
 use k8s_openapi::jiff::Timestamp;
 use nix::sys::statfs::statfs;
 use serde::{Deserialize, Serialize};
-use weft_cni_netlink::Netlink;
+use weft_cni_netlink::{Netlink, Offloads};
 use weft_ebpf_abi::names;
 
 use super::pinned::{self, Pinned};
@@ -66,6 +66,9 @@ pub struct Device {
     pub mtu_bytes: u32,
     /// It is set up, and so is what it depends on.
     pub running: bool,
+    /// Of the overlay: checksums within tunnels are left to the card.
+    #[serde(default)]
+    pub leaves_checksums: Option<bool>,
 }
 
 /// A node, as it is.
@@ -123,7 +126,10 @@ fn in_namespace(pinned: &Hooks, cgroup2: Option<&Path>) -> Result<InNamespace, O
     let mut all = Vec::new();
     let mut netlink = Netlink::open()?;
     for link in netlink.links()? {
+        // It may go at any time; then nobody knows.
+        let asked = (link.name == crate::OVERLAY).then(Offloads::open).transpose()?;
         all.push(Device {
+            leaves_checksums: asked.and_then(|asked| asked.finishes_checksums(&link.name).ok()),
             running: link.running || link.loopback,
             name: link.name,
             kind: link.kind,

@@ -15,6 +15,8 @@ use crate::node::{cgroup2_mount, failed};
 const LISTEN: &str = "0A";
 /// `TCP_CLOSE`: an unconnected UDP socket.
 const UNCONNECTED: &str = "07";
+/// `SCTP_SS_LISTENING` of net/sctp/constants.h, in decimals.
+const SCTP_LISTENING: &str = "10";
 
 /// A question about a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +99,7 @@ fn in_tables(folder: &Path, about: &Listener) -> Result<Listening, ObserveError>
     let (tables, state) = match about.protocol {
         Protocol::Tcp => (["tcp", "tcp6"], LISTEN),
         Protocol::Udp => (["udp", "udp6"], UNCONNECTED),
-        Protocol::Sctp => return Ok(Listening::Unknown),
+        Protocol::Sctp => return in_sctp(&folder.join("sctp/eps"), about),
     };
     let mut best = Listening::No;
     for table in tables {
@@ -117,6 +119,38 @@ fn in_tables(folder: &Path, about: &Listener) -> Result<Listening, ObserveError>
     Ok(best)
 }
 
+/// SCTP has a table of its own, unless the kernel lacks it or has not loaded it.
+fn in_sctp(path: &Path, about: &Listener) -> Result<Listening, ObserveError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(in_endpoints(&text, about)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Listening::Unknown),
+        Err(error) => Err(failed("read", path)(error).into()),
+    }
+}
+
+/// Its lines: two pointers, style, state, hash, port, user, inode, and all addresses, in numbers as people write them.
+fn in_endpoints(text: &str, about: &Listener) -> Listening {
+    let mut best = Listening::No;
+    for line in text.lines().skip(1) {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, _, _, state, _, port, _, _, addresses @ ..] = fields.as_slice() else { continue };
+        if *state != SCTP_LISTENING || port.parse() != Ok(about.port) {
+            continue;
+        }
+        let mut bound = addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+        if bound.any(|address| takes(address, about.address)) {
+            return Listening::Yes;
+        }
+        best = Listening::Elsewhere;
+    }
+    best
+}
+
+/// Whether a socket bound to an address takes what is for another.
+fn takes(bound: IpAddr, address: IpAddr) -> bool {
+    bound.is_unspecified() || bound.to_canonical() == address
+}
+
 fn in_table(text: &str, state: &str, about: &Listener) -> Listening {
     let mut best = Listening::No;
     for line in text.lines().skip(1) {
@@ -129,9 +163,7 @@ fn in_table(text: &str, state: &str, about: &Listener) -> Listening {
             continue;
         }
         match parse_address(address) {
-            Some(bound) if bound.is_unspecified() || bound.to_canonical() == about.address => {
-                return Listening::Yes;
-            }
+            Some(bound) if takes(bound, about.address) => return Listening::Yes,
             _ => best = Listening::Elsewhere,
         }
     }
@@ -176,6 +208,31 @@ mod tests {
         let address = IpAddr::from([10, 0, 0, 2]);
         let about = Listener { pod_uid: None, address, port, protocol: Protocol::Tcp };
         in_table(table, LISTEN, &about)
+    }
+
+    const EPS: &str = " ENDPT     SOCK   STY SST HBKT LPORT   UID INODE LADDRS
+ 1935545 e5461942 2   10  12   7000      0 11295 0.0.0.0
+88efd772  db3bf8d 2   10  13   7001      0 11296 127.0.0.1
+ 1fc8dad 5655c4cb 2   10  14   7002      0 11297 0000:0000:0000:0000:0000:0000:0000:0000
+21023660 57cee3ac 0   10  16   7004      0 11299 192.0.2.1 10.0.0.2
+21023660 57cee3ac 0   7   16   7005      0 11299 0.0.0.0
+";
+
+    #[test]
+    fn an_endpoint_of_sctp_takes_all_its_addresses() {
+        let rows = [
+            (7000, Listening::Yes),
+            (7001, Listening::Elsewhere),
+            (7002, Listening::Yes),
+            (7004, Listening::Yes),
+            (7005, Listening::No),
+            (80, Listening::No),
+        ];
+        for (port, wanted) in rows {
+            let address = IpAddr::from([10, 0, 0, 2]);
+            let about = Listener { pod_uid: None, address, port, protocol: Protocol::Sctp };
+            assert_eq!(in_endpoints(EPS, &about), wanted, "{port}");
+        }
     }
 
     #[test]

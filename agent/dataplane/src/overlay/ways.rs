@@ -17,6 +17,7 @@ use ipnetwork::IpNetwork;
 use weft_cni_netlink::{Destined, Error, FdbEntry, Link, Neighbour, NeighbourChange, Netlink, Route};
 
 use super::peer::{Peer, link_local, mac, overhead_bytes};
+use super::width::{First, Ways, Widths};
 
 /// Marks the routes as the overlay's: they are told from an administrator's, and outlive no node.
 pub(super) const PROTOCOL: u8 = 119;
@@ -91,32 +92,44 @@ pub(super) struct Ground {
     /// What fits into a tunnel packet.
     within_bytes: Option<u32>,
     hops: Vec<Hop>,
+    /// How the ways that packets may take begin.
+    firsts: Ways,
 }
 
 impl Ground {
-    /// Asks the kernel.
+    /// Asks the kernel; `found` is what was measured.
     pub(super) fn find(
         netlink: &mut Netlink,
         peer: &Peer,
         links: &BTreeMap<u32, Link>,
-        overlay: u32,
+        (overlay, found): (u32, &Widths),
     ) -> Result<Self, Error> {
         let mut ground = Self::default();
         for router in &peer.routers {
             let Some(way) = netlink.route_to(*router)? else { continue };
+            let link = links.get(&way.index);
+            // What the kernel has learned of a way by an ICMP error it will forget, and say so to nobody. Measuring finds it too.
+            let set_bytes = way.mtu_bytes.filter(|_| !way.learned);
+            let mtu_bytes = found.get(router).copied().into_iter().chain(set_bytes).min();
             if *router == peer.address {
                 ground.underlay = way.index;
-                let of_link = links.get(&way.index).map(|link| link.mtu_bytes);
-                let narrowest = way.mtu_bytes.into_iter().chain(of_link).min();
+                let narrowest = mtu_bytes.into_iter().chain(link.map(|link| link.mtu_bytes)).min();
                 ground.within_bytes = narrowest.map(|mtu| mtu.saturating_sub(overhead_bytes(*router)));
             }
-            if let Some(link) = links.get(&way.index).filter(|link| is_on_link(&way, link, overlay)) {
+            let Some(link) = link.filter(|_| !way.local) else { continue };
+            let is_near = is_on_link(&way, link, overlay);
+            if is_near {
                 ground.hops.push(Hop {
                     index: way.index,
                     address: *router,
-                    mtu_bytes: way.mtu_bytes,
+                    mtu_bytes,
                     link_mtu_bytes: link.mtu_bytes,
                 });
+            }
+            if is_near || *router == peer.address {
+                let takes_bytes = set_bytes.unwrap_or(u32::MAX).min(link.mtu_bytes);
+                let first = First { device: way.index, gateway: way.gateway, takes_bytes };
+                ground.firsts.insert(*router, first);
             }
         }
         Ok(ground)
@@ -149,7 +162,9 @@ pub(super) struct Entries {
     pub(super) fdb: FdbEntry,
     /// What the narrowest way takes, if that is less than its device does.
     pub(super) narrow_bytes: Option<u32>,
-    underlay: u32,
+    pub(super) underlay: u32,
+    /// The ways that packets take or may turn to.
+    pub(super) firsts: Ways,
 }
 
 /// What the kernel must have for one range of a peer's pods.
@@ -209,6 +224,12 @@ pub(super) fn entries(peer: &Peer, ground: &Ground, local: &Local<'_>) -> Entrie
         fdb: FdbEntry { index, mac: mac(peer.address), remote: peer.address },
         narrow_bytes: narrow_bytes.into_iter().chain(by_link).min(),
         underlay: ground.underlay,
+        firsts: ground
+            .firsts
+            .iter()
+            .filter(|(router, _)| **router == peer.address || local.routing != Routing::Tunnel)
+            .map(|(router, first)| (*router, *first))
+            .collect(),
     }
 }
 

@@ -2,12 +2,17 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, sendto};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 use crate::sys;
+
+pub(crate) use self::told::Told;
+
+mod told;
 
 /// ICMP of RFC 792, and of RFC 4443.
 const ECHO_REQUEST_V4: u8 = 8;
@@ -43,6 +48,8 @@ pub(crate) struct Echo {
     /// Tells our answers from those to others on the node.
     id: u16,
     sequence: u16,
+    /// ICMP errors are queued for it.
+    to_errors: bool,
 }
 
 impl Echo {
@@ -53,8 +60,47 @@ impl Echo {
         // A kernel without one of the families is no error.
         match (v4, open(true)) {
             (Err(error), Err(_)) => Err(error),
-            (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok(), id, sequence: 0 }),
+            (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok(), id, sequence: 0, to_errors: false }),
         }
+    }
+
+    /// The same, and it is told of ICMP errors that come back ([`Self::try_told`]).
+    pub(crate) fn open_to_errors(number: u16) -> io::Result<Self> {
+        let echo = Self { to_errors: true, ..Self::open(number)? };
+        for (socket, v6) in [(&echo.v4, false), (&echo.v6, true)] {
+            if let Some(socket) = socket {
+                sys::queue_errors(socket.as_fd(), v6)?;
+            }
+        }
+        Ok(echo)
+    }
+
+    /// The next ICMP error about a question, without waiting.
+    pub(crate) fn try_told(&self) -> io::Result<Option<Told>> {
+        for (socket, kind) in [(&self.v4, ECHO_REQUEST_V4), (&self.v6, ECHO_REQUEST_V6)] {
+            let Some(socket) = socket else { continue };
+            if let Some(told) = told::next(socket, kind, self.id)? {
+                return Ok(Some(told));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks with a packet of this size, which nobody may cut, whatever the kernel knows of the way. Answers with the number of the
+    /// question.
+    pub(crate) fn ask_whole(&mut self, to: IpAddr, packet_bytes: usize) -> u16 {
+        self.sequence = self.sequence.wrapping_add(1);
+        let (socket, kind) = match to {
+            IpAddr::V4(_) => (&self.v4, ECHO_REQUEST_V4),
+            IpAddr::V6(_) => (&self.v6, ECHO_REQUEST_V6),
+        };
+        let Some(socket) = socket else { return self.sequence };
+        let packet = request_of(kind, self.id, self.sequence, packet_bytes);
+        let address = SockaddrStorage::from(SocketAddr::new(to, 0));
+        if let Err(error) = sendto(socket.as_raw_fd(), &packet, &address, MsgFlags::MSG_DONTWAIT) {
+            tracing::debug!(%to, packet_bytes, %error, "cannot ask with a packet of a size");
+        }
+        self.sequence
     }
 
     /// Asks past the routes' preference. Answers with the number of the question.
@@ -65,10 +111,7 @@ impl Echo {
             IpAddr::V6(_) => (&self.v6, ECHO_REQUEST_V6),
         };
         let Some(socket) = socket else { return self.sequence };
-        // Zeros behind the header leave its checksum as it is.
-        let mut packet = request(kind, self.id, self.sequence).to_vec();
-        let header_bytes = if question.to.is_ipv4() { IPV4_BYTES } else { IPV6_BYTES };
-        packet.resize(question.packet_bytes.saturating_sub(header_bytes).max(HEADER_BYTES), 0);
+        let packet = request_of(kind, self.id, self.sequence, question.packet_bytes);
         if let Err(error) = send_by(socket, &packet, question) {
             tracing::debug!(?question, %error, "cannot ask by a link");
         }
@@ -113,16 +156,17 @@ impl Echo {
 
     /// Waits until something may have come. Cancel safe.
     pub(crate) async fn ready(&self) -> io::Result<()> {
+        let interest = if self.to_errors { Interest::READABLE | Interest::ERROR } else { Interest::READABLE };
         tokio::select! {
-            ready = readable(self.v4.as_ref()) => ready,
-            ready = readable(self.v6.as_ref()) => ready,
+            ready = has_something(self.v4.as_ref(), interest) => ready,
+            ready = has_something(self.v6.as_ref(), interest) => ready,
         }
     }
 }
 
-async fn readable(socket: Option<&UdpSocket>) -> io::Result<()> {
+async fn has_something(socket: Option<&UdpSocket>, interest: Interest) -> io::Result<()> {
     match socket {
-        Some(socket) => socket.readable().await,
+        Some(socket) => socket.ready(interest).await.map(drop),
         None => std::future::pending().await,
     }
 }
@@ -160,6 +204,11 @@ fn is_of_one_question(error: &io::Error) -> bool {
         libc::ECONNREFUSED,
         libc::EHOSTDOWN,
         libc::ENETDOWN,
+        libc::EACCES,
+        libc::ENONET,
+        libc::ENOPROTOOPT,
+        libc::EOPNOTSUPP,
+        libc::EPROTO,
     ];
     error.raw_os_error().is_some_and(|code| known.contains(&code))
 }
@@ -168,6 +217,14 @@ fn is_of_one_question(error: &io::Error) -> bool {
 fn open(v6: bool) -> io::Result<UdpSocket> {
     let accepted = if v6 { ECHO_REPLY_V6 } else { ECHO_REPLY_V4 };
     UdpSocket::from_std(std::net::UdpSocket::from(sys::icmp_socket(v6, accepted)?))
+}
+
+/// An echo request that makes a packet of a size. Zeros behind the header leave its checksum as it is.
+fn request_of(kind: u8, id: u16, sequence: u16, packet_bytes: usize) -> Vec<u8> {
+    let mut packet = request(kind, id, sequence).to_vec();
+    let header_bytes = if kind == ECHO_REQUEST_V4 { IPV4_BYTES } else { IPV6_BYTES };
+    packet.resize(packet_bytes.saturating_sub(header_bytes).max(HEADER_BYTES), 0);
+    packet
 }
 
 /// An echo request; the kernel fills in IPv6's checksum.
@@ -183,7 +240,7 @@ fn request(kind: u8, id: u16, sequence: u16) -> [u8; HEADER_BYTES] {
 }
 
 /// RFC 1071's, of an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
     let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);

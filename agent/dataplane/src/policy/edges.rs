@@ -78,7 +78,8 @@ impl Edges {
         let [(out, ..), (way, ..), (into, ..)] = HOOKS;
         Ok(Self {
             programs: [own(out)?, own(way)?, own(into)?],
-            hooks: programs.hooks.clone(),
+            // A pod's start and end are not to hold up the node's other devices.
+            hooks: programs.hooks.clone().by_filters(),
             behind: BTreeMap::new(),
             attached: HashMap::new(),
             local: LocalPods::adopt(programs.local_map()?)?,
@@ -187,14 +188,11 @@ impl Edges {
 
     /// Removes the pins of devices that are gone, also those that an earlier agent left.
     fn prune(&self, there: &HashSet<u32>) -> Result<(), ProgramError> {
-        for name in self.hooks.names()? {
+        let gone = |name: &str| {
             let index = name.strip_prefix(PIN).and_then(|rest| rest.split('_').next());
-            let Some(index) = index.and_then(|index| index.parse::<u32>().ok()) else { continue };
-            if !there.contains(&index) {
-                self.hooks.detach(&name)?;
-            }
-        }
-        Ok(())
+            index.and_then(|index| index.parse().ok()).is_some_and(|index| !there.contains(&index))
+        };
+        Ok(self.hooks.detach_where(gone)?)
     }
 }
 

@@ -18,6 +18,8 @@ pub(super) struct Ejecting {
     tell: mpsc::Sender<Ejection>,
     /// The root of cgroup2.
     cgroup2: PathBuf,
+    /// Sockets' connections are not watched as they should be.
+    behind: bool,
 }
 
 impl Ejecting {
@@ -30,7 +32,12 @@ impl Ejecting {
     ) -> Result<Self, EjectionError> {
         let ejections = Ejections::adopt(programs, ejection::now())?;
         reconciler.tables.set_ejected(ejections.ejected());
-        Ok(Self { ejections, tell, cgroup2 })
+        Ok(Self { ejections, tell, cgroup2, behind: false })
+    }
+
+    /// Whether the kernel lags behind.
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind
     }
 
     /// Waits until there is something to take. May be dropped at any time.
@@ -62,13 +69,20 @@ impl Dataplane {
     /// Has those backends watched whose Services want it, and sockets' connections while there are any.
     pub(super) fn watch_backends(&mut self) {
         let Some(wanted) = self.reconciler.take_watched() else { return };
-        let Ejecting { ejections, cgroup2, .. } = &mut self.ejecting;
-        ejections.watch(&wanted);
-        if let Err(error) = self.programs.watch_sockets(cgroup2, ejections.is_watching()) {
-            tracing::warn!(%error, source = ?std::error::Error::source(&error), "sockets' connections are not watched");
-        }
+        self.ejecting.ejections.watch(&wanted);
+        self.watch_sockets();
         // Another pod may have taken an ejected one's address.
         self.enter_ejected();
+    }
+
+    /// Has sockets' connections watched while any backend is.
+    pub(super) fn watch_sockets(&mut self) {
+        let Ejecting { ejections, cgroup2, behind, .. } = &mut self.ejecting;
+        let done = self.programs.watch_sockets(cgroup2, ejections.is_watching());
+        *behind = done.is_err();
+        if let Err(error) = done {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "sockets' connections are not watched, will be retried");
+        }
     }
 
     fn enter_ejected(&mut self) {

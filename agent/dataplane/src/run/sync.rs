@@ -31,17 +31,28 @@ impl Dataplane {
         self.tell_ways();
         if !self.overlay.is_dirty() {
             self.links.set(self.overlay.trials());
+            self.findings.widths.set(self.overlay.ways());
+            self.findings.checksums.set(self.overlay.witnesses());
+            self.shared.metrics.leaves_checksums(self.overlay.leaves_checksums());
+        }
+        if self.ejecting.is_behind() {
+            self.watch_sockets();
         }
         if self.reconciler.is_dirty() {
             self.sync_maps();
         }
-        if !self.reconciler.is_dirty() && !self.overlay.is_dirty() {
+        if !self.is_behind() {
             self.retry = RETRY_FIRST;
         }
         if self.reconciler.is_settled() {
             self.report();
             self.programmed.send_if_modified(|is| !std::mem::replace(is, true));
         }
+    }
+
+    /// Whether the kernel lags behind what is known.
+    pub(super) fn is_behind(&self) -> bool {
+        self.reconciler.is_dirty() || self.overlay.is_dirty() || self.ejecting.is_behind()
     }
 
     /// Tells the programs who is reached past the tunnel, whose clients' packets go with what these asked for, and what fits by every

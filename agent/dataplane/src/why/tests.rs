@@ -104,6 +104,14 @@ fn what_is_refused_names_the_hook() {
     let memory = memory(0, 0);
     assert_eq!(decision(&memory, &query(Hook::PodSocket, VIP, 81)), refused(DropReason::SocketUnknownPort));
     assert_eq!(decision(&memory, &query(Hook::Edge, NODE, 30080)), refused(DropReason::PacketNoEndpoints));
+    let by_sctp = Query { protocol: Protocol::Sctp, ..query(Hook::PodSocket, VIP, 81) };
+    assert_eq!(
+        decision(&memory, &by_sctp),
+        refused(DropReason::PacketUnknownPort),
+        "no hook sees its sockets"
+    );
+    let by_loopback = Query { protocol: Protocol::Sctp, ..query(Hook::NodeSocket, NODE, 30080) };
+    assert_eq!(decision(&memory, &by_loopback), Decision::Direct, "nor what the node sends to itself");
     // From outside the address of the cluster is none: the packet goes where the routes say.
     assert_eq!(decision(&memory, &query(Hook::Edge, VIP, 81)), Decision::Direct);
 }

@@ -207,6 +207,7 @@ impl Checks<'_> {
         for (index, node) in self.nodes.iter().enumerate() {
             let (name, server) = (node.name_any(), manifest::server_name(index));
             targets.push(Target::pod(&name, SocketAddr::new(servers[index], PORT), &server));
+            targets.push(Target::body(&name, SocketAddr::new(servers[index], PORT)));
             let service = SocketAddr::new(cluster_ip(&services[index])?, PORT);
             targets.push(Target::service(&name, service, &server));
             let all = services.last().context("the last Service is that of all")?;

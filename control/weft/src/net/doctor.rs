@@ -84,7 +84,7 @@ pub(crate) async fn doctor(reach: &Reach, args: &DoctorArgs) -> anyhow::Result<S
         match node.ask::<Health>(&Request::Health) {
             Ok(health) => {
                 own.extend(node::judge(&health));
-                own.extend(node::peers(node, &api_nodes));
+                own.extend(node::peers(node, &api_nodes, &health));
             }
             Err(error) => {
                 own.push(Finding::fail("node", format!("{error:#}"), "start its agent with `weft up`"))

@@ -93,6 +93,7 @@ fn only_a_client_outside_and_a_node_that_knows_of_it_suit() {
         from_inside.key.source = inside;
         assert!(!suits(&from_inside, 0, &POD), "{inside:?}");
     }
+    assert!(!suits(&packet(SCTP, 60), 0, &POD), "its checksum would be of what is behind it, too");
     for part in [Part::First, Part::Later] {
         assert!(!suits(&Packet { part, ..fits }, 0, &POD), "{part:?}");
     }

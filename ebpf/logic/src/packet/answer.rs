@@ -1,8 +1,9 @@
-//! Answers that refuse a packet: TCP resets and ICMP errors of both families.
+//! Answers that refuse a packet: TCP resets, SCTP's aborts, and ICMP errors of both families.
 
 use weft_ebpf_abi::TCP;
 
 use super::{ACK, FIN, Family, ICMP_BYTES, Packet, Quote, RST, SYN, fold, sum, sum_pseudo, word};
+use crate::sctp::{self, ABORT, INITIATE_TAG, TAG};
 
 /// Words of a TCP header without options.
 pub const TCP_WORDS: usize = 5;
@@ -32,6 +33,37 @@ pub fn tcp_reset(packet: &Packet, tcp: &[u32; TCP_WORDS]) -> [u32; TCP_WORDS] {
     let pseudo = sum_pseudo(&packet.key.destination, &packet.key.source, TCP, TCP_BYTES);
     let [a, b] = fold(pseudo + sum(&out));
     out[4] = word([a, b, 0, 0]);
+    out
+}
+
+/// Words of an SCTP packet with an ABORT.
+pub const ABORT_WORDS: usize = 4;
+/// Bytes of it.
+pub const ABORT_BYTES: u16 = 16;
+
+/// Where a packet has the tag that an ABORT in answer to it needs: an INIT gives the one that its sender wants.
+#[inline(always)]
+#[must_use]
+pub const fn abort_tag(packet: &Packet) -> usize {
+    if is_init(packet) { INITIATE_TAG } else { TAG }
+}
+
+#[inline(always)]
+const fn is_init(packet: &Packet) -> bool {
+    packet.flags & (SYN | ACK) == SYN
+}
+
+/// The SCTP packet that aborts a packet's association, as who knows nothing of it sends it (RFC 9260 §8.4). The tag is as it stands in memory:
+/// the sender's own, or one that it has for its peer, which the T bit says. If the packet's checksum was left to a device, so is this one's.
+#[inline(always)]
+#[must_use]
+pub fn sctp_abort(packet: &Packet, tag: u32, is_unsummed: bool) -> [u32; ABORT_WORDS] {
+    let (from, to) = (packet.key.destination_port.0, packet.key.source_port.0);
+    let t_bit = if is_init(packet) { 0 } else { 1 };
+    let mut out = [word([from[0], from[1], to[0], to[1]]), tag, 0, word([ABORT, t_bit, 0, 4])];
+    if !is_unsummed {
+        out[2] = sctp::checksum(&out).to_le();
+    }
     out
 }
 

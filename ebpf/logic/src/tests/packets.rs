@@ -272,18 +272,18 @@ proptest! {
         frame.extend(bytes);
         let frame = frame.as_slice();
         for read in [parse::<V4, _>(frame), parse::<V6, _>(frame)].into_iter().flatten() {
-            let known = [TCP, UDP, V4::ICMP, V6::ICMP].contains(&read.key.protocol);
+            let known = [TCP, UDP, SCTP, V4::ICMP, V6::ICMP].contains(&read.key.protocol);
             prop_assert!(known || read.part == Part::Later);
             let _ = (parse_quote::<V4, _>(frame, &read), parse_quote::<V6, _>(frame, &read));
         }
     }
 
     #[test]
-    fn parsing_shaped_bytes_never_panics(bytes in proptest::collection::vec(any::<u8>(), 60..200), first in 0..6_usize) {
+    fn parsing_shaped_bytes_never_panics(bytes in proptest::collection::vec(any::<u8>(), 60..200), first in 0..7_usize) {
         // The bytes after the header are chains of extensions as often as chance has it.
         let mut bytes = bytes;
         bytes[0] = 0x60;
-        bytes[6] = [0, 44, 60, TCP, UDP, 58][first];
+        bytes[6] = [0, 44, 60, TCP, UDP, 58, SCTP][first];
         let frame = [vec![0; 14], bytes].concat();
         if let Some(read) = parse::<V6, _>(frame.as_slice()) {
             prop_assert!(read.part == Part::Later || frame.as_slice().read::<1>(read.transport()).is_some());

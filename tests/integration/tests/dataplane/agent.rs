@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -51,6 +51,11 @@ impl Api {
         panic!("nobody watches {plural}");
     }
 
+    /// What was created so far.
+    pub(crate) fn created(&self) -> Vec<Value> {
+        self.created.lock().unwrap().clone()
+    }
+
     /// Takes in what is created.
     async fn create(&self, request: http::Request<kube::client::Body>) -> Reply {
         let body = request.into_body().collect_bytes().await.unwrap();
@@ -68,7 +73,14 @@ impl Api {
             let body = StreamBody::new(lines.map(|line| Ok(http_body::Frame::data(line))));
             return http::Response::new(BoxBody::new(body));
         }
-        let items = self.lists.lock().unwrap().get(&plural).cloned().unwrap_or_default();
+        let lists = self.lists.lock().unwrap();
+        let mut words = request.uri().path().rsplit('/').skip(1);
+        let named = |object: &&Value| object["metadata"]["name"] == plural.as_str();
+        let one = words.next().and_then(|plural| lists.get(plural)?.iter().find(named));
+        if let Some(one) = one {
+            return http::Response::new(Full::new(Bytes::from(one.to_string())).boxed());
+        }
+        let items = lists.get(&plural).cloned().unwrap_or_default();
         let list = json!({"metadata": {"resourceVersion": "7"}, "items": items});
         http::Response::new(Full::new(Bytes::from(list.to_string())).boxed())
     }
@@ -104,6 +116,11 @@ pub(crate) fn slice(endpoints: &[SocketAddr], version: &str) -> Value {
 }
 
 pub(crate) fn config(place: &Place) -> Config {
+    config_of(place.node.name(), &place.pins)
+}
+
+/// Of the node in a namespace of this name.
+pub(crate) fn config_of(netns: &str, pins: &Path) -> Config {
     let object = std::fs::read(artifact("weft.bpf.o").unwrap()).unwrap();
     Config {
         node_name: "node-a".to_owned(),
@@ -111,8 +128,8 @@ pub(crate) fn config(place: &Place) -> Config {
         cluster_cidr: vec!["10.42.0.0/16".parse().unwrap()],
         service_cidr: vec!["10.43.0.0/16".parse().unwrap()],
         node_local: vec![],
-        pin_dir: place.pins.clone(),
-        node_cgroup: PathBuf::from("weft").join(place.node.name()),
+        pin_dir: pins.to_owned(),
+        node_cgroup: PathBuf::from("weft").join(netns),
         ebpf_object: object.leak(),
         gate: Some(weft_agent_dataplane::policy::Gate::default()),
         proxy: ProxyConfig::default(),

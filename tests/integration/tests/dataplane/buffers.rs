@@ -22,7 +22,7 @@ use crate::place::{Place, Running, SOON, ask_tcp, ask_udp, identity, serve, with
 
 const BPF_PROG_TEST_RUN: nix::libc::c_long = 10;
 /// BPF_F_TEST_SKB_CHECKSUM_COMPLETE: the buffer has a sum of the packet, and the call fails if that is not the packet's sum afterwards.
-const SUMMED: u32 = 1 << 2;
+pub(crate) const SUMMED: u32 = 1 << 2;
 /// `struct __sk_buff`, and where it has the size of segments.
 const CONTEXT_BYTES: usize = 192;
 const SEGMENT_BYTES: usize = 176;
@@ -52,7 +52,7 @@ struct TestRun {
 }
 
 /// Runs a program on a frame in a buffer that is told of by words of the context.
-fn run_in(
+pub(crate) fn run_in(
     running: &Running,
     place: &Place,
     packet: &[u8],
@@ -204,7 +204,7 @@ fn options_do_not_hide_a_flow() {
 }
 
 /// What comes in by a namespace's devices, and goes out.
-fn watch(netns: &Netns) -> UdpSocket {
+pub(crate) fn watch(netns: &Netns) -> UdpSocket {
     within(netns, || {
         let packets = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), SockProtocol::EthAll);
         let packets = UdpSocket::from(packets.unwrap());
@@ -214,7 +214,7 @@ fn watch(netns: &Netns) -> UdpSocket {
 }
 
 /// Waits for so many packets that are wanted; their checksums must be finished, and right.
-fn finished(packets: &UdpSocket, name: &str, count: usize, wanted: impl Fn(&Read) -> bool) {
+pub(crate) fn finished(packets: &UdpSocket, name: &str, count: usize, wanted: impl Fn(&Read) -> bool) {
     let mut seen = 0;
     while seen < count {
         let mut buffer = [0; 10_000];
@@ -264,7 +264,7 @@ fn checksums_that_are_only_begun_are_finished_right() {
 }
 
 /// Sends a frame out of a device. The kernel puts no more than an Ethernet header into the first piece of a buffer of more than a page.
-fn send(netns: &Netns, device: &str, packet: &[u8]) {
+pub(crate) fn send(netns: &Netns, device: &str, packet: &[u8]) {
     within(netns, || {
         let index = Netlink::open().unwrap().link(device).unwrap().index;
         let out = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), None).unwrap();

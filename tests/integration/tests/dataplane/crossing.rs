@@ -25,7 +25,7 @@ use crate::overlay::{bodies_get_through_a_narrow_way, overlay, repair, two_nodes
 use crate::place::{self, Running, ask_udp, serve, within};
 use crate::podedge::sent;
 
-const UNDERLAY: &str = "192.168.79.";
+pub(crate) const UNDERLAY: &str = "192.168.79.";
 /// A bound against waiting for ever.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a datagram's answer may take that should not come.
@@ -45,7 +45,7 @@ pub(crate) struct Side {
 }
 
 /// The addresses of the pod of a node.
-fn pods(number: u8) -> [IpAddr; 2] {
+pub(crate) fn pods(number: u8) -> [IpAddr; 2] {
     [format!("10.42.{number}.2"), format!("fd42:0:0:{number}::2")].map(|ip| ip.parse().unwrap())
 }
 

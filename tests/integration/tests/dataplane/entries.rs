@@ -75,17 +75,21 @@ impl<T: zerocopy::IntoBytes + zerocopy::Immutable> AsBytes for T {
     }
 }
 
-/// The list of a Service, one for each family.
+/// The list of a Service over TCP, one for each family.
 pub(crate) fn list(family: &Family, last: u8) -> u32 {
     1_000 + u32::from(last) * 2 + u32::from(family.node.is_ipv6())
+}
+
+/// The protocols that each Service has, with the list of each.
+fn lists(family: &Family, last: u8) -> [(u8, u32); 3] {
+    let list = list(family, last);
+    [(TCP, list), (UDP, list + 10_000), (SCTP, list + 20_000)]
 }
 
 impl Running {
     /// Enters a Service, or changes it; backends that it had and others need stay until they are withdrawn.
     pub(crate) fn enter(&mut self, family: &Family, service: &Service<'_>) -> anyhow::Result<()> {
-        let list = list(family, service.last);
-        for protocol in [TCP, UDP] {
-            let list = if protocol == TCP { list } else { list + 10_000 };
+        for (protocol, list) in lists(family, service.last) {
             let backends: Vec<_> = service.backends.iter().map(|at| backend(*at, protocol)).collect();
             let known = |key: &BackendKey| {
                 // The same backend keeps its generation.
@@ -120,14 +124,14 @@ impl Running {
 
     /// Removes a backend: its flows end.
     pub(crate) fn withdraw(&mut self, at: SocketAddr) -> anyhow::Result<()> {
-        let keys = [TCP, UDP].map(|protocol| backend(at, protocol).as_bytes().to_vec());
+        let keys = [TCP, UDP, SCTP].map(|protocol| backend(at, protocol).as_bytes().to_vec());
         Ok(self.reconciler.maps.delete(Table::Backends, &keys)?)
     }
 
     /// Lets a backend keep its flows and get no others. The list still has it: a Service that leads elsewhere is entered after.
     pub(crate) fn drain(&mut self, at: SocketAddr) -> anyhow::Result<()> {
         let value = BackendValue { generation: u32::from(at.port()) + 1, flags: 0, owner: 0 };
-        let rows = [TCP, UDP].map(|protocol| row(&backend(at, protocol), &value));
+        let rows = [TCP, UDP, SCTP].map(|protocol| row(&backend(at, protocol), &value));
         Ok(self.reconciler.maps.update(Table::Backends, &rows)?)
     }
 
@@ -152,7 +156,7 @@ impl Place {
     pub(crate) fn allow(&self, family: &Family, last: u8, clients: &[(IpAddr, u32)]) -> anyhow::Result<()> {
         let data = MapData::from_pin(self.pins.join("maps").join(names::SOURCES))?;
         let mut sources: LpmTrie<_, [u8; 20], u32> = LpmTrie::try_from(Map::LpmTrie(data))?;
-        for list in [list(family, last), list(family, last) + 10_000] {
+        for (_, list) in lists(family, last) {
             for (ip, wild) in clients {
                 let data = SourceData { list: list.to_be_bytes(), address: Address::from(*ip) };
                 let mut bytes = [0; 20];

@@ -9,7 +9,7 @@ use weft_cni_netlink::{Direction, FilterPlace, Netlink};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
-use crate::place::{NODE, POD, Place, SOON, ask_tcp, vip, within};
+use crate::place::{NODE, POD, Place, SOON, ask_tcp, hook_pins, serve, vip, within};
 
 /// Programs at the node's devices: of packets that come in, and that go out.
 fn filters(place: &Place) -> Vec<Option<u32>> {
@@ -73,4 +73,27 @@ fn a_kernel_without_links_carries_services_and_the_next_agent_takes_over() {
     assert_eq!(filters(&place), [None; 4]);
     within(&place.client, || ask_tcp(SocketAddr::from((NODE, 30080)))).unwrap_err();
     within(&place.node, || ask_tcp(vip(10))).unwrap_err();
+}
+
+#[test]
+fn links_of_an_earlier_agent_are_taken_over() {
+    if !require("dataplane::filters-take-over", &NEEDS) {
+        return;
+    }
+    let place = Place::new("fl").unwrap();
+    let mut first = place.start().unwrap();
+    first.service(10, 30080, &[serve(&place.pod, POD, "pod")]).unwrap();
+    let ask = || within(&place.client, || ask_tcp(SocketAddr::from((NODE, 30080))));
+    assert_eq!(filters(&place), [None; 4]);
+    let links = hook_pins(&place.pins, "edge_");
+    assert_eq!(links.len(), 4, "{links:?}");
+    ask().unwrap();
+    drop(first);
+
+    let second = place.start_by_filters().unwrap();
+    assert!(filters(&place).iter().all(Option::is_some));
+    let pins = hook_pins(&place.pins, "edge_");
+    assert!(links.is_disjoint(&pins) && pins.len() == links.len(), "{pins:?}");
+    ask().unwrap();
+    drop(second);
 }

@@ -12,6 +12,7 @@ use weft_cni_netlink::Netlink;
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::require;
 
+use crate::links::run;
 use crate::place::{ask_tcp, serve, within};
 
 /// A bound against waiting for ever.
@@ -40,9 +41,16 @@ pub(crate) fn overlay(number: u8, (netns, underlay): (&Netns, &str), nodes: &[(&
 
 /// Two nodes with a pod each, and a link between the nodes.
 pub(crate) fn two_nodes() -> (Vec<Netns>, Vec<Netns>) {
+    two_nodes_joined(|nodes| {
+        let [first, second] = nodes else { panic!("two nodes") };
+        run(&format!("-n {} link add up0 type veth peer name up0 netns {}", first.name(), second.name()));
+    })
+}
+
+/// The same, with other devices `up0`.
+pub(crate) fn two_nodes_joined(join: impl FnOnce(&[Netns])) -> (Vec<Netns>, Vec<Netns>) {
     let netns: Vec<Netns> = (0..2).map(|_| Netns::new("ov").unwrap()).collect();
     let pods: Vec<Netns> = (0..2).map(|_| Netns::new("op").unwrap()).collect();
-    let run = |command: String| ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
     let set = |netns: &Netns, setting: &str, value: &str| {
         within(netns, || std::fs::write(format!("/proc/sys/net/{setting}"), value)).unwrap();
     };
@@ -50,23 +58,23 @@ pub(crate) fn two_nodes() -> (Vec<Netns>, Vec<Netns>) {
         // A bridge asks for a pod from its link-local address, which waits a second for duplicates. The plugin tells it instead.
         set(netns, "ipv6/conf/default/accept_dad", "0");
     }
-    run(format!("-n {} link add up0 type veth peer name up0 netns {}", netns[0].name(), netns[1].name()));
+    join(&netns);
     for number in 1..=2_u8 {
         let (n, p) = (netns[usize::from(number) - 1].name(), pods[usize::from(number) - 1].name());
-        run(format!("-n {n} addr add 192.168.79.{number}/24 dev up0"));
-        run(format!("-n {n} addr add fd79::{number}/64 dev up0 nodad"));
-        run(format!("-n {n} link set up0 up"));
-        run(format!("-n {n} link add weft0 type bridge"));
-        run(format!("-n {n} addr add 10.42.{number}.1/24 dev weft0"));
-        run(format!("-n {n} addr add fd42:0:0:{number}::1/64 dev weft0 nodad"));
-        run(format!("-n {n} link set weft0 up"));
-        run(format!("-n {n} link add pod0 mtu 1430 type veth peer name eth0 mtu 1430 netns {p}"));
-        run(format!("-n {n} link set pod0 master weft0 up"));
-        run(format!("-n {p} addr add 10.42.{number}.2/24 dev eth0"));
-        run(format!("-n {p} addr add fd42:0:0:{number}::2/64 dev eth0 nodad"));
-        run(format!("-n {p} link set eth0 up"));
-        run(format!("-n {p} route add default via 10.42.{number}.1"));
-        run(format!("-n {p} route add default via fd42:0:0:{number}::1"));
+        run(&format!("-n {n} addr add 192.168.79.{number}/24 dev up0"));
+        run(&format!("-n {n} addr add fd79::{number}/64 dev up0 nodad"));
+        run(&format!("-n {n} link set up0 up"));
+        run(&format!("-n {n} link add weft0 type bridge"));
+        run(&format!("-n {n} addr add 10.42.{number}.1/24 dev weft0"));
+        run(&format!("-n {n} addr add fd42:0:0:{number}::1/64 dev weft0 nodad"));
+        run(&format!("-n {n} link set weft0 up"));
+        run(&format!("-n {n} link add pod0 mtu 1430 type veth peer name eth0 mtu 1430 netns {p}"));
+        run(&format!("-n {n} link set pod0 master weft0 up"));
+        run(&format!("-n {p} addr add 10.42.{number}.2/24 dev eth0"));
+        run(&format!("-n {p} addr add fd42:0:0:{number}::2/64 dev eth0 nodad"));
+        run(&format!("-n {p} link set eth0 up"));
+        run(&format!("-n {p} route add default via 10.42.{number}.1"));
+        run(&format!("-n {p} route add default via fd42:0:0:{number}::1"));
         set(&netns[usize::from(number) - 1], "ipv4/ip_forward", "1");
         set(&netns[usize::from(number) - 1], "ipv6/conf/all/forwarding", "1");
     }

@@ -11,11 +11,11 @@ use crate::entries::{FAMILIES, Family, V4, V6};
 use crate::frames::{ACK, RST, SYN, error, ethernet, frame, packet, read, read_frame};
 use crate::place::{Place, Running, within};
 
-const PASS: u32 = 0;
+pub(crate) const PASS: u32 = 0;
 pub(crate) const DROP: u32 = 2;
 pub(crate) const REDIRECT: u32 = 7;
 
-fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
+pub(crate) fn run(running: &Running, place: &Place, packet: &[u8]) -> (u32, Vec<u8>) {
     run_program(running, place, "weft_ingress", packet)
 }
 
@@ -32,7 +32,7 @@ pub(crate) fn run_program(running: &Running, place: &Place, name: &str, packet: 
 }
 
 /// NodePort 30080 leads to the pod, 30081 to nothing, 30082 to the node itself.
-fn set_up(label: &str) -> (Place, Running) {
+pub(crate) fn set_up(label: &str) -> (Place, Running) {
     let place = Place::new(label).unwrap();
     let mut running = place.start().unwrap();
     for family in FAMILIES {
@@ -43,7 +43,7 @@ fn set_up(label: &str) -> (Place, Running) {
     (place, running)
 }
 
-fn client(family: &Family, port: u16) -> SocketAddr {
+pub(crate) fn client(family: &Family, port: u16) -> SocketAddr {
     SocketAddr::new(family.client, port)
 }
 
@@ -71,7 +71,7 @@ fn packets_that_are_nobodys_pass_untouched() {
             ("through the node", frame(TCP, from, SocketAddr::new(family.pod, 30080), SYN)),
             ("to nobody", frame(UDP, SocketAddr::new(family.pod, 5000), SocketAddr::new(nobody, 53), 0)),
             ("neither family", arp),
-            ("neither TCP nor UDP", other),
+            ("of another protocol", other),
             ("cut off", short),
             ("error about a stranger", error(family.pod, family.gateway, [3, 4], unknown)),
         ];
@@ -227,7 +227,7 @@ fn refusals_are_valid_packets() {
 }
 
 /// Unreachable, "too big", time exceeded.
-fn error_kinds(family: &Family) -> [[u8; 2]; 3] {
+pub(crate) fn error_kinds(family: &Family) -> [[u8; 2]; 3] {
     if family.node.is_ipv4() { [[3, 3], [3, 4], [11, 0]] } else { [[1, 4], [2, 0], [3, 0]] }
 }
 

@@ -1,5 +1,6 @@
 //! A node in a network namespace, with a pod on its bridge and a client outside, joined by veth pairs.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -148,6 +149,13 @@ impl Drop for Place {
     fn drop(&mut self) {
         remove(&self.pins, &self.cgroup);
     }
+}
+
+/// Names of the pins of programs' places that begin so.
+pub(crate) fn hook_pins(pins: &Path, start: &str) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(pins.join("links")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with(start)).collect()
 }
 
 /// Removes what [`start`] leaves.

@@ -17,7 +17,8 @@ use crate::entries::{FAMILIES, Family};
 use crate::frames::{ACK, SYN, frame, read_frame};
 use crate::packets::{DROP, REDIRECT, run_program};
 use crate::place::{
-    GATEWAY, GATEWAY6, Place, Running, SOON, ask_again, ask_tcp, ask_udp, connected_udp, serve, within,
+    GATEWAY, GATEWAY6, POD, Place, Running, SOON, ask_again, ask_tcp, ask_udp, connected_udp, hook_pins,
+    serve, within,
 };
 
 /// The other pod's addresses.
@@ -29,7 +30,7 @@ const NEXT: u32 = u32::MAX;
 const MANY: u64 = 200;
 
 /// The place with a second pod, and Services' programs at work.
-fn set_up(label: &str) -> (Place, Netns, Running) {
+pub(crate) fn set_up(label: &str) -> (Place, Netns, Running) {
     let place = Place::new(label).unwrap();
     let other = Netns::new(label).unwrap();
     let (n, o) = (place.node.name(), other.name());
@@ -50,12 +51,12 @@ fn set_up(label: &str) -> (Place, Netns, Running) {
     (place, other, running)
 }
 
-fn other(family: &Family) -> IpAddr {
+pub(crate) fn other(family: &Family) -> IpAddr {
     OTHER[usize::from(family.pod.is_ipv6())]
 }
 
 /// Puts programs at the edges of the pods with these addresses.
-fn edges(place: &Place, running: &Running, addresses: &[IpAddr]) -> Edges {
+pub(crate) fn edges(place: &Place, running: &Running, addresses: &[IpAddr]) -> Edges {
     let mut edges = Edges::new(&running.programs).unwrap();
     take_in(place, &mut edges, addresses);
     edges
@@ -87,6 +88,23 @@ fn packets(netns: &Netns, device: &str, direction: &str) -> u64 {
         .unwrap();
     let links: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     links[0]["stats64"][direction]["packets"].as_u64().unwrap()
+}
+
+#[test]
+fn a_pod_that_comes_and_goes_makes_no_link() {
+    if !require("dataplane::podedge-filters", &NEEDS) {
+        return;
+    }
+    let (place, client, running) = set_up("pf");
+    let mut edges = edges(&place, &running, &[POD.into(), OTHER[0]]);
+    let pins = hook_pins(&place.pins, "pod_");
+    assert_eq!(pins.len(), 6, "{pins:?}");
+    assert!(pins.iter().all(|pin| pin.contains("-filter")), "{pins:?}");
+    ip(&["-n", place.node.name(), "link", "del", "pod1"]).unwrap();
+    take_in(&place, &mut edges, &[POD.into()]);
+    let rest = hook_pins(&place.pins, "pod_");
+    assert!(rest.is_subset(&pins) && rest.len() == 3, "{rest:?}");
+    drop(client);
 }
 
 #[test]

@@ -51,6 +51,7 @@ const DATAPLANE: Run = Run {
         "packets::packets_to_services",
         "packets::programs_stay_far",
         "policy::policies_hold",
+        "sctp::sockets",
         "services::every_address",
         "sockets::a_pod_is_served",
         "sockets::a_process_of_the_node",

@@ -14,6 +14,8 @@ pub(super) const PORT: u16 = 8080;
 pub(super) const ALL: &str = "all";
 /// Seconds that one request may take.
 const SECONDS: u32 = 5;
+/// A body that fills many packets of whatever size: what is lost of large ones only shows with it.
+const BODY_BYTES: u32 = 262_144;
 /// How often a server asks itself before it gives up: its Service follows a moment after it is Ready.
 const HAIRPIN_TRIES: u32 = 20;
 
@@ -29,7 +31,7 @@ pub(super) struct Place<'a> {
 /// What is asked.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
-    /// `pod`, `service`, `nodeport` or `dns`.
+    /// `pod`, `body`, `service`, `nodeport` or `dns`.
     pub(super) check: &'static str,
     /// In words.
     pub(super) to: String,
@@ -49,6 +51,17 @@ impl Target {
 
     pub(super) fn pod(node: &str, address: SocketAddr, server: &str) -> Self {
         Self::fetch("pod", format!("pod on {node}"), address, server.to_owned())
+    }
+
+    /// Asked by pods only.
+    pub(super) fn body(node: &str, address: SocketAddr) -> Self {
+        Self {
+            check: "body",
+            to: format!("pod on {node}, {} KiB", BODY_BYTES / 1_024),
+            address: None,
+            command: format!("sh -c 'wget -qO- http://{address}/body | wc -c'"),
+            wanted: BODY_BYTES.to_string(),
+        }
     }
 
     pub(super) fn service(node: &str, address: SocketAddr, server: &str) -> Self {
@@ -114,7 +127,7 @@ pub(super) fn server(place: &Place<'_>, own: IpAddr) -> serde_json::Result<Pod> 
     let name = server_name(place.index);
     let own = SocketAddr::new(own, PORT);
     let script = format!(
-        "mkdir -p /tmp/www && echo {name} > /tmp/www/hostname && httpd -p {PORT} -h /tmp/www\n\
+        "mkdir -p /tmp/www && echo {name} > /tmp/www/hostname && head -c {BODY_BYTES} /dev/zero > /tmp/www/body && httpd -p {PORT} -h /tmp/www\n\
          i=0\n\
          while [ $i -lt {HAIRPIN_TRIES} ]; do\n\
          r=$(timeout {SECONDS} wget -qO- http://{own}/hostname 2>&1) && break\n\

@@ -17,7 +17,7 @@ pub(super) enum Outcome {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Line {
-    /// `pod`, `service`, `nodeport`, `dns` or `hairpin`.
+    /// `pod`, `body`, `service`, `nodeport`, `dns` or `hairpin`.
     pub(super) check: &'static str,
     pub(super) from: String,
     pub(super) to: String,
@@ -27,7 +27,7 @@ pub(super) struct Line {
 impl Line {
     /// In the order in which one thing needs the other.
     pub(super) fn order(&self) -> usize {
-        ["pod", "service", "hairpin", "nodeport", "dns"]
+        ["pod", "body", "service", "hairpin", "nodeport", "dns"]
             .iter()
             .position(|name| *name == self.check)
             .unwrap_or(9)

@@ -143,6 +143,11 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
         return vec![Finding::fail("devices", format!("the pods' bridge {BRIDGE} is not there"), advice)];
     };
     let mut findings = Vec::new();
+    if named(OVERLAY).is_some_and(|overlay| overlay.leaves_checksums == Some(false)) {
+        let says = format!("{OVERLAY} leaves no checksums to the network card, which costs processor time");
+        let advice = "if the agent's log says that the card breaks them, give it other firmware or another driver; else turn them on by ethtool";
+        findings.push(Finding::warn("checksums", says, advice));
+    }
     match named(OVERLAY) {
         Some(overlay) if !overlay.running => {
             findings.push(Finding::fail("devices", format!("{OVERLAY} carries no packets"), "set it up"));
@@ -173,8 +178,9 @@ fn devices(devices: &[Device]) -> Vec<Finding> {
 }
 
 /// Whether the node's routes lead to the pods of every other node, through the tunnel to that node.
-pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
+pub(super) fn peers(node: &NodeHandle, all: &[Node], health: &Health) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let tunnels = health.devices.iter().find(|device| device.name == OVERLAY).map(|device| device.mtu_bytes);
     let (mut by_tunnel, mut by_link) = (0, 0);
     for peer in all.iter().filter(|peer| peer.name_any() != node.name) {
         let name = peer.name_any();
@@ -183,8 +189,11 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
         let mut ranges: Vec<IpNetwork> = listed.filter_map(|range| range.parse().ok()).collect();
         ranges.sort();
         ranges.dedup();
+        let mut narrow = None;
         for range in ranges {
-            match node.ask::<Path>(&Request::Path { to: second(range) }) {
+            let asked = node.ask::<Path>(&Request::Path { to: second(range) });
+            narrow = narrow.or(asked.as_ref().ok().and_then(|path| narrower(path, tunnels)));
+            match asked {
                 Ok(path) => match toward(&path, peer, range) {
                     None if path.tunnel.is_some() => by_tunnel += 1,
                     None => by_link += 1,
@@ -198,6 +207,11 @@ pub(super) fn peers(node: &NodeHandle, all: &[Node]) -> Vec<Finding> {
                     findings.push(Finding::fail("overlay", format!("{error:#}"), "start the node's agent"))
                 }
             }
+        }
+        if let Some((takes, tunnel)) = narrow {
+            let says = format!("to {name}: tunnels take packets of {takes} bytes, and of {tunnel} elsewhere");
+            let advice = "give all links between the nodes one MTU; until then each pod is told by its first packet that is too large";
+            findings.push(Finding::warn("mtu", says, advice));
         }
     }
     match node.silent(all) {
@@ -230,6 +244,12 @@ fn second(range: IpNetwork) -> IpAddr {
     }
 }
 
+/// What a tunnel takes that is narrower than its device, and what that takes.
+fn narrower(path: &Path, tunnels: Option<u32>) -> Option<(u32, u32)> {
+    let (takes, tunnel) = (path.mtu_bytes?, tunnels?);
+    (path.tunnel.is_some() && takes < tunnel).then_some((takes, tunnel))
+}
+
 /// What is wrong with the way to a peer's pods.
 fn toward(path: &Path, peer: &Node, range: IpNetwork) -> Option<String> {
     if path.device.is_none() {
@@ -257,12 +277,14 @@ mod tests {
 
     use k8s_openapi::jiff::Timestamp;
     use weft_agent_dataplane::observe::health::{Fill, Hook};
+    use weft_agent_dataplane::observe::path::Way;
 
     use super::super::Level;
     use super::*;
 
     fn device(name: &str, mtu_bytes: u32) -> Device {
-        Device { name: name.to_owned(), kind: String::new(), mtu_bytes, running: true }
+        let leaves_checksums = (name == OVERLAY).then_some(true);
+        Device { name: name.to_owned(), kind: String::new(), mtu_bytes, running: true, leaves_checksums }
     }
 
     fn healthy() -> Health {
@@ -294,6 +316,31 @@ mod tests {
     }
 
     #[test]
+    fn a_tunnel_that_takes_less_than_others_is_seen() {
+        let path = |tunnel: Option<&str>, mtu_bytes| Path {
+            to: [10, 42, 1, 2].into(),
+            way: Way::Device,
+            device: None,
+            gateway: None,
+            source: None,
+            mtu_bytes,
+            running: true,
+            tunnel: tunnel.map(|ip| ip.parse().unwrap()),
+            missing: None,
+        };
+        let rows = [
+            (path(Some("10.44.0.3"), Some(1_350)), Some(1_450), Some((1_350, 1_450))),
+            (path(Some("10.44.0.3"), Some(1_450)), Some(1_450), None),
+            (path(None, Some(1_350)), Some(1_450), None),
+            (path(Some("10.44.0.3"), None), Some(1_450), None),
+            (path(Some("10.44.0.3"), Some(1_350)), None, None),
+        ];
+        for (path, tunnels, expected) in rows {
+            assert_eq!(narrower(&path, tunnels), expected, "{path:?}");
+        }
+    }
+
+    #[test]
     fn each_fact_is_judged_alone() {
         assert_eq!(wrong(|_| {}), []);
         assert_eq!(wrong(|h| h.kernel = "5.10.0-30-amd64".to_owned()), [(Level::Fail, "kernel")]);
@@ -303,6 +350,8 @@ mod tests {
         assert_eq!(wrong(|h| h.hooks[0].missing = Some("gone".to_owned())), [(Level::Fail, "hooks")]);
         assert_eq!(wrong(|h| h.maps[0].entries = 81), [(Level::Warn, "maps")]);
         assert_eq!(wrong(|h| h.devices[1].mtu_bytes = 1399), [(Level::Warn, "mtu")]);
+        assert_eq!(wrong(|h| h.devices[1].leaves_checksums = Some(false)), [(Level::Warn, "checksums")]);
+        assert_eq!(wrong(|h| h.devices[1].leaves_checksums = None), [], "an earlier agent's answer");
         assert_eq!(wrong(|h| h.devices[0].mtu_bytes = 1500), [], "a node that routes natively");
         assert_eq!(wrong(|h| h.devices.clear()), [(Level::Fail, "devices")]);
         let set = |name: &'static str, value: &'static str| {
