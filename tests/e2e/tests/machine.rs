@@ -25,18 +25,11 @@ fn a_machine_becomes_a_cluster_and_is_a_machine_again() -> anyhow::Result<()> {
     }
     let before = look()?;
     weft(&["up", "--detach"])?;
-    let outcome = use_it();
-    if outcome.is_err() {
-        // Whoever reads of the failure can't look at the machine any more.
-        eprintln!(
-            "{}",
-            Command::new(weft_binary().map_err(anyhow::Error::msg)?).arg("doctor").output().map_or_else(
-                |error| error.to_string(),
-                |output| String::from_utf8_lossy(&output.stdout).into_owned(),
-            )
-        );
+    if let Err(error) = use_it() {
+        // Whoever reads of it can't look at the machine any more.
+        let doctor = Command::new(weft_binary().map_err(anyhow::Error::msg)?).arg("doctor").output()?;
+        return Err(error.context(format!("weft doctor says:\n{}", String::from_utf8_lossy(&doctor.stdout))));
     }
-    outcome?;
     let busy = look()?;
     // Else the looking itself would be blind.
     for part in ["processes", "mounts", "cgroups", "devices", "programs", "folders"] {
@@ -75,7 +68,7 @@ fn use_it() -> anyhow::Result<()> {
     }
     weft(&["net", "check"])?;
     let said = weft(&["doctor"])?;
-    eprintln!("{said}");
+    ensure!(said.contains(" 0 to look at, 0 broken"), "{said}");
     Ok(())
 }
 

@@ -13,8 +13,8 @@ const PEERS: [&str; 1] = ["kube-proxy"];
 /// What a kernel has or lacks: it can't be installed.
 const KERNELS: [&str; 1] = ["sctp"];
 
-/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `sctp`, `xdp`, `layers` (many in an image), `etcd`, `kubectl`, `artifacts`,
-/// `weft`, `postgres-image`, or the name of any program.
+/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `sctp`, `xdp`, `tcx`, `layers` (many in an image), `etcd`, `kubectl`,
+/// `artifacts`, `weft`, `postgres-image`, or the name of any program.
 ///
 /// A test that gets `false` returns at once; the skip is written to standard error and, for the summary of
 /// `cargo xtask test`, to the file that `WEFT_SKIP_LOG` names.
@@ -70,6 +70,8 @@ fn present(need: &str) -> Result<(), String> {
         },
         // Older ones don't say which devices take frames, so XDP hands none over.
         "xdp" => linux((6, 3)),
+        // Older ones hook programs for packets by filters alone.
+        "tcx" => linux((6, 6)),
         // Older ones take one list of layers, which must fit into a page.
         "layers" => linux((6, 7)),
         "artifacts" => artifact("weft.bpf.o").map(|_| ()),

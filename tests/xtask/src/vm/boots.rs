@@ -56,7 +56,7 @@ const DATAPLANE: Run = Run {
         "sockets::a_pod_is_served",
         "sockets::a_process_of_the_node",
     ],
-    lacks: &[],
+    lacks: &[("tcx", "links for packets are there since Linux 6.6")],
 };
 
 /// From `weft up` to `weft down --purge`, as on a machine that is used for nothing else.

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::resource::{Resource, setrlimit};
@@ -28,6 +28,10 @@ const CONTROLLERS: [&str; 8] = ["cpu", "cpuacct", "cpuset", "memory", "devices",
 
 /// Does the job that a file holds.
 pub(crate) fn run(job: &Path) -> anyhow::Result<()> {
+    ensure!(
+        !Path::new("/proc/self").exists(),
+        "this is no machine that was just booted: it would be taken apart"
+    );
     let job = fs::read(job).with_context(|| format!("cannot read {}", job.display()))?;
     let job: Job = serde_json::from_slice(&job).context("cannot read the job")?;
     furnish(&job)?;

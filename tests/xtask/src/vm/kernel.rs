@@ -24,10 +24,15 @@ pub(super) struct Kernel {
 
 /// Finds, downloads and unpacks it; what was unpacked before stays.
 pub(super) fn fetch() -> anyhow::Result<Kernel> {
-    let package = newest().or_else(|_| {
+    // The list of packages may be missing, or name one that is offered no more.
+    find().or_else(|first| {
         quiet(Command::new("apt-get").args(["update", "-qq"]))?;
-        newest()
-    })?;
+        find().with_context(|| format!("at first: {first:#}"))
+    })
+}
+
+fn find() -> anyhow::Result<Kernel> {
+    let package = newest()?;
     let release =
         package.strip_prefix("linux-image-").context("a kernel's package has another name")?.to_owned();
     ensure!(release.starts_with(SERIES), "Debian 12's kernel is a {SERIES}*, but {NEWEST} is {release} here");
