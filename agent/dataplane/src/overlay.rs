@@ -50,6 +50,8 @@ pub struct Overlay {
     proven: BTreeSet<IpNetwork>,
     /// What ways take that are narrower than they begin, by the other end.
     found: Widths,
+    /// What the routes said of it that an earlier agent left, once they were read.
+    adopted: Option<Widths>,
     /// A card that breaks checksums within tunnels.
     broken: Option<Broken>,
     /// Of the device of this number, which may be down now.
@@ -80,6 +82,7 @@ impl Overlay {
             addresses: BTreeSet::new(),
             proven: BTreeSet::new(),
             found: Widths::new(),
+            adopted: None,
             broken: None,
             finisher: (0, Finisher::default()),
             index: 0,
@@ -239,6 +242,7 @@ impl Overlay {
             self.pruned = false;
         }
         self.narrow.retain(|address, _| wanted.iter().any(|peer| peer.address == *address));
+        self.adopt_widths(&mut netlink)?;
         let mut result = self.choose_finisher();
         let gone = self.applied.keys().filter(|peer| !wanted.contains(peer));
         for peer in gone.cloned().collect::<Vec<_>>() {
@@ -268,6 +272,24 @@ impl Overlay {
         }
         self.dirty = result.is_err();
         result
+    }
+
+    /// What an earlier agent has measured holds until there is better.
+    fn adopt_widths(&mut self, netlink: &mut Netlink) -> Result<(), Error> {
+        if self.adopted.is_some() {
+            return Ok(());
+        }
+        let routes = netlink.routes()?;
+        let by_tunnel = routes.iter().filter(|route| route.index == self.index && self.is_own(route));
+        let widths = by_tunnel.filter_map(|route| {
+            let mut peers = self.nodes.values();
+            let peer = peers.find(|peer| peer.pods.contains(&route.destination))?;
+            Some((peer.address, route.mtu_bytes?.saturating_add(overhead_bytes(peer.address))))
+        });
+        let adopted: Widths = widths.collect();
+        self.found.clone_from(&adopted);
+        self.adopted = Some(adopted);
+        Ok(())
     }
 
     /// Leaves checksums to the card, or not.

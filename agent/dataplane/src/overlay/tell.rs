@@ -10,7 +10,7 @@ use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
 use super::offload::{Card, Finisher, Witness, Witnesses};
 use super::trial::Trials;
 use super::ways::Range;
-use super::width::Ways;
+use super::width::{First, Ways, Widths};
 use super::{Overlay, Peer, Routing, peer};
 use crate::peers::echo::Question;
 
@@ -73,7 +73,9 @@ impl Overlay {
     /// What has to be measured: the ways to other nodes.
     #[must_use]
     pub fn ways(&self) -> Ways {
-        self.applied.values().flat_map(|entries| &entries.firsts).map(|(to, first)| (*to, *first)).collect()
+        let firsts = self.applied.values().flat_map(|entries| &entries.firsts);
+        let believed = |to: &IpAddr| self.adopted.as_ref().and_then(|adopted| adopted.get(to).copied());
+        firsts.map(|(to, first)| (*to, First { believed_bytes: believed(to), ..*first })).collect()
     }
 
     /// Who can tell whether the card finishes checksums within tunnels: the bridges of nodes that a tunnel leads to.
@@ -94,6 +96,11 @@ impl Overlay {
     /// Whether the card finishes checksums within tunnels.
     pub(crate) fn leaves_checksums(&self) -> bool {
         self.finisher.1 == Finisher::Card
+    }
+
+    /// What the ways take that are narrower than they begin.
+    pub(crate) fn found(&self) -> &Widths {
+        &self.found
     }
 
     /// The Node that has an address, itself or for its pods.

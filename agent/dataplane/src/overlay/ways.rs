@@ -128,7 +128,8 @@ impl Ground {
             }
             if is_near || *router == peer.address {
                 let takes_bytes = set_bytes.unwrap_or(u32::MAX).min(link.mtu_bytes);
-                let first = First { device: way.index, gateway: way.gateway, takes_bytes };
+                let first =
+                    First { device: way.index, gateway: way.gateway, takes_bytes, believed_bytes: None };
                 ground.firsts.insert(*router, first);
             }
         }

@@ -49,6 +49,8 @@ pub struct First {
     pub gateway: Option<IpAddr>,
     /// The largest packet that it takes.
     pub takes_bytes: u32,
+    /// What the whole way took when an earlier agent measured it.
+    pub believed_bytes: Option<u32>,
 }
 
 /// The ways to be measured, by the other end.
@@ -234,7 +236,8 @@ impl Survey {
             let first = First { takes_bytes: first.takes_bytes.min(LARGEST_BYTES), ..*first };
             let way = match self.ways.remove(to) {
                 Some(way) if way.first == first => way,
-                before => Way::new(*to, first, before.and_then(|way| way.narrow), now),
+                Some(before) => Way::new(*to, first, before.narrow, now),
+                None => Way::new(*to, first, first.believed_bytes, now),
             };
             // Of what takes no more than everybody does nothing can be learned.
             (first.takes_bytes > way.least_bytes).then_some((*to, way))

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Dataplane;
 use crate::overlay::offload;
-use crate::overlay::width::{self, Widths};
+use crate::overlay::width;
 use crate::trouble::Finding;
 
 /// What is to be told of while the API is slow. A link that becomes narrow does so towards all nodes at once.
@@ -18,8 +18,6 @@ const MAX_FINDINGS: usize = 64;
 pub(super) struct Findings {
     pub(super) widths: width::Ends,
     pub(super) checksums: offload::Ends,
-    /// What was told of.
-    known: Widths,
     tell: mpsc::Sender<Finding>,
 }
 
@@ -33,7 +31,7 @@ pub(super) fn begin(
     let both = async {
         tokio::join!(measuring, testing);
     };
-    (Findings { widths, checksums, known: Widths::new(), tell }, told, both)
+    (Findings { widths, checksums, tell }, told, both)
 }
 
 impl Dataplane {
@@ -41,7 +39,7 @@ impl Dataplane {
     pub(super) fn take_widths(&mut self) {
         let found = self.findings.widths.found.borrow_and_update().clone();
         self.shared.metrics.narrow_ways(found.len());
-        for (address, takes_bytes) in width::turns(&self.findings.known, &found) {
+        for (address, takes_bytes) in width::turns(self.overlay.found(), &found) {
             let node = self.name_of(address);
             match takes_bytes {
                 Some(takes_bytes) => {
@@ -53,8 +51,7 @@ impl Dataplane {
             }
             self.tell(Finding::Width { node, address, takes_bytes });
         }
-        self.overlay.set_found(found.clone());
-        self.findings.known = found;
+        self.overlay.set_found(found);
     }
 
     /// Takes in whether the card breaks checksums within tunnels.

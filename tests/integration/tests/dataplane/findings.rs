@@ -69,6 +69,7 @@ fn an_agent_finds_what_is_wrong_with_the_network_and_says_so() {
     within(&netns[0], || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(life(&api, &config));
+        runtime.block_on(next_life(&api, &config));
         // What it has found out holds without it.
         assert!(!finishes(&netns[0]));
         assert_eq!(get_through(&pods[0], servers), [true; 4]);
@@ -82,6 +83,34 @@ fn events(api: &Api) -> Vec<String> {
     let mut reasons: Vec<String> = api.created().iter().map(reason).collect();
     reasons.sort();
     reasons
+}
+
+/// The next agent finds all as it should be, and says nothing of it again.
+async fn next_life(api: &Api, config: &Config) {
+    let told = api.created().len();
+    let shutdown = CancellationToken::new();
+    let (programmed, mut is_programmed) = watch::channel(false);
+    let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
+    tokio::time::timeout(PATIENCE, is_programmed.wait_for(|is| *is)).await.unwrap().unwrap();
+    let wanted = ["weft_dataplane_narrow_paths 1\n", "weft_dataplane_checksum_offload_off 1\n"];
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let metrics = get(10_249, "/metrics").await;
+        if wanted.iter().all(|line| metrics.contains(line)) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{metrics}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(routes_take(), [Some(NARROW - 50); 2]);
+    assert_eq!(api.created().len(), told);
+    shutdown.cancel();
+    tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap();
+}
+
+/// What fits on the routes to the other node's pods.
+fn routes_take() -> [Option<u32>; 2] {
+    pod(2).map(|ip| Netlink::open().unwrap().route_to(ip).unwrap().unwrap().mtu_bytes)
 }
 
 async fn life(api: &Api, config: &Config) {
@@ -106,8 +135,7 @@ async fn life(api: &Api, config: &Config) {
     for line in ["weft_dataplane_narrow_paths 1\n", "weft_dataplane_checksum_offload_off 1\n"] {
         assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
-    let mtu = pod(2).map(|ip| Netlink::open().unwrap().route_to(ip).unwrap().unwrap().mtu_bytes);
-    assert_eq!(mtu, [Some(NARROW - 50); 2]);
+    assert_eq!(routes_take(), [Some(NARROW - 50); 2]);
     shutdown.cancel();
     tokio::time::timeout(PATIENCE, running).await.unwrap().unwrap().unwrap();
 }

@@ -120,6 +120,12 @@ fn a_way_that_is_narrow_behind_a_router_is_found_and_told_to_pods() {
         );
     }
 
+    // The next agent goes on with it.
+    let next = links.overlay(1, Routing::Tunnel);
+    assert_eq!((mtu(links.node(1), 3), mtu(links.node(1), 2)), ([Some(NARROW - TUNNEL_BYTES); 2], [None; 2]));
+    let believed = [3, 2].map(|other| next.ways()[&address(other)[0]].believed_bytes);
+    assert_eq!(believed, [Some(NARROW), None]);
+
     // Wide again, and as wide as the first link, whatever that takes.
     narrow(&links, 1_500);
     for (link, tunnel) in [(1_450, Some(1_400)), (1_500, None)] {
@@ -139,7 +145,7 @@ fn a_way_of_ipv6_is_measured_alike_and_nobody_there_is_no_narrow_way() {
     }
     let links = Links::new();
     narrow(&links, NARROW);
-    let way = First { device: 1, gateway: None, takes_bytes: 1_500 };
+    let way = First { device: 1, gateway: None, takes_bytes: 1_500, believed_bytes: None };
     let nobody: [IpAddr; 2] = ["192.168.80.77", "fd80::77"].map(|ip| ip.parse().unwrap());
     let both = address(2).into_iter().chain(address(3));
     let ways = both.chain(nobody).map(|to| (to, way)).collect();

@@ -3,7 +3,7 @@
 use super::*;
 
 const TO: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
-const LINK: First = First { device: 2, gateway: None, takes_bytes: 1_500 };
+const LINK: First = First { device: 2, gateway: None, takes_bytes: 1_500, believed_bytes: None };
 
 /// A way whose questions are numbered, and the clock.
 struct Walk {
@@ -102,6 +102,8 @@ fn a_way_that_begins_elsewhere_is_measured_again_at_once() {
     assert_eq!(state(&survey), (None, false), "the link itself takes no more");
     survey.take_in(&Ways::from([(TO, First { takes_bytes: 576, ..LINK })]));
     assert!(survey.ways.is_empty(), "nothing to be learned");
+    survey.take_in(&Ways::from([(TO, First { believed_bytes: Some(1_400), ..LINK })]));
+    assert_eq!(state(&survey), (Some(1_400), false), "as an earlier agent left it");
 }
 
 #[test]
