@@ -12,6 +12,7 @@ use nix::mount::{MsFlags, mount, umount};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::Mode;
 use nix::sys::termios::{SetArg, cfmakeraw, tcdrain, tcgetattr, tcsetattr};
+use nix::unistd::{gethostname, sethostname};
 
 use super::initramfs::DISK;
 use super::job::{Cgroups, Job, Mark, Program};
@@ -28,9 +29,10 @@ const CONTROLLERS: [&str; 8] = ["cpu", "cpuacct", "cpuset", "memory", "devices",
 
 /// Does the job that a file holds.
 pub(crate) fn run(job: &Path) -> anyhow::Result<()> {
+    // What lies at /proc is the host's still.
     ensure!(
-        !Path::new("/proc/self").exists(),
-        "this is no machine that was just booted: it would be taken apart"
+        gethostname()? == "(none)",
+        "this machine has a name, so it was not just booted: it would be taken apart"
     );
     let job = fs::read(job).with_context(|| format!("cannot read {}", job.display()))?;
     let job: Job = serde_json::from_slice(&job).context("cannot read the job")?;
@@ -69,7 +71,7 @@ fn furnish(job: &Job) -> anyhow::Result<()> {
         quiet(Command::new("/sbin/modprobe").arg(module))?;
     }
     mount(none, "/", none, MsFlags::MS_SHARED | MsFlags::MS_REC, none).context("share the mounts")?;
-    nix::unistd::sethostname("debian")?;
+    sethostname("debian")?;
     quiet(Command::new("/sbin/ip").args(["link", "set", "lo", "up"]))?;
     // What systemd sets.
     setrlimit(Resource::RLIMIT_NOFILE, 1024, 1 << 20).context("allow more open files")
