@@ -13,7 +13,8 @@ const PEERS: [&str; 1] = ["kube-proxy"];
 /// What a kernel has or lacks: it can't be installed.
 const KERNELS: [&str; 1] = ["sctp"];
 
-/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `sctp`, `etcd`, `kubectl`, `artifacts`, `weft`, `postgres-image`, or the name of any program.
+/// Whether what a test needs is here: `root`, `bpf`, `ipv6`, `sctp`, `xdp`, `tcx`, `layers` (many in an image), `etcd`, `kubectl`,
+/// `artifacts`, `weft`, `postgres-image`, or the name of any program.
 ///
 /// A test that gets `false` returns at once; the skip is written to standard error and, for the summary of
 /// `cargo xtask test`, to the file that `WEFT_SKIP_LOG` names.
@@ -68,18 +69,25 @@ fn present(need: &str) -> Result<(), String> {
             false => Err("the kernel has no SCTP, or its module is not loaded".to_owned()),
         },
         // Older ones don't say which devices take frames, so XDP hands none over.
-        "xdp" => {
-            let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-            let mut numbers = kernel.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-            if (numbers.next(), numbers.next()) >= (Some(6), Some(3)) {
-                Ok(())
-            } else {
-                Err(format!("Linux {} is older than 6.3", kernel.trim()))
-            }
-        }
+        "xdp" => linux((6, 3)),
+        // Older ones hook programs for packets by filters alone.
+        "tcx" => linux((6, 6)),
+        // Older ones take one list of layers, which must fit into a page.
+        "layers" => linux((6, 7)),
         "artifacts" => artifact("weft.bpf.o").map(|_| ()),
         "weft" => weft_binary().map(|_| ()),
         program => which(program).map(|_| ()).ok_or_else(|| format!("no {program} on PATH")),
+    }
+}
+
+/// Whether the kernel is of this version, or newer.
+fn linux(wanted: (u32, u32)) -> Result<(), String> {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = kernel.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    if (numbers.next(), numbers.next()) >= (Some(wanted.0), Some(wanted.1)) {
+        Ok(())
+    } else {
+        Err(format!("Linux {} is older than {}.{}", kernel.trim(), wanted.0, wanted.1))
     }
 }
 

@@ -1,11 +1,14 @@
 //! All tests, and everything else that a change must pass.
 
 use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 use crate::steps::{cargo, loud, quiet, step, target};
-use crate::{artifacts, images, layers, machine};
+use crate::{artifacts, images, layers, machine, vm};
 
 /// Builds what the tests need, runs them all, and tells what was skipped and why.
 pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
@@ -20,9 +23,8 @@ pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
     }
     let skip_log = target("")?.join("skipped-tests.txt");
     let _ = fs::remove_file(&skip_log);
-    let mut command = cargo(&["test", "--workspace", "--no-fail-fast"]);
-    command.env("WEFT_SKIP_LOG", &skip_log).env("WEFT_ARTIFACTS", target("artifacts")?);
-    command.env("WEFT_IMAGES", target("images")?);
+    let mut command = cargo_test()?;
+    command.arg("--no-fail-fast").env("WEFT_SKIP_LOG", &skip_log).env("WEFT_IMAGES", target("images")?);
     // Cargo runs each test program by this one, which ends it when it hangs.
     let runner = std::env::current_exe().context("find this program")?;
     command
@@ -30,11 +32,30 @@ pub(crate) fn test(args: &[String]) -> anyhow::Result<()> {
         .arg(format!("target.'cfg(all())'.runner = ['{}', 'run-test']", runner.display()))
         .args(args);
     let outcome = loud(&mut command);
+    // Who names tests wants those alone.
+    let machines = if args.is_empty() { in_machines(is_root, &skip_log) } else { Ok(()) };
     report_skips(&skip_log)?;
-    outcome
+    outcome.and(machines)
 }
 
-fn report_skips(log: &std::path::Path) -> anyhow::Result<()> {
+/// The tests in emulated machines, or a line in the log of skips.
+fn in_machines(is_root: bool, skip_log: &Path) -> anyhow::Result<()> {
+    let missing = if is_root { vm::missing() } else { Some("not root".to_owned()) };
+    let Some(reason) = missing else { return vm::run_all() };
+    let required = std::env::var("WEFT_REQUIRE").unwrap_or_default();
+    ensure!(required != "all", "tests in emulated machines can't be skipped here: {reason}");
+    let mut log = fs::OpenOptions::new().create(true).append(true).open(skip_log)?;
+    writeln!(log, "SKIP tests in emulated machines: {reason}").context("cannot write the log of skips")
+}
+
+/// `cargo test` of the whole workspace, with the environment that some of it is built by.
+pub(crate) fn cargo_test() -> anyhow::Result<Command> {
+    let mut command = cargo(&["test", "--workspace"]);
+    command.env("WEFT_ARTIFACTS", target("artifacts")?);
+    Ok(command)
+}
+
+fn report_skips(log: &Path) -> anyhow::Result<()> {
     let skipped = fs::read_to_string(log).unwrap_or_default();
     if skipped.is_empty() {
         eprintln!("no test was skipped");
@@ -53,6 +74,7 @@ fn report_skips(log: &std::path::Path) -> anyhow::Result<()> {
 pub(crate) fn ci() -> anyhow::Result<()> {
     machine::check()?;
     machine::install_for_tests()?;
+    machine::install_for_vm()?;
     step("format", || quiet(&mut cargo(&["fmt", "--all", "--check"])).map(|_| ()))?;
     step("layers", layers::check)?;
     step("clippy", || {
@@ -65,7 +87,7 @@ pub(crate) fn ci() -> anyhow::Result<()> {
     })?;
     let program = std::env::current_exe().context("find this program")?;
     // The same command as the README's, in an environment that turns skips into failures.
-    loud(std::process::Command::new(program).arg("test").env("WEFT_REQUIRE", "all"))
+    loud(Command::new(program).arg("test").env("WEFT_REQUIRE", "all"))
 }
 
 /// Builds everything in release mode and measures.

@@ -15,7 +15,13 @@ const DEADLINE: Duration = Duration::from_mins(10);
 /// Runs `command` (a program and its arguments) to its end, or to the deadline.
 pub(crate) fn run(command: &[String]) -> anyhow::Result<()> {
     let (program, args) = command.split_first().context("no program to run")?;
-    let status = within(Command::new(program).args(args), DEADLINE)?;
+    end(Command::new(program).args(args))
+}
+
+/// As [`run`], of a command with an environment of its own.
+pub(crate) fn end(command: &mut Command) -> anyhow::Result<()> {
+    let status = within(command, DEADLINE)?;
+    let program = command.get_program().display();
     if status.success() { Ok(()) } else { bail!("{program} failed ({status})") }
 }
 

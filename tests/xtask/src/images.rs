@@ -228,7 +228,7 @@ fn build(recipe: &Recipe, folder: &Path, archive: &Path) -> anyhow::Result<()> {
 }
 
 /// The package's archive, downloaded once.
-fn download(debs: &Path, package: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn download(debs: &Path, package: &str) -> anyhow::Result<PathBuf> {
     let find = || -> anyhow::Result<Option<PathBuf>> {
         for entry in fs::read_dir(debs)? {
             let path = entry?.path();

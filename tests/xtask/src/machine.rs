@@ -36,6 +36,8 @@ const TEST_PACKAGES: &[&str] = &[
     "curl",
     "strace",
 ];
+/// An emulated machine for the tests, what reads its kernel's modules, what makes its disk.
+const VM_PACKAGES: &[&str] = &["qemu-system-x86", "kmod", "e2fsprogs"];
 const BPF_LINKER: &str = "0.10.3";
 
 /// Fails with one sentence if the machine can't run weft at all.
@@ -67,6 +69,11 @@ pub(crate) fn install_for_up() -> anyhow::Result<()> {
 pub(crate) fn install_for_tests() -> anyhow::Result<()> {
     install_for_up()?;
     install(TEST_PACKAGES)
+}
+
+/// What `cargo xtask vm` takes on top.
+pub(crate) fn install_for_vm() -> anyhow::Result<()> {
+    install(VM_PACKAGES)
 }
 
 fn install(packages: &[&str]) -> anyhow::Result<()> {

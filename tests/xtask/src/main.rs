@@ -12,6 +12,7 @@ mod machine;
 mod musl;
 mod steps;
 mod up;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -71,6 +72,14 @@ enum Task {
         /// Where the table goes
         out: std::path::PathBuf,
     },
+    /// Run kernel tests in emulated machines with Debian 12's own kernel
+    Vm {
+        /// Machines, or runs in them such as `v2/builtin`; all if none is named
+        runs: Vec<String>,
+        /// Names of tests, in place of those that a run chooses
+        #[arg(last = true)]
+        tests: Vec<String>,
+    },
     /// Check which crate may use which
     Layers,
     /// Run a test program and end it when it hangs; `test` has cargo call this
@@ -79,6 +88,12 @@ enum Task {
         /// The program and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+    /// The work within an emulated machine, which `vm` starts
+    #[command(hide = true)]
+    WorkInVm {
+        /// The file that says what to do
+        job: std::path::PathBuf,
     },
 }
 
@@ -94,6 +109,8 @@ fn main() -> ExitCode {
         Task::Bench { args } => checks::bench(&args),
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
         Task::Facts { swagger, discovery, out } => facts::generate(&swagger, &discovery, &out),
+        Task::Vm { runs, tests } => vm::run(&vm::Wish { runs, tests }),
+        Task::WorkInVm { job } => vm::work_inside(&job),
         Task::Layers => layers::check(),
         Task::RunTest { command } => deadline::run(&command),
     };

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
@@ -162,16 +163,24 @@ fn finish(pid: i32, cgroups: &Cgroups, status: &OwnedFd) -> Result<Option<OwnedF
 
 fn listen(status: &OwnedFd) -> Result<Option<OwnedFd>, String> {
     let mut master = None;
+    let mut reset = false;
     loop {
         let mut bytes = [0; MAX_REPORT_BYTES];
         let mut space = nix::cmsg_space!([RawFd; 1]);
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(status.as_raw_fd(), &mut slices, Some(&mut space), flags)
-            .context(|| "hear from the container's process".to_owned())?;
+        let message = match recvmsg::<()>(status.as_raw_fd(), &mut slices, Some(&mut space), flags) {
+            // A child that failed without reading our word resets the connection, which is said once and before its report.
+            Err(Errno::ECONNRESET) if !reset => {
+                reset = true;
+                continue;
+            }
+            heard => heard.context(|| "hear from the container's process".to_owned())?,
+        };
         let descriptors = received(&message);
         let length = message.bytes;
         match bytes[..length].split_first() {
+            None if reset => return Err("the container's process died".to_owned()),
             None => return Ok(master),
             Some((b'T', _)) => master = descriptors.into_iter().next(),
             Some((_, text)) => return Err(String::from_utf8_lossy(text).into_owned()),
@@ -259,4 +268,23 @@ fn terminal(status: &OwnedFd) -> Result<OwnedFd, String> {
     sendmsg::<()>(status.as_raw_fd(), &[IoSlice::new(b"T")], &control, MsgFlags::MSG_NOSIGNAL, None)
         .context(|| "hand the terminal over".to_owned())?;
     Ok(peer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_heard_from_a_child_that_did_not_wait_for_its_parent() {
+        for (report, heard) in [(Some("Ewhy"), "why"), (None, "the container's process died")] {
+            let (ours, theirs) = status_pair().unwrap();
+            nix::sys::socket::send(ours.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL).unwrap();
+            if let Some(report) = report {
+                nix::sys::socket::send(theirs.as_raw_fd(), report.as_bytes(), MsgFlags::MSG_NOSIGNAL)
+                    .unwrap();
+            }
+            drop(theirs);
+            assert_eq!(listen(&ours).unwrap_err(), heard);
+        }
+    }
 }

@@ -275,7 +275,7 @@ async fn layers_stack_and_a_used_image_stays() {
 
 #[tokio::test]
 async fn an_image_may_have_many_layers() {
-    if !require("an_image_may_have_many_layers", &["root"]) {
+    if !require("an_image_may_have_many_layers", &["root", "layers"]) {
         return;
     }
     let node = Node::new().await;

@@ -13,7 +13,8 @@ use weft_agent_runtime::{ContainerSpec, ContainerState, Exit, Runtime, SandboxSp
 
 use crate::image;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// A bound against waiting for ever: an emulated machine takes its time.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The weft-init under test: `WEFT_INIT`, or the one that cargo builds beside this test.
 pub(crate) fn init_path() -> PathBuf {

@@ -77,7 +77,7 @@ fn a_kernel_without_links_carries_services_and_the_next_agent_takes_over() {
 
 #[test]
 fn links_of_an_earlier_agent_are_taken_over() {
-    if !require("dataplane::filters-take-over", &NEEDS) {
+    if !require("dataplane::filters-take-over", &[NEEDS.as_slice(), &["tcx"]].concat()) {
         return;
     }
     let place = Place::new("fl").unwrap();

@@ -33,11 +33,11 @@ pub(crate) const POD6: Ipv6Addr = Ipv6Addr::new(0xfd42, 0, 0, 0, 0, 0, 0, 2);
 pub(crate) const NODE6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
 /// The client's.
 pub(crate) const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 2);
-/// How long a connection may take that should succeed or be refused.
-pub(crate) const SOON: Duration = Duration::from_secs(2);
+/// How long a connection may take that should succeed or be refused. An emulated machine takes its time.
+pub(crate) const SOON: Duration = Duration::from_secs(5);
 
 /// How long a datagram's answer may take.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The namespaces, and the folder of the pins.
 pub(crate) struct Place {

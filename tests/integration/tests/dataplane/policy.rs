@@ -187,7 +187,7 @@ impl Agent {
         let (programmed, mut is_programmed) = watch::channel(false);
         let shutdown = CancellationToken::new();
         let running = tokio::spawn(run(config.clone(), api.client(), programmed, shutdown.clone()));
-        tokio::time::timeout(Duration::from_secs(10), is_programmed.wait_for(|is| *is))
+        tokio::time::timeout(Duration::from_secs(60), is_programmed.wait_for(|is| *is))
             .await
             .unwrap()
             .unwrap();
@@ -436,7 +436,7 @@ async fn late_pod(agent: &Agent, config: &Config, place: &Place, other: &Netns) 
         ip(&command.split(' ').collect::<Vec<_>>()).unwrap();
     }
     serve(&late);
-    tokio::time::timeout(Duration::from_secs(10), waits).await.unwrap().unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), waits).await.unwrap().unwrap().unwrap();
     assert!(no_tcp(other, address, 81), "isolated from its first packet on");
     assert!(tcp(other, address, 80), "and open where its policy says so");
     let pins = |place: &Place| {
