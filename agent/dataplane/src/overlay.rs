@@ -5,6 +5,7 @@
 //! family (IPv4 wherever nodes have it) and carry the pods' packets of both. Nodes that are on a link of this one may be
 //! reached without ([`Routing`]).
 
+pub(crate) mod inquiry;
 pub mod offload;
 mod peer;
 mod ranges;

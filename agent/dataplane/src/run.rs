@@ -31,7 +31,9 @@ use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
 use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
-use crate::overlay::{self, Overlay, Ranges, Routing, trial};
+use crate::overlay::inquiry::Inquiry;
+use crate::overlay::trial::{self, Trials};
+use crate::overlay::{self, Overlay, Ranges, Routing};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
@@ -273,7 +275,7 @@ struct Dataplane {
     overlay: Overlay,
     near: Ranges,
     direct: Ranges,
-    links: trial::Ends,
+    links: Inquiry<Trials, BTreeSet<IpNetwork>>,
     findings: Findings,
     carrier: Carrier,
     identity: NodeConfig,
@@ -338,12 +340,12 @@ impl Dataplane {
                 }
                 Ok(()) = self.peers.silent.changed() => self.take_silent(),
                 () = self.ejecting.ready() => self.take_ejections(),
-                Ok(()) = self.links.proven.changed() => {
-                    let proven = self.links.proven.borrow_and_update().clone();
+                Ok(()) = self.links.found.changed() => {
+                    let proven = self.links.found.borrow_and_update().clone();
                     self.overlay.set_proven(proven);
                 }
                 Ok(()) = self.findings.widths.found.changed() => self.take_widths(),
-                Ok(()) = self.findings.checksums.broken.changed() => self.take_broken(),
+                Ok(()) = self.findings.checksums.found.changed() => self.take_broken(),
                 () = self.searches.progress() => continue,
                 () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
                     due = None;

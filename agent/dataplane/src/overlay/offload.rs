@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::{Error, Offloads};
 
 use self::exam::{Verdict, examine};
+use super::inquiry::Inquiry;
 use crate::OVERLAY;
 
 /// UDP port that the datagrams go to, at which nobody should listen: who did would only see them.
@@ -61,30 +62,12 @@ pub struct Broken {
     pub witness: IpAddr,
 }
 
-/// What the rest of a node has to do with it.
-#[derive(Debug)]
-pub(crate) struct Ends {
-    witnesses: watch::Sender<Witnesses>,
-    /// What is found.
-    pub(crate) broken: watch::Receiver<Option<Broken>>,
-}
-
-impl Ends {
-    /// Says who can be asked.
-    pub(crate) fn set(&self, witnesses: Witnesses) {
-        self.witnesses.send_if_modified(|before| {
-            let news = *before != witnesses;
-            *before = witnesses;
-            news
-        });
-    }
-}
-
 /// The self test of a node, until `shutdown`.
-pub(crate) fn begin(shutdown: CancellationToken) -> (Ends, Pin<Box<impl Future<Output = ()>>>) {
-    let (witnesses, to_ask) = watch::channel(Witnesses::new());
-    let (find, broken) = watch::channel(None);
-    (Ends { witnesses, broken }, Box::pin(run(to_ask, find, shutdown)))
+pub(crate) fn begin(
+    shutdown: CancellationToken,
+) -> (Inquiry<Witnesses, Option<Broken>>, Pin<Box<impl Future<Output = ()>>>) {
+    let (inquiry, witnesses, found) = Inquiry::open();
+    (inquiry, Box::pin(run(witnesses, found, shutdown)))
 }
 
 /// Tests until `shutdown`. `broken` gets a card that is found broken, until no packets go by it any more.

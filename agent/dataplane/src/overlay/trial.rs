@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
+use super::inquiry::Inquiry;
 use crate::peers::echo::Echo;
 
 pub use crate::peers::echo::Question;
@@ -33,30 +34,12 @@ const ECHO_NUMBER: u16 = 1;
 /// A question for each range of pods on this node's links.
 pub type Trials = BTreeMap<IpNetwork, Question>;
 
-/// What the rest of a node has to do with its trials.
-#[derive(Debug)]
-pub(crate) struct Ends {
-    trials: watch::Sender<Trials>,
-    /// Ranges whose pods packets get to.
-    pub(crate) proven: watch::Receiver<BTreeSet<IpNetwork>>,
-}
-
-impl Ends {
-    /// Says what is to be tried.
-    pub(crate) fn set(&self, trials: Trials) {
-        self.trials.send_if_modified(|before| {
-            let news = *before != trials;
-            *before = trials;
-            news
-        });
-    }
-}
-
 /// The trials of a node, until `shutdown`.
-pub(crate) fn begin(shutdown: CancellationToken) -> (Ends, Pin<Box<impl Future<Output = ()>>>) {
-    let (trials, to_try) = watch::channel(Trials::new());
-    let (prove, proven) = watch::channel(BTreeSet::new());
-    (Ends { trials, proven }, Box::pin(run(to_try, prove, shutdown)))
+pub(crate) fn begin(
+    shutdown: CancellationToken,
+) -> (Inquiry<Trials, BTreeSet<IpNetwork>>, Pin<Box<impl Future<Output = ()>>>) {
+    let (inquiry, trials, found) = Inquiry::open();
+    (inquiry, Box::pin(run(trials, found, shutdown)))
 }
 
 /// Tries until `shutdown`. `proven` gets the ranges whose pods packets get to.

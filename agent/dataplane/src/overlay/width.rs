@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::search::{Search, Step};
+use super::inquiry::Inquiry;
 use crate::peers::echo::{Echo, Told};
 
 /// How long a question waits for its answer.
@@ -58,30 +59,12 @@ pub type Ways = BTreeMap<IpAddr, First>;
 /// What the narrow ones take, likewise.
 pub type Widths = BTreeMap<IpAddr, u32>;
 
-/// What the rest of a node has to do with it.
-#[derive(Debug)]
-pub(crate) struct Ends {
-    ways: watch::Sender<Ways>,
-    /// What is found.
-    pub(crate) found: watch::Receiver<Widths>,
-}
-
-impl Ends {
-    /// Says what is to be measured.
-    pub(crate) fn set(&self, ways: Ways) {
-        self.ways.send_if_modified(|before| {
-            let news = *before != ways;
-            *before = ways;
-            news
-        });
-    }
-}
-
 /// The measuring of a node's ways, until `shutdown`.
-pub(crate) fn begin(shutdown: CancellationToken) -> (Ends, Pin<Box<impl Future<Output = ()>>>) {
-    let (ways, to_measure) = watch::channel(Ways::new());
-    let (find, found) = watch::channel(Widths::new());
-    (Ends { ways, found }, Box::pin(run(to_measure, find, shutdown)))
+pub(crate) fn begin(
+    shutdown: CancellationToken,
+) -> (Inquiry<Ways, Widths>, Pin<Box<impl Future<Output = ()>>>) {
+    let (inquiry, ways, found) = Inquiry::open();
+    (inquiry, Box::pin(run(ways, found, shutdown)))
 }
 
 /// Measures until `shutdown`. `found` gets the ways that are narrower than they begin.

@@ -7,8 +7,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Dataplane;
-use crate::overlay::offload;
-use crate::overlay::width;
+use crate::overlay::inquiry::Inquiry;
+use crate::overlay::offload::{self, Broken, Witnesses};
+use crate::overlay::width::{self, Ways, Widths};
 use crate::trouble::Finding;
 
 /// What is to be told of while the API is slow. A link that becomes narrow does so towards all nodes at once.
@@ -16,8 +17,8 @@ const MAX_FINDINGS: usize = 64;
 
 /// What the dataplane keeps of it.
 pub(super) struct Findings {
-    pub(super) widths: width::Ends,
-    pub(super) checksums: offload::Ends,
+    pub(super) widths: Inquiry<Ways, Widths>,
+    pub(super) checksums: Inquiry<Witnesses, Option<Broken>>,
     tell: mpsc::Sender<Finding>,
 }
 
@@ -56,7 +57,7 @@ impl Dataplane {
 
     /// Takes in whether the card breaks checksums within tunnels.
     pub(super) fn take_broken(&mut self) {
-        let broken = *self.findings.checksums.broken.borrow_and_update();
+        let broken = *self.findings.checksums.found.borrow_and_update();
         let witness = broken.map(|broken| self.name_of(broken.witness));
         match &witness {
             Some(node) => {
