@@ -62,7 +62,9 @@ fn unpack(package: &str, release: &str, folder: &Path) -> anyhow::Result<()> {
     let archive = download(&packages, package)?;
     // Under another name until it is whole: what has the name is used.
     let work = folder.with_extension("unpacking");
-    let _ = fs::remove_dir_all(&work);
+    if work.exists() {
+        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))?;
+    }
     fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
     let mut tar = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
