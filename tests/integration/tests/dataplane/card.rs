@@ -138,9 +138,12 @@ fn carry(sockets: &[OwnedFd; 2], cards: [Card; 2], left: &[AtomicU64; 2]) {
         let mut frame = vec![0; LARGEST_FRAME_BYTES];
         while let Ok(length) = recv(from.as_raw_fd(), &mut frame, MsgFlags::empty()) {
             if finish(&mut frame[..length], cards[at], &left[at]) {
-                // What a link that is down or full does not take is lost.
+                // What a link that is down, full or narrower does not take is lost without a word.
                 match send(to.as_raw_fd(), &frame[..length], MsgFlags::empty()) {
-                    Ok(_) | Err(Errno::ENETDOWN | Errno::ENXIO | Errno::ENOBUFS | Errno::EAGAIN) => {}
+                    Ok(_)
+                    | Err(
+                        Errno::ENETDOWN | Errno::ENXIO | Errno::ENOBUFS | Errno::EAGAIN | Errno::EMSGSIZE,
+                    ) => {}
                     Err(error) => panic!("a frame can't be carried: {error}"),
                 }
             }
