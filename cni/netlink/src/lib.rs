@@ -15,6 +15,7 @@ mod event;
 mod filter;
 #[doc(hidden)]
 pub mod fuzz;
+pub mod guard;
 pub mod hostport;
 mod link;
 mod lookup;

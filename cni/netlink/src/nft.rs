@@ -26,8 +26,8 @@ use crate::socket::parse;
 use crate::{Class, Error};
 
 pub(crate) use expression::{
-    Field, address_within, by_device_of, by_loopback, device_key, drop, for_this_host, is_marked, jump, mark,
-    masquerade, octets, of_loopback, translate_by,
+    Field, address_within, by_device, by_device_of, by_loopback, device_key, drop, for_this_host, is_marked,
+    jump, mark, masquerade, octets, of_loopback, to_udp_port, translate_by,
 };
 
 /// `NFNL_SUBSYS_NFTABLES`: whom a batch is for.

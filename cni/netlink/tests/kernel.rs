@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use weft_cni_netlink::hostport::HostPort;
 use weft_cni_netlink::{
-    Class, FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, Shape, VethEnd, Vxlan, hostport, masquerade,
-    namespace, sysctl,
+    Class, FdbEntry, LinkChange, Mac, Neighbour, Netlink, Route, Shape, VethEnd, Vxlan, guard, hostport,
+    masquerade, namespace, sysctl,
 };
 use weft_tests_harness::netns::Netns;
 use weft_tests_harness::require;
@@ -132,6 +132,35 @@ fn the_masquerade_rules_are_replaced_and_removed() {
     within(&netns, || {
         masquerade::remove().unwrap();
         masquerade::remove().unwrap();
+    });
+    assert_eq!(rules(), "");
+}
+
+#[test]
+fn the_guard_of_tunnels_is_replaced_and_removed() {
+    if !require("netlink::guard", &["root", "ip", "nft"]) {
+        return;
+    }
+    let netns = Netns::new("nl").unwrap();
+    let rules = || {
+        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let ensure = |pods: &[&str]| {
+        let pods: Vec<_> = pods.iter().map(|range| range.parse().unwrap()).collect();
+        within(&netns, || guard::ensure("weft0", &pods, 8472).unwrap());
+        rules()
+    };
+    ensure(&["10.99.0.0/16", "fd99::/48"]);
+    let present = ensure(&["10.42.0.0/16"]);
+    // A family without pods' addresses has those of the link.
+    for rule in ["ip daddr != 10.42.0.0/16 udp dport 8472 drop", "iifname \"weft0\" udp dport 8472 drop"] {
+        assert_eq!(present.matches(rule).count(), 1, "{rule} in {present}");
+    }
+    assert!(!present.contains("99"), "{present}");
+    within(&netns, || {
+        guard::remove().unwrap();
+        guard::remove().unwrap();
     });
     assert_eq!(rules(), "");
 }

@@ -22,10 +22,8 @@ pub(crate) fn del(config: &Config, owner: &Owner) -> Result<(), PluginError> {
 
 /// Removes every attachment that isn't among the valid ones.
 pub(crate) fn gc(config: &Config) -> Result<(), PluginError> {
-    // Taking "none given" for "none valid" would cut off every pod of the node.
-    let valid = config.valid_attachments.as_ref().ok_or(PluginError::Missing("cni.dev/valid-attachments"))?;
     let valid: HashSet<(&str, &str)> =
-        valid.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
+        config.valid_attachments.iter().map(|one| (one.container.as_str(), one.ifname.as_str())).collect();
     let leases = leases(config)?;
     // An owner has a lease of each family.
     let mut stale: HashSet<Owner> = leases.all()?.into_iter().map(|lease| lease.owner).collect();

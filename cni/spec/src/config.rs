@@ -27,8 +27,8 @@ pub struct Config {
     pub dns: Dns,
     /// What the plugin before this one answered, in chained use; what ADD answered, for CHECK and DEL.
     pub prev_result: Option<Value>,
-    /// GC: the attachments that are still valid.
-    pub valid_attachments: Option<Vec<Attachment>>,
+    /// GC: the attachments that are still valid. None given means that none is, as libcni has it.
+    pub valid_attachments: Vec<Attachment>,
 }
 
 /// What pods are attached to.
@@ -156,7 +156,7 @@ impl Config {
             dns: runtime.dns.clone().unwrap_or(raw.dns),
             runtime,
             prev_result: raw.prev_result,
-            valid_attachments: raw.valid_attachments,
+            valid_attachments: raw.valid_attachments.unwrap_or_default(),
         })
     }
 }

@@ -19,7 +19,7 @@ pub struct Ipam {
 pub struct Range {
     /// The pods' subnet.
     pub subnet: IpNetwork,
-    /// The bridge's address in it.
+    /// The bridge's address in it: the first, if nothing else is said.
     pub gateway: IpAddr,
 }
 
@@ -31,18 +31,28 @@ impl Range {
     }
 }
 
-/// `{"subnet", "gateway"}`, or `{"ranges": [{"subnet", "gateway"}, …]}`.
+/// `{"subnet", "gateway"}`, or `{"ranges": [{"subnet", "gateway"}, …]}`, or with a list around each range as host-local has it.
 #[derive(Deserialize)]
 pub(crate) struct RawIpam {
     #[serde(flatten)]
     one: RawRange,
-    ranges: Option<Vec<RawRange>>,
+    ranges: Option<Vec<RawRanges>>,
 }
 
 #[derive(Deserialize)]
+#[serde(untagged)]
+enum RawRanges {
+    One(RawRange),
+    Set(Vec<RawRange>),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct RawRange {
     subnet: Option<IpNetwork>,
     gateway: Option<IpAddr>,
+    range_start: Option<IpAddr>,
+    range_end: Option<IpAddr>,
 }
 
 impl RawIpam {
@@ -50,7 +60,7 @@ impl RawIpam {
         let alone = self.one.subnet.is_some() || self.one.gateway.is_some();
         let ranges = match self.ranges {
             Some(_) if alone => return Err(invalid("ipam", "has both a subnet and ranges")),
-            Some(ranges) => ranges,
+            Some(sets) => sets.into_iter().map(RawRanges::check).collect::<Result<_, _>>()?,
             None => vec![self.one],
         };
         let ranges = ranges.into_iter().map(RawRange::check).collect::<Result<Vec<_>, _>>()?;
@@ -65,6 +75,18 @@ impl RawIpam {
     }
 }
 
+impl RawRanges {
+    fn check(self) -> Result<RawRange, ConfigError> {
+        match self {
+            Self::One(range) => Ok(range),
+            Self::Set(ranges) => match <[RawRange; 1]>::try_from(ranges) {
+                Ok([range]) => Ok(range),
+                Err(_) => Err(invalid("ipam.ranges", "a list within it must have one range")),
+            },
+        }
+    }
+}
+
 impl RawRange {
     fn check(self) -> Result<Range, ConfigError> {
         let subnet = self.subnet.ok_or_else(|| invalid("ipam.subnet", "is missing"))?;
@@ -75,7 +97,17 @@ impl RawRange {
         if subnet.ip() != subnet.network() {
             return Err(invalid("ipam.subnet", "has host bits set"));
         }
-        let gateway = self.gateway.ok_or_else(|| invalid("ipam.gateway", "is missing"))?;
+        if self.range_start.or(self.range_end).is_some() {
+            return Err(invalid(
+                "ipam",
+                "rangeStart and rangeEnd can't be carried out: a subnet is used whole",
+            ));
+        }
+        // As host-local has it.
+        let gateway = match self.gateway {
+            Some(gateway) => gateway,
+            None => subnet.iter().nth(1).unwrap_or_else(|| subnet.ip()),
+        };
         let broadcast = subnet.is_ipv4() && gateway == subnet.broadcast();
         if !subnet.contains(gateway) || gateway == subnet.network() || broadcast {
             return Err(invalid("ipam.gateway", "not an address of the subnet"));

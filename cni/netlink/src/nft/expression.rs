@@ -25,6 +25,8 @@ const NOT_EQUAL: u32 = 1;
 const MARK: u32 = 3;
 const INPUT_NAME: u32 = 6;
 const PROTOCOL: u32 = 16;
+/// `IPPROTO_UDP`.
+const UDP: u8 = 17;
 
 /// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_DADDR`, and `RTN_LOCAL`, which it answers.
 const ADDRESS_TYPE: u32 = 3;
@@ -83,6 +85,17 @@ pub(crate) fn of_loopback(field: Field) -> Vec<Expressions> {
 /// Goes on if the packet came, or didn't come, by loopback.
 pub(crate) fn by_loopback(is: bool) -> Vec<Expressions> {
     vec![meta(INPUT_NAME, FIRST), compare(is, &device_key("lo"))]
+}
+
+/// Goes on if the packet came by this device.
+pub(crate) fn by_device(name: &str) -> Vec<Expressions> {
+    vec![meta(INPUT_NAME, FIRST), compare(true, &device_key(name))]
+}
+
+/// Goes on if the packet is of UDP, for this port.
+pub(crate) fn to_udp_port(port: u16) -> Vec<Expressions> {
+    let load = payload(FIRST, TRANSPORT_HEADER, 2, 2);
+    vec![meta(PROTOCOL, FIRST), compare(true, &[UDP]), load, compare(true, &port.to_be_bytes())]
 }
 
 /// Goes on if the packet came by a device whose name is in a set.

@@ -37,11 +37,18 @@ fn reads_a_range_of_each_family() {
     let both = with(json!({"ranges": [v6, v4]})).unwrap();
     assert_eq!(both.iter().map(|range| range.subnet.is_ipv6()).collect::<Vec<_>>(), [true, false]);
     assert_eq!(with(v6.clone()).unwrap(), [both[0]]);
+    // As host-local is configured.
+    let sets = json!({"type": "host-local", "ranges": [[{"subnet": "fd00:42:0:1::/64"}], [v4]]});
+    assert_eq!(with(sets).unwrap(), both);
+    assert_eq!(with(json!({"subnet": "10.42.1.0/24"})).unwrap(), one);
     for mistake in [
         json!({"ranges": []}),
         json!({"ranges": [v4, v4]}),
         json!({"ranges": [v4, v6, v4]}),
-        json!({"ranges": [{"subnet": "10.42.1.0/24"}]}),
+        json!({"ranges": [[]]}),
+        json!({"ranges": [[v4, {"subnet": "10.42.2.0/24"}]]}),
+        json!({"subnet": "10.42.1.0/24", "rangeStart": "10.42.1.20"}),
+        json!({"subnet": "10.42.1.0/24", "rangeEnd": "10.42.1.20"}),
         json!({"ranges": [v6], "subnet": "10.42.1.0/24"}),
         json!({"subnet": "fd00::/127", "gateway": "fd00::1"}),
         json!({"subnet": "fd00::/64", "gateway": "fd00::"}),
