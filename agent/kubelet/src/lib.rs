@@ -117,7 +117,11 @@ pub async fn run(
 ) -> Result<(), Error> {
     config.check()?;
     for dir in [config.pods_dir(), config.pod_log_dir.clone()] {
-        std::fs::create_dir_all(&dir).map_err(|source| Error::Io { op: "create", path: dir, source })?;
+        weft_agent_runtime::folders::make_spread(&dir).map_err(|source| Error::Io {
+            op: "create",
+            path: dir,
+            source,
+        })?;
     }
     let listener = server::Listener::bind(&config).await?;
     // Subscribe first, list second: nothing falls between.

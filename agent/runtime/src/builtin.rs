@@ -28,6 +28,7 @@ use weft_agent_runtime_init::cgroup::{Hierarchies, Refused};
 use self::records::{ContainerRecord, Paths, Phase, SandboxRecord};
 use crate::chain;
 use crate::cni::Network;
+use crate::folders;
 use crate::images::{ImageError, ImageStore};
 use crate::{
     Container, ContainerSpec, ContainerState, Error, Image, Runtime, RuntimeEvent, Sandbox, SandboxSpec,
@@ -316,13 +317,10 @@ impl ContainerEntry {
 impl Inner {
     fn new(config: Config, cancel: CancellationToken) -> Result<Self, Error> {
         let paths = config.paths();
-        let folders = [
-            paths.sandboxes(),
-            paths.containers(),
-            paths.run.join("sandboxes"),
-            paths.run.join("netns"),
-            paths.seccomp(),
-        ];
+        for folder in [paths.sandboxes(), paths.containers()] {
+            folders::make_spread(&folder).map_err(records::io_error("make", &folder))?;
+        }
+        let folders = [paths.run.join("sandboxes"), paths.run.join("netns"), paths.seccomp()];
         folders.iter().try_for_each(|folder| records::make_folder(folder))?;
         let images = ImageStore::open(config.image_dir()).map_err(image_error)?;
         let hierarchies = Hierarchies::detect(&config.cgroup_root)

@@ -6,6 +6,7 @@
 pub mod builtin;
 mod chain;
 mod cni;
+pub mod folders;
 pub mod images;
 
 pub use chain::chain;

@@ -392,10 +392,13 @@ fn remove_tree(folder: &Path) -> bool {
     }
 }
 
-/// Puts a process into groups by their folders; returns those that refused.
+/// Puts the calling process, of one thread, into groups of version 1 by their folders; returns those that refused.
+///
+/// A thread that moves itself is all that the kernel moves without a lock on every fork of the machine, for which it waits a grace period, 10 ms
+/// and more for each group.
 #[must_use]
-pub fn join(folders: &[PathBuf], pid: i32) -> Vec<Refused> {
-    folders.iter().filter_map(|folder| write(&folder.join("cgroup.procs"), pid.to_string()).err()).collect()
+pub fn join(folders: &[PathBuf]) -> Vec<Refused> {
+    folders.iter().filter_map(|folder| write(&folder.join("tasks"), "0".to_owned()).err()).collect()
 }
 
 /// The number after `oom_kill` in a file as named by [`Hierarchies::oom_file`].

@@ -1,14 +1,14 @@
-//! Starts a process: the clone, what its parent does meanwhile, and how the child reports what failed before exec.
+//! Starts a process: the clone, and how the child reports what failed before exec.
 //!
 //! Parent and child share a socket pair. The child sends `T` with a terminal's master, or `E` and a message; it is
-//! closed by a successful exec. The parent sends one byte when the control groups are in place.
+//! closed by a successful exec.
 
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{
@@ -18,7 +18,7 @@ use nix::sys::socket::{
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, pipe2, setsid};
 use weft_agent_runtime_init::cgroup;
-use weft_agent_runtime_init::wire::{Cgroups, Exec, Start};
+use weft_agent_runtime_init::wire::{Exec, Start};
 
 use crate::log::Stream;
 use crate::process::{self, Filters, Streams};
@@ -76,7 +76,7 @@ pub(crate) fn start(spec: &Start) -> Result<Launched, String> {
     if !spec.host_pid {
         namespaces |= libc::CLONE_NEWPID;
     }
-    match clone(namespaces, &spec.cgroups)? {
+    match clone(namespaces, spec.cgroups.unified.as_deref())? {
         Fork::Child => {
             drop(ours);
             let Err(message) = container(spec, &mut plumbing.child, &filters, &theirs);
@@ -85,7 +85,7 @@ pub(crate) fn start(spec: &Start) -> Result<Launched, String> {
         Fork::Parent { pid, pidfd } => {
             drop(theirs);
             plumbing.child = Streams::default();
-            if let Some(master) = finish(pid, &spec.cgroups, &ours)? {
+            if let Some(master) = finish(pid, &ours)? {
                 plumbing.stdin = master.try_clone().ok().filter(|_| spec.stdin);
                 plumbing.output.push((Stream::Stdout, master));
             }
@@ -106,12 +106,12 @@ pub(crate) fn exec(
     match clone_within(spec, leader)? {
         Fork::Child => {
             drop(ours);
-            let Err(message) = command(spec, leader, request, &streams, &filters, &theirs);
+            let Err(message) = command(spec, leader, request, &streams, &filters);
             report(&theirs, &message)
         }
         Fork::Parent { pid, pidfd } => {
             drop((theirs, streams));
-            finish(pid, &spec.cgroups, &ours)?;
+            finish(pid, &ours)?;
             Ok(Launched { pid, pidfd, output: Vec::new(), stdin: None })
         }
     }
@@ -122,9 +122,9 @@ fn status_pair() -> Result<(OwnedFd, OwnedFd), String> {
         .context(|| "make a socket pair".to_owned())
 }
 
-fn clone(namespaces: i32, cgroups: &Cgroups) -> Result<Fork, String> {
-    let unified =
-        cgroups.unified.as_ref().map(File::open).transpose().context(|| "open the cgroup".to_owned())?;
+/// Clones into new namespaces and the group of version 2.
+pub(crate) fn clone(namespaces: i32, unified: Option<&Path>) -> Result<Fork, String> {
+    let unified = unified.map(File::open).transpose().context(|| "open the cgroup".to_owned())?;
     sys::clone3(namespaces, unified.as_ref().map(AsFd::as_fd)).context(|| "clone".to_owned())
 }
 
@@ -132,29 +132,20 @@ fn clone(namespaces: i32, cgroups: &Cgroups) -> Result<Fork, String> {
 /// always come back to its own namespace.
 fn clone_within(spec: &Start, leader: BorrowedFd<'_>) -> Result<Fork, String> {
     if spec.host_pid {
-        return clone(0, &spec.cgroups);
+        return clone(0, spec.cgroups.unified.as_deref());
     }
     let own = File::open("/proc/self/ns/pid").context(|| "open our PID namespace".to_owned())?;
     setns(leader, CloneFlags::CLONE_NEWPID).context(|| "enter the container".to_owned())?;
-    let forked = clone(0, &spec.cgroups);
+    let forked = clone(0, spec.cgroups.unified.as_deref());
     if !matches!(forked, Ok(Fork::Child)) {
         setns(own, CloneFlags::CLONE_NEWPID).context(|| "leave the container".to_owned())?;
     }
     forked
 }
 
-/// The parent's part: control groups while the child mounts, then the child's word.
-fn finish(pid: i32, cgroups: &Cgroups, status: &OwnedFd) -> Result<Option<OwnedFd>, String> {
-    // A refused hierarchy costs its limits only; the agent has warned when it made the group.
-    for refused in cgroup::join(&cgroups.join, pid) {
-        eprintln!("{refused}: {}", refused.source);
-    }
-    // A child that has failed is gone by now, and its report waits to be read.
-    let told = nix::sys::socket::send(status.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL);
-    let outcome = listen(status).and_then(|master| {
-        told.context(|| "the container's process died".to_owned())?;
-        Ok(master)
-    });
+/// The parent's part: the child's word.
+fn finish(pid: i32, status: &OwnedFd) -> Result<Option<OwnedFd>, String> {
+    let outcome = listen(status);
     if outcome.is_err() {
         let _ = waitpid(Pid::from_raw(pid), None);
     }
@@ -163,24 +154,16 @@ fn finish(pid: i32, cgroups: &Cgroups, status: &OwnedFd) -> Result<Option<OwnedF
 
 fn listen(status: &OwnedFd) -> Result<Option<OwnedFd>, String> {
     let mut master = None;
-    let mut reset = false;
     loop {
         let mut bytes = [0; MAX_REPORT_BYTES];
         let mut space = nix::cmsg_space!([RawFd; 1]);
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = match recvmsg::<()>(status.as_raw_fd(), &mut slices, Some(&mut space), flags) {
-            // A child that failed without reading our word resets the connection, which is said once and before its report.
-            Err(Errno::ECONNRESET) if !reset => {
-                reset = true;
-                continue;
-            }
-            heard => heard.context(|| "hear from the container's process".to_owned())?,
-        };
+        let message = recvmsg::<()>(status.as_raw_fd(), &mut slices, Some(&mut space), flags)
+            .context(|| "hear from the container's process".to_owned())?;
         let descriptors = received(&message);
         let length = message.bytes;
         match bytes[..length].split_first() {
-            None if reset => return Err("the container's process died".to_owned()),
             None => return Ok(master),
             Some((b'T', _)) => master = descriptors.into_iter().next(),
             Some((_, text)) => return Err(String::from_utf8_lossy(text).into_owned()),
@@ -214,6 +197,7 @@ fn container(
     status: &OwnedFd,
 ) -> Result<Infallible, String> {
     setsid().context(|| "start a session".to_owned())?;
+    join(&spec.cgroups.join);
     // Lowering it takes a right that a node may not give.
     let _ = fs::write("/proc/self/oom_score_adj", spec.oom_score_adj.to_string());
     rootfs::enter(spec)?;
@@ -222,7 +206,6 @@ fn container(
     }
     rootfs::working_folder(&spec.process.cwd)?;
     rootfs::seal(spec)?;
-    wait_for_parent(status)?;
     unshare(CloneFlags::CLONE_NEWCGROUP).context(|| "make a cgroup namespace".to_owned())?;
     process::become_program(&spec.process, &spec.process.argv, streams, filters)
 }
@@ -233,21 +216,20 @@ fn command(
     request: &Exec,
     streams: &Streams,
     filters: &Filters,
-    status: &OwnedFd,
 ) -> Result<Infallible, String> {
     setsid().context(|| "start a session".to_owned())?;
+    join(&spec.cgroups.join);
     let _ = fs::write("/proc/self/oom_score_adj", spec.oom_score_adj.to_string());
-    wait_for_parent(status)?;
     setns(leader, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)
         .context(|| "enter the container".to_owned())?;
     process::become_program(&spec.process, &request.argv, streams, filters)
 }
 
-fn wait_for_parent(status: &OwnedFd) -> Result<(), String> {
-    let mut byte = [0; 1];
-    let read = nix::sys::socket::recv(status.as_raw_fd(), &mut byte, MsgFlags::empty())
-        .context(|| "wait for the sandbox".to_owned())?;
-    if read == 1 { Ok(()) } else { Err("the sandbox's init died".to_owned()) }
+/// A refused hierarchy costs its limits only; the agent has warned when it made the group.
+pub(crate) fn join(groups: &[PathBuf]) {
+    for refused in cgroup::join(groups) {
+        eprintln!("{refused}: {}", refused.source);
+    }
 }
 
 /// A terminal of the container's own devpts, also its /dev/console; the master goes to the init.
@@ -274,17 +256,17 @@ fn terminal(status: &OwnedFd) -> Result<OwnedFd, String> {
 mod tests {
     use super::*;
 
+    /// Without a report the other end was closed by exec, or by an end that is noticed as any process' is.
     #[test]
-    fn a_report_is_heard_from_a_child_that_did_not_wait_for_its_parent() {
-        for (report, heard) in [(Some("Ewhy"), "why"), (None, "the container's process died")] {
+    fn a_report_is_heard() {
+        for (report, heard) in [(Some("Ewhy"), Err("why".to_owned())), (None, Ok(true))] {
             let (ours, theirs) = status_pair().unwrap();
-            nix::sys::socket::send(ours.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL).unwrap();
             if let Some(report) = report {
                 nix::sys::socket::send(theirs.as_raw_fd(), report.as_bytes(), MsgFlags::MSG_NOSIGNAL)
                     .unwrap();
             }
             drop(theirs);
-            assert_eq!(listen(&ours).unwrap_err(), heard);
+            assert_eq!(listen(&ours).map(|terminal| terminal.is_none()), heard);
         }
     }
 }

@@ -24,6 +24,7 @@ use weft_agent_runtime_init::wire::{self, Sandbox};
 
 use crate::rootfs::Context;
 use crate::server::Server;
+use crate::sys::Fork;
 
 fn main() -> ExitCode {
     let Some(folder) = std::env::args_os().nth(1).map(PathBuf::from) else {
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
 fn run(folder: &Path) -> Result<(), String> {
     let config = fs::read(folder.join(wire::CONFIG)).context(|| "read the configuration".to_owned())?;
     let config: Sandbox = serde_json::from_slice(&config).context(|| "read the configuration".to_owned())?;
-    if !sys::fork().context(|| "fork".to_owned())? {
+    if !matches!(launch::clone(0, config.unified.as_deref())?, Fork::Child) {
         return Ok(());
     }
     setsid().context(|| "start a session".to_owned())?;
@@ -56,8 +57,9 @@ fn run(folder: &Path) -> Result<(), String> {
     drop(place);
     let server = Server::new(listener).context(|| "set up the loop".to_owned())?;
     std::env::set_current_dir("/").context(|| "leave the folder".to_owned())?;
+    // Now that the namespaces are made, which are not the pod's memory.
+    launch::join(&config.join);
     report_ready()?;
-    sandbox::join(&config)?;
     server.run().context(|| "serve".to_owned())
 }
 

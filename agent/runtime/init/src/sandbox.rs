@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-use weft_agent_runtime_init::cgroup;
 use weft_agent_runtime_init::wire::Sandbox;
 
 use crate::rootfs::Context;
@@ -46,19 +45,6 @@ pub(crate) fn make(config: &Sandbox) -> Result<(), String> {
         nix::unistd::sethostname(name).context(|| format!("set the host name {name:?}"))?;
     }
     config.sysctls.iter().try_for_each(|(name, value)| sysctl(name, value))
-}
-
-/// Joins the sandbox's own groups. Moving into a v1 hierarchy waits for a grace period of the kernel, some 10 ms: a child
-/// does it, so that the first container need not wait. It is reaped as any child.
-pub(crate) fn join(config: &Sandbox) -> Result<(), String> {
-    let own = i32::try_from(std::process::id()).unwrap_or_default();
-    if sys::fork().context(|| "fork".to_owned())? {
-        for refused in cgroup::join(&config.cgroups, own) {
-            eprintln!("{refused}: {}", refused.source);
-        }
-        sys::exit_now(0);
-    }
-    Ok(())
 }
 
 fn sysctl(name: &str, value: &str) -> Result<(), String> {

@@ -231,13 +231,6 @@ pub(crate) fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Splits this process in two; true in the child.
-pub(crate) fn fork() -> io::Result<bool> {
-    // SAFETY: this process has one thread.
-    let child = unsafe { nix::unistd::fork() }.map_err(io::Error::from)?;
-    Ok(child.is_child())
-}
-
 /// Signals the process behind a descriptor.
 pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();

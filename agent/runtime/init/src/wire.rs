@@ -33,8 +33,10 @@ pub struct Sandbox {
     pub shm: Option<PathBuf>,
     /// Sysctls to set in the new namespaces, in the form `net.ipv4.ip_forward`.
     pub sysctls: BTreeMap<String, String>,
-    /// Control group folders the init joins.
-    pub cgroups: Vec<PathBuf>,
+    /// Control group folders of version 1 that the init joins.
+    pub join: Vec<PathBuf>,
+    /// That of version 2, which it is born in.
+    pub unified: Option<PathBuf>,
 }
 
 /// A container to start.
@@ -111,7 +113,7 @@ pub enum Propagation {
 /// The control groups of a container.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Cgroups {
-    /// Folders to join by writing to `cgroup.procs`.
+    /// Folders of version 1 to join.
     pub join: Vec<PathBuf>,
     /// Folder of the cgroup2 tree, joined at clone.
     pub unified: Option<PathBuf>,

@@ -84,15 +84,14 @@ impl Inner {
             sysctls.extend(SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())));
         }
         sysctls.extend(spec.sysctls.clone());
-        let mut cgroups = self.hierarchies.v1(&group);
-        cgroups.extend(self.hierarchies.unified(&group));
         let config = wire::Sandbox {
             id: id.clone(),
             hostname: own_network.then(|| spec.hostname.clone()),
             netns: own_network.then(|| self.paths.netns(id)),
             shm: (!spec.host_ipc).then(|| self.paths.shm(id)),
             sysctls,
-            cgroups,
+            join: self.hierarchies.v1(&group),
+            unified: self.hierarchies.unified(&group),
         };
         init::spawn(&self.init_path, &run, &config)
     }

@@ -132,6 +132,21 @@ async fn a_refused_network_leaves_nothing() {
     node.finish().await;
 }
 
+/// Joining the sandbox's cgroups takes a process of its own, which a sandbox without a network may not outlive.
+#[tokio::test]
+async fn a_sandbox_that_is_undone_at_once_leaves_no_process() {
+    if !require("a_sandbox_that_is_undone_at_once_leaves_no_process", &["root"]) {
+        return;
+    }
+    let node = Node::new().await;
+    fs::write(node.config.cni_conf_dir.join("10-test.conflist"), "not json").unwrap();
+    for _ in 0..20 {
+        assert!(matches!(node.runtime().run_sandbox(node.pod()).await, Err(Error::Network(_))));
+        assert_eq!(node.inits(), [""; 0], "processes are left");
+    }
+    node.finish().await;
+}
+
 #[tokio::test]
 async fn a_failed_del_is_repeated() {
     if !require("a_failed_del_is_repeated", &["root"]) {

@@ -163,6 +163,17 @@ impl Node {
         (code, output)
     }
 
+    /// Command lines of the inits of this node that run.
+    pub(crate) fn inits(&self) -> Vec<String> {
+        let ours = self.folder.path().to_string_lossy().into_owned();
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .map(|process| fs::read(process.path().join("cmdline")).unwrap_or_default())
+            .map(|command| String::from_utf8_lossy(&command).into_owned())
+            .filter(|command| command.starts_with("weft-init") && command.contains(&ours))
+            .collect()
+    }
+
     /// Ends all and checks that nothing is left.
     pub(crate) async fn finish(mut self) {
         self.runtime = None;
@@ -175,11 +186,7 @@ impl Node {
             let group = hierarchy.path().join(&self.config.cgroup_parent);
             assert!(!group.exists(), "a cgroup is left: {}", group.display());
         }
-        for process in fs::read_dir("/proc").unwrap().flatten() {
-            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
-            let command = String::from_utf8_lossy(&command).into_owned();
-            assert!(!(command.starts_with("weft-init") && command.contains(&ours)), "{command:?} is left");
-        }
+        assert_eq!(self.inits(), [""; 0], "processes are left");
         assert!(!self.config.run_dir.join(&self.config.node_name).exists(), "run-time files are left");
     }
 }
