@@ -10,8 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane as dataplane;
-use weft_agent_dataplane::overlay::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Routing};
-use weft_agent_dataplane::xdp::Xdp;
+use weft_agent_dataplane::overlay::{DIRECT_RETURN, DIRECT_RETURN_VERSION};
 use weft_agent_dns as dns;
 use weft_agent_kubelet as kubelet;
 use weft_agent_runtime::Runtime;
@@ -23,6 +22,7 @@ use crate::cluster::{Cluster, DOMAIN, KUBELET_PORT};
 use crate::paths::{NodePaths, Paths};
 use crate::pki::{Authority, Identity, Subject};
 use crate::ranges::PerFamily;
+use crate::ways::Ways;
 use crate::{kubeconfig, lock, logging, network, nodes, pki};
 
 /// User and group of the service proxy, and of the cluster DNS.
@@ -45,15 +45,6 @@ pub(crate) struct Node {
     pub(crate) serving: Identity,
     pub(crate) authority: String,
     pub(crate) ways: Ways,
-}
-
-/// What an operator decides on the ways of packets.
-#[derive(Clone, Copy)]
-pub(crate) struct Ways {
-    pub(crate) xdp: Xdp,
-    pub(crate) routing: Routing,
-    /// Whether clients outside keep their address towards pods of other nodes.
-    pub(crate) direct_return: bool,
 }
 
 impl Node {
@@ -191,7 +182,7 @@ fn from_disk(paths: &Paths, args: &AgentArgs) -> anyhow::Result<Node> {
         programs: artifacts::unpack(&paths.bin())?,
         serving: Identity { certificate: read("serving.crt")?, key: read("serving.key")? },
         authority: read("ca.crt")?,
-        ways: Ways { xdp: args.xdp, routing: args.routing, direct_return: args.direct_return },
+        ways: args.ways.clone(),
     })
 }
 

@@ -5,14 +5,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ipnetwork::IpNetwork;
-use weft_agent_dataplane::overlay::Routing;
-use weft_agent_dataplane::xdp::Xdp;
 
-use crate::agent::Ways;
 use crate::net::args::{DoctorArgs, FlowsArgs, NetCommand, PolicyCommand, ServiceCommand, WhyArgs};
 use crate::paths::DEFAULT_DATA_DIR;
 use crate::proxy::ProxyArgs;
 use crate::ranges::PerFamily;
+use crate::ways::Ways;
 
 /// Kubernetes in one binary, built network-first.
 #[derive(Debug, Parser)]
@@ -72,26 +70,10 @@ pub(crate) struct UpArgs {
     /// How many nodes the cluster has; more than one get network namespaces of their own
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(crate) nodes: Option<u8>,
-    /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    pub(crate) xdp: Xdp,
-    /// How packets get to pods of nodes on the same link: tunnel, native (a plain route), auto (native where packets with pods'
-    /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
-    #[arg(long, value_name = "MODE", default_value = "tunnel")]
-    pub(crate) routing: Routing,
-    /// Whether a node that hands a client's packets on to another node's pod leaves the client its address, and the other node answers it
-    /// directly: on, off. The network must let nodes send from each other's addresses
-    #[arg(long, value_name = "MODE", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    pub(crate) direct_return: bool,
+    #[command(flatten)]
+    pub(crate) ways: Ways,
     #[command(flatten)]
     pub(crate) server: ServerArgs,
-}
-
-impl UpArgs {
-    /// What is decided on the ways of packets.
-    pub(crate) fn ways(&self) -> Ways {
-        Ways { xdp: self.xdp, routing: self.routing, direct_return: self.direct_return }
-    }
 }
 
 #[derive(Clone, Debug, Args)]
@@ -143,31 +125,14 @@ pub(crate) struct AgentArgs {
     /// Folder with the files ns/net, ns/mnt and ns/uts of the namespaces to enter first
     #[arg(long, value_name = "DIR")]
     pub(crate) enter: Option<PathBuf>,
-    /// Where XDP carries packets from outside to a node's pods, if the driver can: auto (all uplinks but veth pairs), always, never
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    pub(crate) xdp: Xdp,
-    /// How packets get to pods of nodes on the same link: tunnel, native (a plain route), auto (native where packets with pods'
-    /// addresses are seen to get there). Nodes behind a router are always reached by the tunnel
-    #[arg(long, value_name = "MODE", default_value = "tunnel")]
-    pub(crate) routing: Routing,
-    /// Whether a node that hands a client's packets on to another node's pod leaves the client its address, and the other node answers it
-    /// directly: on, off. The network must let nodes send from each other's addresses
-    #[arg(long, value_name = "MODE", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    pub(crate) direct_return: bool,
+    #[command(flatten)]
+    pub(crate) ways: Ways,
     /// Stop the node's pods instead of running it
     #[arg(long, hide = true)]
     pub(crate) stop: bool,
     /// Remove everything of the node instead of running it
     #[arg(long, hide = true, conflicts_with = "stop")]
     pub(crate) purge: bool,
-}
-
-fn on_or_off(text: &str) -> Result<bool, &'static str> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("neither on nor off"),
-    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -19,6 +19,7 @@ mod proxy;
 mod ranges;
 mod server;
 mod up;
+mod ways;
 
 use std::process::ExitCode;
 

@@ -152,6 +152,7 @@ pub(crate) fn remove_node(node: &Node, paths: &NodePaths) -> Vec<String> {
     };
     note(remove_devices(node));
     note(weft_cni_netlink::masquerade::remove().map_err(Into::into));
+    note(weft_cni_netlink::guard::remove().map_err(Into::into));
     note(weft_cni_netlink::hostport::remove_all().map_err(Into::into));
     note(unmount(&paths.bpffs()));
     failed
@@ -193,6 +194,8 @@ pub(crate) struct Task {
     tunnel: IpAddr,
     routing: Routing,
     cluster_cidr: PerFamily<IpNetwork>,
+    /// Where pods are not masqueraded, besides the cluster.
+    non_masquerade: Vec<IpNetwork>,
     conf: PathBuf,
     state: PathBuf,
     client: kube::Client,
@@ -204,6 +207,7 @@ impl Task {
             node: node.name.clone(),
             tunnel: node.tunnel(),
             routing: node.ways.routing,
+            non_masquerade: node.ways.non_masquerade_cidrs.clone(),
             cluster_cidr: node.cluster.cluster_cidr,
             conf: paths.cni_conf().join("10-weft.conflist"),
             state: paths.data.join("cni"),
@@ -252,7 +256,9 @@ impl Task {
         for range in ranges.iter() {
             netlink.add_address(bridge.index, IpNetwork::new(ranges::nth(range, 1), range.prefix())?)?;
         }
-        weft_cni_netlink::masquerade::ensure(&self.cluster_cidr.iter().collect::<Vec<_>>(), &[])?;
+        let pods: Vec<_> = self.cluster_cidr.iter().collect();
+        weft_cni_netlink::masquerade::ensure(&pods, &self.non_masquerade)?;
+        weft_cni_netlink::guard::ensure(POD_BRIDGE, &pods, overlay::PORT)?;
         let conf = json!({
             "cniVersion": "1.1.0",
             "name": "weft",

@@ -19,12 +19,12 @@ use nix::unistd::Pid;
 use tokio_util::sync::CancellationToken;
 use weft_cni_netlink::{LinkChange, Netlink, Route, VethEnd, namespace};
 
-use crate::agent::Ways;
 use crate::cluster::Cluster;
 use crate::lock::{self, Process};
 use crate::network;
 use crate::paths::Paths;
 use crate::ranges::{self, Family as _, PerFamily};
+use crate::ways::Ways;
 
 /// The files of a node's namespaces, with what each is entered as.
 const KINDS: [(&str, CloneFlags); 3] =
@@ -225,9 +225,7 @@ impl Supervisor {
         let mut command = tokio::process::Command::new(std::env::current_exe()?);
         command.arg("--data-dir").arg(&self.paths.data).args(["agent", "--node", &self.name]);
         command.arg("--node-ip").arg(self.addresses.to_string()).arg("--enter").arg(&self.namespaces);
-        command.arg("--xdp").arg(self.ways.xdp.to_string());
-        command.arg("--routing").arg(self.ways.routing.to_string());
-        command.args(["--direct-return", if self.ways.direct_return { "on" } else { "off" }]);
+        command.args(self.ways.arguments());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let mut child =
             command.spawn().with_context(|| format!("cannot start the agent of {}", self.name))?;

@@ -97,7 +97,7 @@ impl Up<'_> {
             nodes::make(self.paths, self.cluster, index)?;
             let api = format!("https://{}", SocketAddr::new(here.primary, running.port));
             agent::enroll(&running.authority, &self.paths.node(name).pki(), name, addresses, &api)?;
-            let supervisor = nodes::Supervisor::new(self.paths, name, addresses, self.args.ways());
+            let supervisor = nodes::Supervisor::new(self.paths, name, addresses, self.args.ways.clone());
             running.tasks.spawn(supervisor.run(self.shutdown.clone()));
         }
         Ok(running)
@@ -119,7 +119,7 @@ impl Up<'_> {
             programs,
             serving: agent::serving(&running.authority, &folder, name, addresses)?,
             authority: running.authority.certificate().to_owned(),
-            ways: self.args.ways(),
+            ways: self.args.ways.clone(),
         })
     }
 }

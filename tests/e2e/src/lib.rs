@@ -5,6 +5,8 @@ pub mod machine;
 pub mod traffic;
 pub mod writes;
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -108,6 +110,28 @@ pub fn eventually(cluster: &Cluster, args: &[&str], accept: impl Fn(&str) -> boo
         Ok(accept(&last).then(|| last.clone()))
     });
     waited.with_context(|| format!("the last answer was:\n{last}"))
+}
+
+/// Has a pod ask a server on the machine that the nodes are on, at one of its addresses. Returns who the server sees.
+///
+/// # Errors
+/// If the pod gets no answer.
+pub fn seen_outside(cluster: &Cluster, pod: &str, listen: IpAddr) -> anyhow::Result<IpAddr> {
+    let (tell, port) = std::sync::mpsc::channel();
+    let outside = cluster.netns.thread(move || {
+        let listener = TcpListener::bind((listen, 0))?;
+        tell.send(listener.local_addr()?.port())?;
+        let (mut stream, from) = listener.accept()?;
+        // Whole, or the kernel would answer the rest with a reset.
+        let mut request = BufReader::new(&stream).lines();
+        while request.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
+        stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom outside\n")?;
+        Ok(from.ip())
+    })?;
+    let url = format!("http://{}/", SocketAddr::new(listen, port.recv()?));
+    let said = cluster.kubectl(&["exec", pod, "--", "wget", "-qO-", &url])?;
+    anyhow::ensure!(said.trim() == "from outside", "{said}");
+    outside.join().map_err(|_panic| anyhow::anyhow!("the server outside broke down"))?
 }
 
 /// The agent of a node, found by its command line.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use weft_tests_e2e::{NEEDS, eventually, image_archive, sleeper};
+use weft_tests_e2e::{NEEDS, eventually, image_archive, seen_outside, sleeper};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::netns::ip;
 use weft_tests_harness::{require, wait_until};
@@ -328,28 +328,10 @@ fn ask(cluster: &Cluster, server: std::net::SocketAddr) -> anyhow::Result<String
     asked.join().map_err(|_panic| anyhow::anyhow!("the client broke down"))?
 }
 
-/// To the machine that the nodes are on, which knows no way back to a pod.
+/// To the machine that the nodes are on.
 fn egress_bears_the_nodes_address(cluster: &Cluster, families: &Families) -> anyhow::Result<()> {
-    use std::io::{BufRead as _, BufReader, Write as _};
     for (listen, node) in families.machine.iter().zip(families.nodes[1].split(' ')) {
-        let address: std::net::IpAddr = listen.parse()?;
-        let (tell, port) = std::sync::mpsc::channel();
-        let outside = cluster.netns.thread(move || {
-            let listener = std::net::TcpListener::bind((address, 0))?;
-            tell.send(listener.local_addr()?.port())?;
-            let (mut stream, from) = listener.accept()?;
-            // Whole, or the kernel would answer the rest with a reset.
-            let mut request = BufReader::new(&stream).lines();
-            while request.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
-            stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nfrom outside\n")?;
-            Ok(from.ip())
-        })?;
-        let host = if address.is_ipv6() { format!("[{listen}]") } else { (*listen).to_owned() };
-        let url = format!("http://{host}:{}/", port.recv()?);
-        let said = cluster.kubectl(&["exec", "client-2", "--", "wget", "-qO-", &url])?;
-        assert_eq!(said.trim(), "from outside");
-        let from = outside.join().map_err(|_panic| anyhow::anyhow!("the server outside broke down"))??;
-        assert_eq!(from.to_string(), node);
+        assert_eq!(seen_outside(cluster, "client-2", listen.parse()?)?.to_string(), node);
     }
     Ok(())
 }
