@@ -111,10 +111,10 @@ pub fn desired(service: &Service, slices: &[&Slice], view: View<'_>) -> Desired 
         let refuse = Frontend { list: None, affinity_seconds: 0, flags: 0, claim: Claim::Allotted };
         out.frontends.insert(key(*address, 0, 0, SCOPE_INTERNAL), refuse);
     }
-    for port in &service.ports {
+    for port in &*service.ports {
         add_port(&mut out, service, slices, Target { port, hashed: true, view, at: named });
     }
-    for range in &service.ranges {
+    for range in service.ranges() {
         for number in range.first..=range.last {
             let same = |port: &ServicePort| port.port == number && port.protocol == range.protocol;
             if !service.ports.iter().any(same) {
@@ -201,8 +201,8 @@ fn key(address: Address, port: u16, protocol: u8, scope: u8) -> ServiceKey {
 fn answers(service: &Service, slices: &[&Slice]) -> BTreeSet<IpAddr> {
     let mut endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
     let fit = !service.external_local || endpoints.any(|e| e.local && e.state == EndpointState::Ready);
-    let ours = service.balancer.iter().filter(|_| fit && service.balancer_is_ours);
-    ours.map(|address| IpAddr::from(*address)).collect()
+    let ours = service.rare.iter().filter(|rare| fit && rare.balancer_is_ours);
+    ours.flat_map(|rare| &rare.balancer).map(|address| IpAddr::from(*address)).collect()
 }
 
 /// A pod of both families counts once: the family that has more is taken.
@@ -343,14 +343,14 @@ impl Builder<'_> {
         let of_family = |address: &&Address| Family::of(address) == self.family;
         let addresses = |of: &[Address]| of.iter().filter(of_family).copied().collect::<Vec<_>>();
         let (cluster, balancer, external) =
-            (addresses(&service.cluster), addresses(&service.balancer), addresses(&service.external));
+            (addresses(&service.cluster), addresses(service.balancer()), addresses(service.external()));
         let inside =
             Way { scope: SCOPE_INTERNAL, local: service.internal_local, flags: 0, claim: Claim::Allotted };
         for address in cluster {
             self.add(address, self.port.port, inside);
         }
         // The balancer's come before what the author wrote: who is kept out there does not get in by the other.
-        let check = if service.sources.is_some() { SERVICE_CHECK_SOURCE } else { 0 };
+        let check = if service.sources().is_some() { SERVICE_CHECK_SOURCE } else { 0 };
         for address in balancer {
             self.add_external(address, self.port.port, Claim::Balancer, check);
         }
@@ -398,8 +398,7 @@ impl Builder<'_> {
         if let std::collections::btree_map::Entry::Vacant(free) = self.out.frontends.entry(key) {
             free.insert(frontend);
             self.out.lists.entry(list).or_insert_with(|| backends.clone());
-            if let Some(sources) = self.service.sources.as_ref().filter(|_| flags & SERVICE_CHECK_SOURCE != 0)
-            {
+            if let Some(sources) = self.service.sources().filter(|_| flags & SERVICE_CHECK_SOURCE != 0) {
                 let of_family = |range: &&Range| Family::of(&range.first) == self.family;
                 self.out.sources.insert(list, sources.iter().filter(of_family).copied().collect());
             }

@@ -8,6 +8,7 @@
 
 pub mod abandon;
 pub mod announce;
+pub mod counts;
 pub mod desired;
 pub mod ejection;
 pub mod feed;
@@ -26,6 +27,7 @@ pub mod policy;
 pub mod programs;
 pub mod reconcile;
 pub mod report;
+mod rows;
 mod run;
 mod serve;
 mod sys;
@@ -36,7 +38,7 @@ pub mod why;
 pub mod xdp;
 
 pub use metrics::Metrics;
-pub use run::{Config, Error, PodNetwork, cleanup, run, run_with_metrics};
+pub use run::{Config, Error, PodNetwork, cleanup, run};
 pub use serve::ProxyConfig;
 
 /// Bridge of a node's pods. A machine with several nodes has one per network namespace.

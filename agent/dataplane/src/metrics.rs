@@ -66,8 +66,37 @@ pub struct Metrics {
     checksums_by_node: Gauge,
     entries: Family<[Label; 1], Gauge>,
     capacity: Family<[Label; 1], Gauge>,
+    held: Held,
     drops: Arc<Drops>,
     updated: Arc<Mutex<Option<Timestamp>>>,
+}
+
+/// Members of families that every synchronisation sets: to look them up by their labels each time would be a good part of it.
+#[derive(Clone, Debug)]
+struct Held {
+    node_silent: Gauge,
+    ejected: Gauge,
+    no_local_internal: Gauge,
+    no_local_external: Gauge,
+    /// As [`Table::ALL`].
+    entries: [Gauge; Table::ALL.len()],
+}
+
+impl Held {
+    fn of(
+        left_out: &Family<[Label; 1], Gauge>,
+        no_local: &Family<[Label; 1], Gauge>,
+        entries: &Family<[Label; 1], Gauge>,
+    ) -> Self {
+        let member = |family: &Family<[Label; 1], Gauge>, label| family.get_or_create(&[label]).clone();
+        Self {
+            node_silent: member(left_out, ("cause", "node_silent")),
+            ejected: member(left_out, ("cause", "ejected")),
+            no_local_internal: member(no_local, ("traffic_policy", "internal")),
+            no_local_external: member(no_local, ("traffic_policy", "external")),
+            entries: Table::ALL.map(|table| member(entries, ("map", table.label()))),
+        }
+    }
 }
 
 impl Default for Metrics {
@@ -80,7 +109,12 @@ impl Default for Metrics {
             .chain(whole(1..60, 1))
             .chain(whole(60..120, 5))
             .chain(whole(120..301, 30));
+        let (left_out, no_local, entries) = (Family::default(), Family::default(), Family::default());
         Self {
+            held: Held::of(&left_out, &no_local, &entries),
+            left_out,
+            no_local,
+            entries,
             sync: sync(),
             sync_full: sync(),
             sync_partial: sync(),
@@ -91,7 +125,6 @@ impl Default for Metrics {
             service_pending: Gauge::default(),
             endpoint_changes: Counter::default(),
             endpoint_pending: Gauge::default(),
-            no_local: Family::default(),
             healthz: Family::default(),
             livez: Family::default(),
             failures: Counter::default(),
@@ -99,12 +132,10 @@ impl Default for Metrics {
             policies: Family::default(),
             would_drop: Family::default(),
             unprogrammed: Gauge::default(),
-            left_out: Family::default(),
             ejections: Counter::default(),
             peers: Family::default(),
             narrow_ways: Gauge::default(),
             checksums_by_node: Gauge::default(),
-            entries: Family::default(),
             capacity: Family::default(),
             drops: Arc::default(),
             updated: Arc::default(),
@@ -181,17 +212,11 @@ impl Metrics {
         self.failures.inc_by(done.failed as u64);
         self.services.set(number(done.totals.services));
         self.unprogrammed.set(number(done.unprogrammed));
-        let no_local = |policy, count| {
-            self.no_local.get_or_create(&[("traffic_policy", policy)]).set(number(count));
-        };
-        // A family is locked as long as one of its metrics is held.
-        let left_out = |cause, count| {
-            self.left_out.get_or_create(&[("cause", cause)]).set(number(count));
-        };
-        left_out("node_silent", done.totals.left_out);
-        left_out("ejected", done.totals.ejected);
-        no_local("internal", done.totals.no_local_internal);
-        no_local("external", done.totals.no_local_external);
+        let Held { node_silent, ejected, no_local_internal, no_local_external, .. } = &self.held;
+        node_silent.set(number(done.totals.left_out));
+        ejected.set(number(done.totals.ejected));
+        no_local_internal.set(number(done.totals.no_local_internal));
+        no_local_external.set(number(done.totals.no_local_external));
         if done.failed == 0 {
             let now = Timestamp::now();
             *self.updated.lock() = Some(now);
@@ -271,7 +296,7 @@ impl Metrics {
     }
 
     pub(crate) fn holds(&self, table: Table, entries: usize) {
-        self.entries.get_or_create(&[("map", table.label())]).set(number(entries));
+        self.held.entries[table as usize].set(number(entries));
     }
 
     /// Lets the drops be read whenever somebody asks for the metrics.

@@ -11,6 +11,7 @@ mod peer;
 mod ranges;
 mod tell;
 pub mod trial;
+mod tunnels;
 mod ways;
 pub mod width;
 
@@ -20,6 +21,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use weft_cni_netlink::{Class, Error, Event, Link, LinkChange, Netlink, Route, Vxlan, sysctl};
+use weft_ebpf_abi::TUNNEL_PORT;
 
 use self::offload::{Broken, Finisher};
 use self::ways::{Entries, Ground, Local, PROTOCOL, entries, same};
@@ -29,12 +31,13 @@ use crate::node::Devices;
 
 pub use self::peer::{DIRECT_RETURN, DIRECT_RETURN_VERSION, Peer, mac, overhead_bytes};
 pub use self::ranges::Ranges;
+pub use self::tunnels::Tunnels;
 pub use self::ways::{Routing, UnknownRouting};
 
 /// VXLAN network identifier.
 pub const VNI: u32 = 4_242;
-/// UDP port of the kernel's VXLAN (RFC 7348's 4789 is left to others on the node).
-pub const PORT: u16 = 8_472;
+/// UDP port of the tunnels.
+pub const PORT: u16 = TUNNEL_PORT.get();
 /// MTU if the underlay's device is not found.
 const DEFAULT_MTU_BYTES: u32 = 1_500;
 

@@ -2,40 +2,45 @@
 //!
 //! What a Service wants is derived anew whenever it changes and not kept: memory holds what the maps hold, and whose it is.
 
+mod backends;
+mod book;
 mod contest;
 mod ledger;
 mod lists;
 mod owned;
 
+pub(crate) use book::Book;
 pub use ledger::{Ledger, Op};
 pub use owned::Totals;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceKey, ServiceValue};
+use weft_ebpf_abi::{Address, BACKEND_ACTIVE, BackendKey, BackendValue, ServiceValue};
 
 use self::contest::Contests;
-use self::owned::{Id, Owned, Users};
+use self::owned::{Id, Owned};
 use crate::desired::{Desired, ListName};
 use crate::maglev::{self, Shares};
+use crate::maps::Table;
+use crate::rows::Rows;
 use crate::tables::ServiceName;
+
+/// Backends of a change that is large: the room for so many is not kept.
+const MANY_PENDING: usize = 1_024;
 
 /// Plans changes of the maps. It owns the numbers of lists and generations.
 #[derive(Debug)]
-pub struct Planner {
+pub(crate) struct Planner {
     /// What the maps say.
-    pub ledger: Ledger,
-    ids: HashMap<ServiceName, Id>,
-    /// Boxed: up to half of a hash map stands empty.
-    owned: HashMap<Id, Box<Owned>>,
-    next_id: Id,
-    owner_of: HashMap<ServiceKey, Id>,
+    book: Book,
+    services: Rows<ServiceName, Owned>,
     contests: Contests,
     totals: Totals,
-    references: HashMap<BackendKey, Users>,
     /// Generations given in plans that are not applied yet.
     pending: HashMap<BackendKey, BackendValue>,
-    claimed: HashSet<u32>,
+    /// Lists by number, and whose they are.
+    claimed: HashMap<u32, Id>,
     next_list: u32,
     next_generation: u32,
 }
@@ -43,30 +48,45 @@ pub struct Planner {
 impl Planner {
     /// Adopts maps as found; numbers go on behind theirs.
     #[must_use]
-    pub fn adopt(ledger: Ledger) -> Self {
-        let in_services = ledger.services.values().map(|v| v.list).max().unwrap_or(0);
-        let numbered = ledger.lists.keys().chain(ledger.sources.keys()).copied();
-        let last_list = numbered.max().unwrap_or(0).max(in_services);
-        let last_generation = ledger.backends.values().map(|b| b.generation).max().unwrap_or(0);
+    pub(crate) fn adopt(book: Book) -> Self {
+        let last_list = book.last_list();
+        let last_generation = book.backends.in_maps().map(|(_, b)| b.generation).max().unwrap_or(0);
         Self {
-            ledger,
-            ids: HashMap::new(),
-            owned: HashMap::new(),
-            next_id: 0,
-            owner_of: HashMap::new(),
+            book,
+            services: Rows::default(),
             contests: Contests::default(),
             totals: Totals::default(),
-            references: HashMap::new(),
             pending: HashMap::new(),
-            claimed: HashSet::new(),
+            claimed: HashMap::new(),
             next_list: last_list.wrapping_add(1),
             next_generation: last_generation.wrapping_add(1),
         }
     }
 
+    /// What the maps say.
+    pub(crate) fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// Addresses of the node in the maps.
+    pub(crate) fn node_addresses(&self) -> &BTreeSet<Address> {
+        &self.book.node_addresses
+    }
+
+    /// Entries of a map.
+    pub(crate) fn entries(&self, table: Table) -> usize {
+        match table {
+            Table::Services => self.book.services,
+            Table::Slots => self.book.slots,
+            Table::Backends => self.book.backends.programmed(),
+            Table::NodeAddresses => self.book.node_addresses.len(),
+            Table::Sources => self.book.ranges,
+        }
+    }
+
     /// Plans for Services that changed; one that is gone wants nothing. Each operation names its Service by its place in
     /// `changes`.
-    pub fn plan(&mut self, mut changes: Vec<(ServiceName, Desired)>) -> Vec<(usize, Op)> {
+    pub(crate) fn plan(&mut self, mut changes: Vec<(ServiceName, Desired)>) -> Vec<(usize, Op)> {
         self.contests.announce(&changes);
         let mut ids = Vec::with_capacity(changes.len());
         for (name, desired) in &mut changes {
@@ -86,77 +106,77 @@ impl Planner {
     }
 
     /// Services to be planned again, because an address became free that they wait for, or an older Service claims theirs.
-    pub fn take_disturbed(&mut self) -> BTreeSet<ServiceName> {
+    pub(crate) fn take_disturbed(&mut self) -> BTreeSet<ServiceName> {
         self.contests.take_disturbed()
     }
 
     /// Plans the removal of addresses and lists that no Service wants. To be called once all sources are known.
     #[must_use]
-    pub fn plan_prune(&self) -> Vec<Op> {
-        let services = self.ledger.services.keys().filter(|k| !self.owner_of.contains_key(k));
-        let mut ops: Vec<_> = services.map(|k| Op::DeleteService(*k)).collect();
-        for (list, slots) in self.ledger.lists.iter().filter(|(l, _)| !self.claimed.contains(l)) {
-            lists::plan_slots(*list, slots, &BTreeSet::new(), &mut ops);
+    pub(crate) fn plan_prune(&self) -> Vec<Op> {
+        let mut ops: Vec<_> = self.book.unowned().map(Op::DeleteService).collect();
+        for (list, slots) in self.book.lists().filter(|(number, _)| !self.claimed.contains_key(number)) {
+            lists::plan_slots(list, &slots, &BTreeSet::new(), &mut ops);
         }
-        let sources = self.ledger.sources.iter().filter(|(l, _)| !self.claimed.contains(l));
+        let sources = self.book.sources.iter().filter(|(number, _)| !self.claimed.contains_key(number));
         ops.extend(sources.flat_map(|(_, ranges)| ranges).map(|key| Op::DeleteSource(*key)));
         ops
     }
 
     /// Likewise of backends; to be called when no list leads to one that its Service no longer wants.
     #[must_use]
-    pub fn plan_prune_backends(&self) -> Vec<Op> {
-        let backends = self.ledger.backends.keys().filter(|k| !self.references.contains_key(k));
-        backends.map(|k| Op::DeleteBackend(*k)).collect()
+    pub(crate) fn plan_prune_backends(&self) -> Vec<Op> {
+        self.book.backends.unused().map(Op::DeleteBackend).collect()
     }
 
     /// Plans the node's own addresses.
     #[must_use]
-    pub fn plan_node_addresses(&self, wanted: &BTreeSet<Address>) -> Vec<Op> {
-        let known = &self.ledger.node_addresses;
+    pub(crate) fn plan_node_addresses(&self, wanted: &BTreeSet<Address>) -> Vec<Op> {
+        let known = &self.book.node_addresses;
         let new = wanted.difference(known).map(|a| Op::PutNodeAddress(*a));
         new.chain(known.difference(wanted).map(|a| Op::DeleteNodeAddress(*a))).collect()
     }
 
     /// Notes that an operation succeeded.
-    pub fn record(&mut self, op: &Op) {
-        self.ledger.record(op);
+    pub(crate) fn record(&mut self, op: &Op) {
+        self.book.record(op);
         if let Op::PutBackend(key, _) = op {
             self.pending.remove(key);
-            if self.pending.is_empty() {
+            if self.pending.is_empty() && self.pending.capacity() > MANY_PENDING {
                 // What the first synchronisation took is not needed again.
                 self.pending = HashMap::new();
             }
         }
         if let Op::DeleteService(key) = op {
-            self.owner_of.remove(key);
             self.contests.freed(key);
         }
     }
 
+    /// Whose a list is.
+    #[must_use]
+    pub(crate) fn owner_of_list(&self, number: u32) -> Option<&ServiceName> {
+        let id = self.claimed.get(&number)?;
+        self.services.at(*id).map(|(name, _)| name)
+    }
+
     /// Counts over all Services.
     #[must_use]
-    pub fn totals(&self) -> Totals {
+    pub(crate) fn totals(&self) -> Totals {
         self.totals
     }
 
     /// Enters what a Service wants, less what others have a better right to. What it had stays its own until it is gone
     /// from the maps.
     fn intend(&mut self, name: &ServiceName, desired: &mut Desired) -> Id {
-        let id = self.ids.get(name).copied().unwrap_or_else(|| {
-            let id = self.next_id;
-            self.next_id = self.next_id.wrapping_add(1);
-            self.ids.insert(name.clone(), id);
-            self.owned.insert(id, Box::new(Owned::new(name.clone())));
-            id
-        });
+        let id = self.services.enter(name.clone(), |_| Owned::default());
         self.contest(id, name, desired);
-        let Some(mut owned) = self.owned.remove(&id) else { return id };
+        let Some(mut owned) = self.services.at_mut(id).map(std::mem::take) else { return id };
         self.intend_frontends(id, &mut owned, desired);
-        self.intend_lists(&mut owned, desired);
+        self.intend_lists(id, &mut owned, desired);
         self.intend_backends(id, &mut owned, desired);
         self.totals.replace(owned.set_facts(desired), owned.facts());
-        self.owned.insert(id, owned);
+        if let Some(kept) = self.services.at_mut(id) {
+            *kept = owned;
+        }
         id
     }
 
@@ -167,12 +187,13 @@ impl Planner {
         let created = desired.created;
         desired.frontends.retain(|key, frontend| {
             let mine = (frontend.claim, created, name);
-            if let Some(owner) = self.owner_of.get(key).filter(|owner| **owner != id) {
+            if let Some(owner) = self.book.owner(key).filter(|owner| *owner != id) {
                 // One that wants it no longer gives it up of itself.
-                if let Some(theirs) = self.owned.get(owner).and_then(|owned| owned.right_to(key))
-                    && mine < theirs
+                if let Some((other, owned)) = self.services.at(owner)
+                    && let Some((claim, created)) = owned.right_to(key)
+                    && mine < (claim, created, other)
                 {
-                    self.contests.disturb(theirs.2);
+                    self.contests.disturb(other);
                 }
                 self.contests.wait(key, mine);
                 return false;
@@ -186,32 +207,33 @@ impl Planner {
     }
 
     fn intend_frontends(&mut self, id: Id, owned: &mut Owned, desired: &Desired) {
-        for (key, _) in &owned.frontends {
-            if desired.frontends.contains_key(key) || self.owner_of.get(key) != Some(&id) {
-                continue;
-            }
-            if !self.ledger.services.contains_key(key) {
-                self.owner_of.remove(key);
-                self.contests.freed(key);
+        let unwanted = owned.frontends.iter().map(|(key, _)| *key);
+        let unwanted = unwanted.filter(|key| !desired.frontends.contains_key(key));
+        let mut left = Vec::new();
+        for key in unwanted.filter(|key| self.book.owner(key) == Some(id)).collect::<Vec<_>>() {
+            if self.book.service(&key).is_some() {
+                left.push((key, None));
+            } else {
+                self.book.set_owner(key, None);
+                self.contests.freed(&key);
             }
         }
-        let left = owned.frontends.iter().map(|(key, _)| *key);
-        let left = left.filter(|k| !desired.frontends.contains_key(k) && self.owner_of.get(k) == Some(&id));
-        let left: Vec<_> = left.map(|key| (key, None)).collect();
         let wanted = desired.frontends.iter().map(|(key, frontend)| (*key, Some(frontend.claim)));
         owned.frontends = wanted.chain(left).collect();
         owned.created = desired.created;
-        self.owner_of.extend(desired.frontends.keys().map(|key| (*key, id)));
+        for key in desired.frontends.keys() {
+            self.book.set_owner(*key, Some(id));
+        }
     }
 
-    fn intend_lists(&mut self, owned: &mut Owned, desired: &Desired) {
-        let ledger = &self.ledger;
+    fn intend_lists(&mut self, id: Id, owned: &mut Owned, desired: &Desired) {
+        let book = &self.book;
         owned.lists = std::mem::take(&mut owned.lists)
             .into_iter()
             .filter(|(list, number)| {
                 let keep = desired.lists.contains_key(list)
-                    || ledger.lists.contains_key(number)
-                    || ledger.sources.contains_key(number);
+                    || book.has_list(*number)
+                    || book.sources.contains_key(number);
                 if !keep {
                     self.claimed.remove(number);
                 }
@@ -230,9 +252,10 @@ impl Planner {
         // The number that the list has in maps which were adopted, or a new one.
         for (key, frontend) in &desired.frontends {
             if let Some(number @ None) = frontend.list.as_ref().and_then(|list| new.get_mut(list))
-                && let Some(value) = ledger.services.get(key)
-                && self.claimed.insert(value.list)
+                && let Some(value) = book.service(key)
+                && let Entry::Vacant(free) = self.claimed.entry(value.list)
             {
+                free.insert(id);
                 *number = Some(value.list);
             }
         }
@@ -241,7 +264,7 @@ impl Planner {
                 self.next_list += 1;
                 self.next_list - 1
             });
-            self.claimed.insert(number);
+            self.claimed.insert(number, id);
             (list, number)
         });
         let mut all: Vec<_> = owned.lists.iter().copied().chain(numbered).collect();
@@ -250,39 +273,41 @@ impl Planner {
     }
 
     fn intend_backends(&mut self, id: Id, owned: &mut Owned, desired: &Desired) {
+        let backends = &mut self.book.backends;
+        let mut all = Vec::with_capacity(desired.backends.len());
         for (key, known) in &desired.backends {
-            self.references
-                .entry(*key)
-                .and_modify(|users| users.set(id, *known))
-                .or_insert_with(|| Users::one(id, *known));
+            let place = backends.refer(*key);
+            backends.set_user(place, id, *known);
+            all.push(place);
         }
-        let gone = owned.backends.iter().filter(|key| !desired.backends.contains_key(key));
-        let mut left = Vec::new();
-        for key in gone {
-            if self.references.get_mut(key).is_some_and(|users| users.remove(id)) {
-                self.references.remove(key);
+        for place in &owned.backends {
+            let Some(key) = backends.key(*place) else { continue };
+            if desired.backends.contains_key(&key) {
+                continue;
             }
-            if self.ledger.backends.contains_key(key) {
-                left.push(*key);
+            backends.remove_user(*place, id);
+            if backends.value(&key).is_some() {
+                all.push(backends.refer(key));
             }
         }
-        owned.backends = desired.backends.keys().copied().chain(left).collect();
+        let before = std::mem::replace(&mut owned.backends, all.into());
+        before.iter().for_each(|place| backends.release(*place));
     }
 
     fn plan_backends(&mut self, id: Id, ops: &mut Vec<Op>) {
-        let Some(owned) = self.owned.get(&id) else { return };
-        for key in &owned.backends {
-            let current = self.ledger.backends.get(key);
-            let Some(users) = self.references.get(key) else {
+        let Some((_, owned)) = self.services.at(id) else { return };
+        for place in &owned.backends {
+            let Some((key, current, known)) = self.book.backends.look(*place) else { continue };
+            let Some(known) = known else {
                 if current.is_some() {
-                    ops.push(Op::DeleteBackend(*key));
+                    ops.push(Op::DeleteBackend(key));
                 }
                 continue;
             };
-            let known = users.sum();
             let (flags, owner) = (if known.active { BACKEND_ACTIVE } else { 0 }, known.owner);
-            let same = |value: &&BackendValue| value.owner == owner;
-            let generation = match current.filter(same).or(self.pending.get(key).filter(same)) {
+            let same = |value: &BackendValue| value.owner == owner;
+            let pending = || self.pending.get(&key).copied().filter(same);
+            let generation = match current.filter(same).or_else(pending) {
                 Some(value) => value.generation,
                 None => {
                     self.next_generation = self.next_generation.wrapping_add(1);
@@ -290,31 +315,31 @@ impl Planner {
                 }
             };
             let value = BackendValue { generation, flags, owner };
-            if current != Some(&value) {
-                self.pending.insert(*key, value);
-                ops.push(Op::PutBackend(*key, value));
+            if current != Some(value) {
+                self.pending.insert(key, value);
+                ops.push(Op::PutBackend(key, value));
             }
         }
     }
 
     fn plan_lists(&self, id: Id, desired: &Desired, ops: &mut Vec<Op>) {
-        let Some(owned) = self.owned.get(&id) else { return };
+        let Some((_, owned)) = self.services.at(id) else { return };
         let nothing = BTreeSet::new();
         for (list, number) in &owned.lists {
-            let slots = self.ledger.lists.get(number).map_or(&[][..], Vec::as_slice);
+            let slots = self.book.list(*number);
             let wanted = desired.lists.get(list).unwrap_or(&nothing);
             let shares = Shares::of(wanted, &desired.weights);
             if is_table(list, &shares) {
-                lists::plan_table(*number, slots, &maglev::table(&shares), ops);
+                lists::plan_table(*number, &slots, &maglev::table(&shares), ops);
             } else {
-                lists::plan_slots(*number, slots, wanted, ops);
+                lists::plan_slots(*number, &slots, wanted, ops);
             }
-            lists::plan_sources(*number, self.ledger.sources.get(number), desired.sources.get(list), ops);
+            lists::plan_sources(*number, self.book.sources.get(number), desired.sources.get(list), ops);
         }
     }
 
     fn plan_services(&self, id: Id, desired: &Desired, ops: &mut Vec<Op>) {
-        let Some(owned) = self.owned.get(&id) else { return };
+        let Some((_, owned)) = self.services.at(id) else { return };
         let places: HashMap<_, _> = desired
             .lists
             .iter()
@@ -324,7 +349,7 @@ impl Planner {
             })
             .collect();
         for (key, _) in &owned.frontends {
-            let current = self.ledger.services.get(key);
+            let current = self.book.service(key);
             let Some(frontend) = desired.frontends.get(key) else {
                 if current.is_some() {
                     ops.push(Op::DeleteService(*key));
@@ -335,18 +360,18 @@ impl Planner {
             let (list, count) = list.unwrap_or((0, 0));
             let (affinity_seconds, flags) = (frontend.affinity_seconds, frontend.flags);
             let value = ServiceValue { list, count, affinity_seconds, flags };
-            if current != Some(&value) {
+            if current != Some(value) {
                 ops.push(Op::PutService(*key, value));
             }
         }
     }
 
     fn forget_if_empty(&mut self, id: Id) {
-        if let Some(owned) = self.owned.get(&id)
+        if let Some((name, owned)) = self.services.at(id)
             && owned.is_empty()
         {
-            self.ids.remove(&owned.name);
-            self.owned.remove(&id);
+            let name = name.clone();
+            self.services.remove(&name);
         }
     }
 }

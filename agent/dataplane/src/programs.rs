@@ -1,5 +1,7 @@
 //! Loads the programs, attaches them, and keeps both pinned, so that Services outlive the agent.
 
+mod sizes;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
@@ -136,7 +138,12 @@ impl Programs {
             fs::create_dir_all(folder).map_err(failed("make folder", folder))?;
         }
         // Nothing is relocated against the kernel's types: reading them would cost megabytes and a tenth of a second.
-        let mut ebpf = EbpfLoader::new().btf(None).default_map_pin_directory(&maps).load(object)?;
+        let mut loader = EbpfLoader::new();
+        loader.btf(None).default_map_pin_directory(&maps);
+        for (name, entries) in sizes::of_machine() {
+            loader.map_max_entries(name, entries);
+        }
+        let mut ebpf = loader.load(object)?;
         let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
         for name in names
             .chain(crate::policy::edges::HOOKS.map(|(name, ..)| name))

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use weft_ebpf_abi::{Address, BackendKey};
 
-use self::codec::{read_ledger, run};
+use self::codec::{read, run};
 use crate::announce::answers::Answers;
 use crate::desired::{Desired, Health, desired};
 use crate::maps::{MapError, MapSet, Table};
@@ -96,9 +96,8 @@ enum Prune {
 impl<M: MapSet> Reconciler<M> {
     /// Adopts the maps as they are. `tables` are empty yet.
     pub fn adopt(tables: Tables, mut maps: M) -> Result<Self, MapError> {
-        let ledger = read_ledger(&mut maps)?;
-        let node_addresses = ledger.node_addresses.clone();
-        let planner = Planner::adopt(ledger);
+        let planner = Planner::adopt(read(&mut maps)?);
+        let node_addresses = planner.node_addresses().clone();
         Ok(Self {
             tables,
             maps,
@@ -139,7 +138,7 @@ impl<M: MapSet> Reconciler<M> {
         self.prune != Prune::Nothing
             || !self.dirty.is_empty()
             || !self.unprogrammed.is_empty()
-            || self.node_addresses != self.planner.ledger.node_addresses
+            || self.node_addresses != *self.planner.node_addresses()
     }
 
     /// Whether everything is in the maps but for Services that failed again and again: those are shown, and retried, but need
@@ -149,7 +148,13 @@ impl<M: MapSet> Reconciler<M> {
         self.prune != Prune::All
             && self.dirty.is_empty()
             && self.unprogrammed.values().all(|state| state.rounds >= ROUNDS_WAITED_FOR)
-            && self.node_addresses == self.planner.ledger.node_addresses
+            && self.node_addresses == *self.planner.node_addresses()
+    }
+
+    /// Whose a list is.
+    #[must_use]
+    pub fn owner_of_list(&self, number: u32) -> Option<&ServiceName> {
+        self.planner.owner_of_list(number)
     }
 
     /// Counts over all Services.
@@ -204,14 +209,7 @@ impl<M: MapSet> Reconciler<M> {
     /// Entries of a map, as far as known.
     #[must_use]
     pub fn entries(&self, table: Table) -> usize {
-        let ledger = &self.planner.ledger;
-        match table {
-            Table::Services => ledger.services.len(),
-            Table::Slots => ledger.slots,
-            Table::Backends => ledger.backends.len(),
-            Table::NodeAddresses => ledger.node_addresses.len(),
-            Table::Sources => ledger.ranges,
-        }
+        self.planner.entries(table)
     }
 
     /// The load-balancer addresses to answer for, if they have changed since the last call.
@@ -373,7 +371,7 @@ impl<M: MapSet> Reconciler<M> {
             let result = run(&mut self.maps, rest);
             let done = result.as_ref().map_or_else(|error| error.done.min(rest.len()), |()| rest.len());
             for (_, op) in &rest[..done] {
-                self.left.extend(self.planner.ledger.left_by(op));
+                self.left.extend(self.planner.book().left_by(op));
                 self.planner.record(op);
             }
             report.applied += done;
@@ -398,13 +396,13 @@ impl<M: MapSet> Reconciler<M> {
 
     /// What the maps say, as text in a fixed order, without generations.
     pub fn render(&mut self) -> Result<String, MapError> {
-        Ok(render(&read_ledger(&mut self.maps)?))
+        Ok(render(&read(&mut self.maps)?.ledger()))
     }
 
     /// What is believed to be in the maps, for tests of the belief itself.
     #[must_use]
-    pub fn ledger(&self) -> &Ledger {
-        &self.planner.ledger
+    pub fn ledger(&self) -> Ledger {
+        self.planner.book().ledger()
     }
 }
 

@@ -22,18 +22,20 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use weft_ebpf_abi::{Address, NodeConfig, names};
 
 use crate::abandon::{Search, Searches};
 use crate::announce;
+use crate::counts::{Counted, WhoseLists};
 use crate::ejection::EjectionError;
-use crate::maps::MapError;
 use crate::maps::kernel::KernelMaps;
+use crate::maps::{MapError, Table};
 use crate::metrics::Metrics;
 use crate::node::{self, Devices, NodeError};
 use crate::overlay::inquiry::Inquiry;
 use crate::overlay::trial::{self, Trials};
-use crate::overlay::{self, Overlay, Ranges, Routing};
+use crate::overlay::{self, Overlay, Ranges, Routing, Tunnels};
 use crate::policy;
 use crate::programs::{self, ProgramError, Programs};
 use crate::reconcile::Reconciler;
@@ -43,7 +45,7 @@ use crate::tables::ServiceName;
 use crate::trouble::{self, Trouble};
 use crate::xdp::Carrier;
 
-use self::absorb::{Relists, services, sources};
+use self::absorb::{Relists, network, services, sources};
 use self::eject::Ejecting;
 use self::findings::Findings;
 use self::peers::Peers;
@@ -136,8 +138,8 @@ pub enum Error {
     /// The maps could not be read.
     #[error("cannot adopt the maps")]
     Adopt(#[from] MapError),
-    /// A blocking task ended early.
-    #[error("setting up the dataplane was interrupted")]
+    /// A task ended early.
+    #[error("a task of the dataplane was interrupted")]
     Interrupted(#[from] tokio::task::JoinError),
     /// Devices could not be listed or watched.
     #[error("cannot watch the node's devices")]
@@ -165,28 +167,16 @@ pub async fn run(
     programmed: watch::Sender<bool>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
-    run_with_metrics(config, client, programmed, Metrics::default(), shutdown).await
-}
-
-/// As [`run`], with metrics that the caller has registered.
-///
-/// # Errors
-/// As [`run`].
-pub async fn run_with_metrics(
-    config: Config,
-    client: Client,
-    programmed: watch::Sender<bool>,
-    metrics: Metrics,
-    shutdown: CancellationToken,
-) -> Result<(), Error> {
     let config = Arc::new(config);
     let setup = Arc::clone(&config);
     let (programs, mut reconciler, identity) = tokio::task::spawn_blocking(move || set_up(&setup)).await??;
     let parts = policy::Parts::new(&programs)?;
-    let begins_empty = reconciler.ledger().services.is_empty();
+    let metrics = Metrics::default();
+    let begins_empty = reconciler.entries(Table::Services) == 0;
     let policies =
         policy::run(parts, client.clone(), config.node_name.clone(), config.gate.clone(), metrics.clone());
     metrics.count_drops(programs.drop_counters()?);
+    let (counted, whose_lists) = Counted::of(&programs)?;
     let proxy = Arc::new(config.proxy.clone());
     let shared = Arc::new(Shared { metrics, ..Shared::default() });
     let cgroup2 = node::cgroup2_mount()?;
@@ -207,6 +197,7 @@ pub async fn run_with_metrics(
         overlay: Overlay::new(config.node_name.clone(), config.node_ip, config.routing),
         near: Ranges::adopt(&programs, names::NEAR)?,
         direct: Ranges::adopt(&programs, names::DIRECT)?,
+        tunnels: Tunnels::adopt(&programs)?,
         links,
         findings,
         carrier: Carrier::adopt(&programs, config.proxy.xdp)?,
@@ -224,28 +215,46 @@ pub async fn run_with_metrics(
         answers,
         peers,
         reports: config.reports.clone(),
+        whose_lists,
         seen: Versions::default(),
         relists: Relists::default(),
         begins_empty,
+        ways_untold: true,
+        devices_changed: false,
         triggers: VecDeque::new(),
         retry: RETRY_FIRST,
     };
     let telling = trouble::tell(client.clone(), &config.node_name, troubled, turned, ejected, found);
-    // Of these only what was woken is polled: a change of a Service must not go round all of them.
-    let mut parts: FuturesUnordered<BoxFuture<'_, Result<(), Error>>> = FuturesUnordered::new();
-    parts.push(dataplane.run(client, shutdown).boxed());
-    parts.push(policies.boxed());
     let beside = [
         telling.boxed(),
-        serve::serve(&proxy, shared).boxed(),
+        serve::serve(&proxy, shared, Some(counted)).boxed(),
         announce.boxed(),
         watching.boxed(),
         trying.boxed(),
         finding.boxed(),
     ];
-    parts.extend(beside.map(|part| part.map(Ok).boxed()));
+    let services = as_task(async move { dataplane.run(client, shutdown).await });
+    first_to_end([services, policies.boxed()], beside).await
+}
+
+/// The outcome of the first that ends; what runs beside never does.
+async fn first_to_end<'f>(
+    parts: [BoxFuture<'f, Result<(), Error>>; 2],
+    beside: [BoxFuture<'f, ()>; 6],
+) -> Result<(), Error> {
+    let mut all: FuturesUnordered<_> = parts.into_iter().collect();
+    all.extend(beside.map(|part| part.map(Ok).boxed()));
     // There is one, so there is an outcome.
-    parts.next().await.unwrap_or(Ok(()))
+    all.next().await.unwrap_or(Ok(()))
+}
+
+/// Runs it as a task of its own for as long as the future is there. What wakes it, the connection of a watch, is another task: so nothing
+/// else is looked at on the way of a change to the maps.
+fn as_task(
+    work: impl Future<Output = Result<(), Error>> + Send + 'static,
+) -> BoxFuture<'static, Result<(), Error>> {
+    let task = AbortOnDropHandle::new(tokio::spawn(work));
+    task.map(|ended| ended.unwrap_or_else(|error| Err(error.into()))).boxed()
 }
 
 /// Removes all that a dataplane left on its node: links, maps, the overlay, the cgroup. What is gone already is no error.
@@ -275,6 +284,7 @@ struct Dataplane {
     overlay: Overlay,
     near: Ranges,
     direct: Ranges,
+    tunnels: Tunnels,
     links: Inquiry<Trials, BTreeSet<IpNetwork>>,
     findings: Findings,
     carrier: Carrier,
@@ -294,10 +304,15 @@ struct Dataplane {
     answers: watch::Sender<BTreeSet<IpAddr>>,
     peers: Peers,
     reports: Option<watch::Sender<Report>>,
+    whose_lists: mpsc::Receiver<WhoseLists>,
     seen: Versions,
     relists: Relists,
     /// No Service was in the maps when they were adopted.
     begins_empty: bool,
+    /// The programs, and who looks into the network, may not know the overlay as it is.
+    ways_untold: bool,
+    /// Devices or addresses are not as they were looked at.
+    devices_changed: bool,
     /// Times of the changes that wait to reach the maps, and whose they are.
     triggers: VecDeque<(ServiceName, Timestamp)>,
     retry: Duration,
@@ -308,48 +323,46 @@ impl Dataplane {
         let mut events = sources(&client);
         let mut services = Some(|| services(&client));
         // Subscribed before the first look: no change falls between the two.
-        let mut changes = weft_cni_netlink::Events::subscribe()?;
+        events.push(network(weft_cni_netlink::Events::subscribe()?));
+        events.extend(self.inquiries());
         self.refresh_devices()?;
+        let stopped = shutdown.cancelled_owned();
+        tokio::pin!(stopped);
         let mut due = None;
         loop {
             let lagging = self.relists.all_known() && self.is_behind();
             // Fixed when it begins: events must not put it off.
             due = lagging.then(|| due.unwrap_or_else(|| tokio::time::Instant::now() + self.retry));
+            // What comes often is asked before the rest, and looks at no other source than the one that has something.
             tokio::select! {
-                () = shutdown.cancelled() => return Ok(()),
+                biased;
+                () = &mut stopped => return Ok(()),
+                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
+                    due = None;
+                    self.retry = (self.retry * 2).min(RETRY_LONGEST);
+                }
                 Some(event) = events.next() => {
-                    self.absorb(event);
+                    let mut changed = self.absorb(event)?;
                     for _ in 0..MAX_EVENTS_PER_SYNC {
                         let Some(Some(event)) = events.next().now_or_never() else { break };
-                        self.absorb(event);
+                        changed |= self.absorb(event)?;
+                    }
+                    if std::mem::take(&mut self.devices_changed) {
+                        self.refresh_devices()?;
                     }
                     if let Some(services) = services.take_if(|_| self.relists.all_but_services_known()) {
                         events.push(services());
                     }
-                }
-                changed = changes.next() => {
-                    let mut relevant = self.take_in(&changed?);
-                    while let Some(more) = changes.next().now_or_never() {
-                        relevant |= self.take_in(&more?);
-                    }
-                    if !relevant {
+                    if !changed {
                         // A repair of the overlay waits for the retry: somebody may go on taking entries away.
                         continue;
                     }
-                    self.refresh_devices()?;
                 }
-                Ok(()) = self.peers.silent.changed() => self.take_silent(),
                 () = self.ejecting.ready() => self.take_ejections(),
-                Ok(()) = self.links.found.changed() => {
-                    let proven = self.links.found.borrow_and_update().clone();
-                    self.overlay.set_proven(proven);
-                }
-                Ok(()) = self.findings.widths.found.changed() => self.take_widths(),
-                Ok(()) = self.findings.checksums.found.changed() => self.take_broken(),
                 () = self.searches.progress() => continue,
-                () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if lagging => {
-                    due = None;
-                    self.retry = (self.retry * 2).min(RETRY_LONGEST);
+                Some(question) = self.whose_lists.recv() => {
+                    question.answer(|list| self.reconciler.owner_of_list(list));
+                    continue;
                 }
             }
             self.sync();

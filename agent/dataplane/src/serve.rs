@@ -20,10 +20,12 @@ use axum::routing::get;
 use ipnetwork::IpNetwork;
 use k8s_openapi::jiff::Timestamp;
 use parking_lot::Mutex;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::registry::Registry;
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::counts::Counted;
 use crate::health::ProxyHealth;
 use crate::metrics::Metrics;
 use crate::xdp::Xdp;
@@ -73,7 +75,7 @@ pub(crate) struct Shared {
 }
 
 /// Serves health and metrics until it is dropped; it never ends.
-pub(crate) async fn serve(config: &ProxyConfig, shared: Arc<Shared>) {
+pub(crate) async fn serve(config: &ProxyConfig, shared: Arc<Shared>, counted: Option<Counted>) {
     let health = Router::new().route("/healthz", get(healthz)).route("/livez", get(livez));
     let mut registry = Registry::default();
     shared.metrics.register(&mut registry);
@@ -82,7 +84,7 @@ pub(crate) async fn serve(config: &ProxyConfig, shared: Arc<Shared>) {
         .route("/healthz", get(|| async { "ok" }))
         // kube-proxy says "iptables", "ipvs" or "nftables" here.
         .route("/proxyMode", get(|| async { "ebpf" }))
-        .route("/metrics", get(move || std::future::ready(encode(&registry))));
+        .route("/metrics", get(move || tell_metrics(Arc::clone(&registry), counted.clone())));
     let at = |address: Option<SocketAddr>, router: Router| async move {
         let Some(address) = address else { return std::future::pending().await };
         loop {
@@ -177,9 +179,21 @@ async fn livez(State(shared): State<Arc<Shared>>) -> Response {
     answer(good, body.to_string())
 }
 
-fn encode(registry: &Registry) -> Response {
+async fn tell_metrics(registry: Arc<Registry>, counted: Option<Counted>) -> Response {
+    let mut services = Registry::default();
+    if let Some(counted) = counted {
+        match counted.read().await {
+            Ok(counts) => services.register_collector(Box::new(counts)),
+            Err(error) => tracing::warn!(%error, "counts of Services are left out of the metrics"),
+        }
+    }
+    encode(&[&registry, &services])
+}
+
+fn encode(registries: &[&Registry]) -> Response {
     let mut text = String::new();
-    match prometheus_client::encoding::text::encode(&mut text, registry) {
+    let parts = registries.iter().try_for_each(|registry| encode_registry(&mut text, registry));
+    match parts.and_then(|()| encode_eof(&mut text)) {
         Ok(()) => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], text).into_response()

@@ -1,5 +1,7 @@
 //! The cluster's Services and endpoints as the planner needs them: trimmed from the API's objects, nothing kept twice.
 
+mod owners;
+mod shared;
 mod trim;
 pub mod wire;
 
@@ -9,6 +11,10 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use weft_ebpf_abi::{Address, BackendKey};
+
+use self::owners::Owners;
+use self::shared::Shared;
+use crate::rows::{Place, Rows};
 
 /// Label on a Node that names its zone.
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -21,29 +27,25 @@ impl ServiceName {
     /// From its parts.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self(joined(namespace, name).into())
+        // Neither part can have a slash.
+        Self(format!("{namespace}/{name}").into())
     }
 
     /// Namespace.
     #[must_use]
     pub fn namespace(&self) -> &str {
-        split(&self.0).0
+        self.parts().0
     }
 
     /// Name.
     #[must_use]
     pub fn name(&self) -> &str {
-        split(&self.0).1
+        self.parts().1
     }
-}
 
-/// Neither part can have a slash.
-fn joined(namespace: &str, name: &str) -> String {
-    format!("{namespace}/{name}")
-}
-
-fn split(joined: &str) -> (&str, &str) {
-    joined.split_once('/').unwrap_or((joined, ""))
+    fn parts(&self) -> (&str, &str) {
+        self.0.split_once('/').unwrap_or((&self.0, ""))
+    }
 }
 
 impl fmt::Display for ServiceName {
@@ -98,18 +100,10 @@ pub struct Range {
 pub struct Service {
     /// Cluster addresses. The Service has the families of these, whatever its other addresses are.
     pub cluster: Box<[Address]>,
-    /// The load balancer's addresses, unless it proxies itself.
-    pub balancer: Box<[Address]>,
-    /// weft gives those out itself, so its nodes answer for them on their link.
-    pub balancer_is_ours: bool,
-    /// The only clients that may use those; `None` for all.
-    pub sources: Option<Box<[Range]>>,
-    /// External addresses.
-    pub external: Box<[Address]>,
     /// Ports.
-    pub ports: Box<[ServicePort]>,
-    /// Ranges of ports that lead to the same ports of the endpoints (annotation `weft.dev/port-ranges`).
-    pub ranges: Box<[PortRange]>,
+    pub ports: Arc<[ServicePort]>,
+    /// What few Services have.
+    pub rare: Option<Box<Rare>>,
     /// Seconds of affinity by client; 0 for none.
     pub affinity_seconds: u32,
     /// From outside a client's hash chooses the backend (Maglev), as it does unless the annotation `weft.dev/backend-choice` says otherwise.
@@ -126,8 +120,49 @@ pub struct Service {
     pub created: i64,
 }
 
+impl Service {
+    /// The load balancer's addresses, unless it proxies itself.
+    #[must_use]
+    pub fn balancer(&self) -> &[Address] {
+        self.rare.as_ref().map_or(&[], |rare| &rare.balancer)
+    }
+
+    /// The only clients that may use those; `None` for all.
+    #[must_use]
+    pub fn sources(&self) -> Option<&[Range]> {
+        self.rare.as_ref()?.sources.as_deref()
+    }
+
+    /// External addresses.
+    #[must_use]
+    pub fn external(&self) -> &[Address] {
+        self.rare.as_ref().map_or(&[], |rare| &rare.external)
+    }
+
+    /// Ranges of ports that lead to the same ports of the endpoints.
+    #[must_use]
+    pub fn ranges(&self) -> &[PortRange] {
+        self.rare.as_ref().map_or(&[], |rare| &rare.ranges)
+    }
+}
+
+/// What few Services have, apart so that the others are small.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rare {
+    /// The load balancer's addresses, unless it proxies itself.
+    pub balancer: Box<[Address]>,
+    /// weft gives those out itself, so its nodes answer for them on their link.
+    pub balancer_is_ours: bool,
+    /// The only clients that may use those; `None` for all.
+    pub sources: Option<Box<[Range]>>,
+    /// External addresses.
+    pub external: Box<[Address]>,
+    /// Ranges of ports that lead to the same ports of the endpoints (annotation `weft.dev/port-ranges`).
+    pub ranges: Box<[PortRange]>,
+}
+
 /// A port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// Name; empty if the Service has one port only.
     pub name: Box<str>,
@@ -165,11 +200,14 @@ pub struct View<'a> {
     pub ejected: &'a BTreeSet<BackendKey>,
 }
 
+/// Name, protocol and number of a slice's port.
+pub type SlicePort = (Box<str>, u8, u16);
+
 /// A slice of endpoints, all of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slice {
-    /// Name, protocol and number of each port.
-    pub ports: Box<[(Box<str>, u8, u16)]>,
+    /// Ports.
+    pub ports: Arc<[SlicePort]>,
     /// Endpoints.
     pub endpoints: Box<[Endpoint]>,
 }
@@ -223,9 +261,10 @@ pub struct Tables {
     zone: Option<String>,
     /// Addresses that the node answers itself (cluster DNS): they are no Service's to the programs.
     node_local: Vec<Address>,
-    known: HashMap<ServiceName, Known>,
-    /// Which Service a slice (namespace/name) belongs to.
-    slice_of: HashMap<Box<str>, ServiceName>,
+    known: Rows<ServiceName, Known>,
+    slices: Owners,
+    service_ports: Shared<ServicePort>,
+    slice_ports: Shared<SlicePort>,
     /// Numbers of the nodes that endpoints were ever on.
     node_ids: HashMap<Box<str>, NodeId>,
     silent: BTreeSet<NodeId>,
@@ -256,7 +295,7 @@ impl Tables {
     /// Whether nothing is known.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.known.is_empty()
+        self.known.len() == 0
     }
 
     /// Whether a Service is known, not only slices that name it.
@@ -329,23 +368,23 @@ impl Tables {
     /// Enters a Service; returns its name if that changed anything.
     pub fn apply_service(&mut self, object: &wire::Service<'_>) -> Option<ServiceName> {
         let name = service_name(object)?;
-        let Some(service) = trim::service(object, &self.node_local) else {
+        let Some(mut service) = trim::service(object, &self.node_local) else {
             return self.delete_service(&name);
         };
-        let name = self.enter(name);
-        let known = self.known.get_mut(&name)?;
-        if known.service.as_deref() == Some(&service) {
+        let place = self.known.enter(name, |_| Known::default());
+        if self.known.at(place)?.1.service.as_deref() == Some(&service) {
             return None;
         }
-        known.service = Some(Box::new(service));
-        Some(name)
+        service.ports = self.service_ports.share(service.ports);
+        self.known.at_mut(place)?.service = Some(Box::new(service));
+        self.name(place)
     }
 
     /// Removes a Service; returns its name if it was there.
     pub fn delete_service(&mut self, name: &ServiceName) -> Option<ServiceName> {
-        self.known.get_mut(name)?.service.take()?;
-        self.forget_if_empty(name);
-        Some(name.clone())
+        let place = self.known.place(name)?;
+        self.known.at_mut(place)?.service.take()?;
+        self.forget_if_empty(place)
     }
 
     /// Enters a slice; returns the Services that this changed (two if it moved).
@@ -363,39 +402,56 @@ impl Tables {
         let Some((owner, family)) = label.zip(family) else {
             return self.delete_slice(namespace, name).into_iter().collect();
         };
-        let owner = self.enter(ServiceName::new(namespace, owner));
+        let owner = self.known.enter(ServiceName::new(namespace, owner), |_| Known::default());
         let mut changed = Vec::new();
-        let joined = joined(namespace, name);
-        let old = self.slice_of.get(joined.as_str());
-        let stays = old.is_some_and(|old| *old == owner);
-        if !stays {
+        let before = self.owner(namespace, name);
+        if before != Some(owner) {
             changed.extend(self.delete_slice(namespace, name));
-            self.slice_of.insert(joined.into(), owner.clone());
         }
         let slice = trim::slice(object, family, &self.node_name, |name| number(&mut self.node_ids, name));
-        let Some(known) = self.known.get_mut(&owner) else { return changed };
+        if self.enter_slice(owner, (namespace, name), slice) {
+            changed.extend(self.name(owner));
+        }
+        changed
+    }
+
+    /// Whether that changed anything.
+    fn enter_slice(&mut self, owner: Place, (namespace, name): (&str, &str), mut slice: Slice) -> bool {
+        let Some(known) = self.known.at_mut(owner) else { return false };
         match known.place(name) {
-            Ok(place) if known.slices[place].1 == slice => return changed,
-            Ok(place) => known.slices[place].1 = slice,
+            Ok(place) if known.slices[place].1 == slice => return false,
+            Ok(place) => {
+                slice.ports = self.slice_ports.share(slice.ports);
+                known.slices[place].1 = slice;
+            }
             Err(place) => {
+                slice.ports = self.slice_ports.share(slice.ports);
                 // Most Services have one slice.
                 known.slices.reserve_exact(1);
                 known.slices.insert(place, (name.into(), slice));
+                self.slices.insert(namespace, name, owner);
             }
         }
-        changed.push(owner);
-        changed
+        true
     }
 
     /// Removes a slice; returns the Service that this changed.
     pub fn delete_slice(&mut self, namespace: &str, name: &str) -> Option<ServiceName> {
-        let owner = self.slice_of.remove(joined(namespace, name).as_str())?;
-        let known = self.known.get_mut(&owner)?;
+        let owner = self.owner(namespace, name)?;
+        self.slices.remove(namespace, name, owner);
+        let known = self.known.at_mut(owner)?;
         if let Ok(place) = known.place(name) {
             known.slices.remove(place);
         }
-        self.forget_if_empty(&owner);
-        Some(owner)
+        self.forget_if_empty(owner)
+    }
+
+    /// The Service that a slice is of.
+    fn owner(&self, namespace: &str, slice: &str) -> Option<Place> {
+        self.slices.get(namespace, slice, |place| {
+            let service = self.known.at(place);
+            service.is_some_and(|(name, known)| name.namespace() == namespace && known.place(slice).is_ok())
+        })
     }
 
     /// Names of all Services, for a relist.
@@ -408,23 +464,25 @@ impl Tables {
     /// Namespaces and names of all slices, for a relist.
     #[must_use]
     pub fn slice_names(&self) -> Vec<(String, String)> {
-        let parts = self.slice_of.keys().map(|joined| split(joined));
-        parts.map(|(namespace, name)| (namespace.to_owned(), name.to_owned())).collect()
+        let all = self.known.iter().flat_map(|(service, known)| {
+            known.slices.iter().map(|(name, _)| (service.namespace().to_owned(), name.as_ref().to_owned()))
+        });
+        all.collect()
     }
 
-    /// Makes sure that there is a record; returns the name that it has, so that all who keep it share one text.
-    fn enter(&mut self, name: ServiceName) -> ServiceName {
-        if let Some((known, _)) = self.known.get_key_value(&name) {
-            return known.clone();
-        }
-        self.known.insert(name.clone(), Known::default());
-        name
+    /// The name that all who keep it share the text of.
+    fn name(&self, place: Place) -> Option<ServiceName> {
+        self.known.at(place).map(|(name, _)| name.clone())
     }
 
-    fn forget_if_empty(&mut self, name: &ServiceName) {
-        if self.known.get(name).is_some_and(|known| known.service.is_none() && known.slices.is_empty()) {
-            self.known.remove(name);
+    /// Returns the name, whether it is forgotten or not.
+    fn forget_if_empty(&mut self, place: Place) -> Option<ServiceName> {
+        let (name, known) = self.known.at(place)?;
+        let name = name.clone();
+        if known.service.is_none() && known.slices.is_empty() {
+            self.known.remove(&name);
         }
+        Some(name)
     }
 }
 

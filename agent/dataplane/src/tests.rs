@@ -64,7 +64,7 @@ fn delete<M: MapSet>(reconciler: &mut Reconciler<M>, value: &Value) {
 fn settle<M: MapSet>(reconciler: &mut Reconciler<M>) {
     for _ in 0..500 {
         reconciler.sync();
-        assert_eq!(dangling(reconciler.ledger()), Vec::<String>::new());
+        assert_eq!(dangling(&reconciler.ledger()), Vec::<String>::new());
         if !reconciler.is_dirty() {
             return;
         }
@@ -106,7 +106,7 @@ fn play<M: MapSet>(file: &str, text: &str, maps: M) -> Reconciler<M> {
         } else {
             settle(&mut reconciler);
             let found = reconciler.render().unwrap();
-            assert_eq!(found, render(reconciler.ledger()), "{file}, step {number}: belief and maps differ");
+            assert_eq!(found, render(&reconciler.ledger()), "{file}, step {number}: belief and maps differ");
             let wanted = step["expect"].as_str().unwrap();
             assert_eq!(found, wanted, "{file}, step {number}\nfound:\n{found}");
             expectations += 1;

@@ -8,17 +8,21 @@
 
 mod address;
 mod asked;
+mod count;
 mod event;
 mod failure;
 pub mod policy;
 mod reason;
+mod tunnel;
 mod xdp;
 
 pub use address::{Address, Port};
 pub use asked::{ASKED_BYTES, ASKED_VERSION, Asked, MAC_ASKED};
+pub use count::{CONNECTIONS, CountKey, FAILED};
 pub use event::{EVENT_CONNECT, EVENT_DATAGRAM, EVENT_DROP, EVENT_PACKET, FlowEvent, Watched};
 pub use failure::{FAILURES_IN_A_ROW, Failures};
 pub use reason::DropReason;
+pub use tunnel::{TUNNEL_PORT, Tunnel};
 pub use xdp::XdpPod;
 
 use core::mem::{offset_of, size_of};
@@ -82,12 +86,17 @@ pub mod names {
     pub const POD_RANGES: &str = "weft_pods_2";
     /// [`Address`](super::Address) of a pod to [`XdpPod`](super::XdpPod): pods that XDP hands packets to.
     pub const XDP_PODS: &str = "weft_xpod_2";
+    /// Index from a peer's address to [`Tunnel`](super::Tunnel).
+    pub const TUNNELS: &str = "weft_tun_2";
     /// [`BackendKey`](super::BackendKey) to [`Failures`](super::Failures): backends whose connections are watched.
     pub const FAILURES: &str = "weft_fail_2";
     /// Ring of [`BackendKey`](super::BackendKey): those with too many failures. Not pinned: it wakes the agent, which reads the map above.
     pub const WAKE: &str = "weft_wake";
+    /// [`CountKey`](super::CountKey) to `u64` per CPU. Not pinned: it counts from the start of the agent, which alone knows whose lists
+    /// these are.
+    pub const COUNTS: &str = "weft_counts";
     /// All that are pinned.
-    pub const ALL: [&str; 26] = [
+    pub const ALL: [&str; 27] = [
         SERVICES,
         SLOTS,
         BACKENDS,
@@ -113,12 +122,13 @@ pub mod names {
         NEAR,
         DIRECT,
         XDP_PODS,
+        TUNNELS,
         FAILURES,
     ];
 }
 
 /// Bounds of the maps. Those of Services are limits (elements are allocated as they come); those of
-/// sockets, flows and affinity are allocated whole at load, so the agent may lower them.
+/// sockets, flows, affinity and tracked flows are allocated whole at load, and the agent makes them larger on machines with much memory.
 pub mod sizes {
     /// Service addresses and ports.
     pub const SERVICES: u32 = 65_536;
@@ -158,10 +168,14 @@ pub mod sizes {
     pub const DIRECT: u32 = 65_536;
     /// Addresses of pods of one node: two for each.
     pub const XDP_PODS: u32 = 8_192;
+    /// Places of tunnels, a power of two. In a cluster of more nodes some have none.
+    pub const TUNNELS: u32 = 1_024;
     /// Backends of Services that opted in to ejection.
     pub const FAILURES: u32 = 16_384;
     /// The ring that wakes the agent: some 100 backends, each told of again at its next failure.
     pub const WAKE_BYTES: u32 = 4_096;
+    /// What was counted of lists: for each with traffic its connections, and the reasons for which some were turned away.
+    pub const COUNTS: u32 = 65_536;
     /// Fragmented packets under way; about 100 bytes each. The kernel itself keeps at most 4 MiB of fragments.
     pub const FRAGMENTS: u32 = 4_096;
 }
@@ -281,6 +295,16 @@ pub struct BackendKey {
 }
 const _: () = assert!(size_of::<BackendKey>() == 20);
 
+impl BackendKey {
+    /// Made of whole words, as is a [`FlowKey`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(address: &Address, port: Port, protocol: u8) -> Self {
+        let ([a, b, c, d], [high, low]) = (address.words(), port.0);
+        zerocopy::transmute!([a, b, c, d, u32::from_ne_bytes([high, low, protocol, 0])])
+    }
+}
+
 /// The backend takes new flows. Without it only established flows of TCP and SCTP go on (an endpoint that is terminating or not ready).
 pub const BACKEND_ACTIVE: u32 = 1;
 
@@ -343,6 +367,18 @@ pub struct FlowKey {
     pub pad: [u8; 3],
 }
 const _: () = assert!(size_of::<FlowKey>() == 40 && offset_of!(FlowKey, source_port) == 32);
+
+impl FlowKey {
+    /// Sets all but the addresses. By whole words, as a map reads a key: a processor has to wait until what it wrote in pieces is in its cache
+    /// before it can read the whole.
+    #[inline(always)]
+    pub fn set_ports(&mut self, [source, destination]: [Port; 2], protocol: u8) {
+        let ([a, b], [c, d]) = (source.0, destination.0);
+        let words: &mut [u32; 10] = zerocopy::transmute_mut!(self);
+        words[8] = u32::from_ne_bytes([a, b, c, d]);
+        words[9] = u32::from_ne_bytes([protocol, 0, 0, 0]);
+    }
+}
 
 /// The packet is an answer of a backend.
 pub const FLOW_REPLY: u32 = 1;

@@ -1,6 +1,6 @@
 //! Whether a connection came about, as the packets of its flow tell.
 
-use weft_ebpf_abi::{BackendKey, FLOW_REPLY, FLOW_WATCHED, FlowKey, FlowValue};
+use weft_ebpf_abi::{Address, BackendKey, FLOW_REPLY, FLOW_WATCHED, FlowKey, FlowValue, Port};
 
 use crate::packet::{ACK, RST, SYN};
 
@@ -49,9 +49,20 @@ pub const fn backend(key: &FlowKey, entry: &FlowValue) -> BackendKey {
     }
 }
 
+/// The Service's address and port that the client of a flow asked for, likewise.
+#[inline(always)]
+#[must_use]
+pub const fn asked(key: &FlowKey, entry: &FlowValue) -> (Address, Port) {
+    if entry.flags & FLOW_REPLY != 0 {
+        (entry.source, entry.source_port)
+    } else {
+        (key.destination, key.destination_port)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use weft_ebpf_abi::{Address, Port, TCP};
+    use weft_ebpf_abi::TCP;
 
     use super::*;
     use crate::flow;
@@ -95,9 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn both_directions_name_the_backend() {
+    fn both_directions_name_the_backend_and_what_was_asked() {
         let (key, forward, reply) = watched();
+        let answer = flow::reply_key(&forward, TCP);
         assert_eq!(backend(&key, &forward), BACKEND);
-        assert_eq!(backend(&flow::reply_key(&forward, TCP), &reply), BACKEND);
+        assert_eq!(backend(&answer, &reply), BACKEND);
+        let wanted = (key.destination, key.destination_port);
+        assert_eq!(asked(&key, &forward), wanted);
+        assert_eq!(asked(&answer, &reply), wanted);
     }
 }

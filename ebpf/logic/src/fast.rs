@@ -241,7 +241,7 @@ impl Shape for Plain6 {
 pub fn udp<S: Shape, const N: usize>(head: &Head<N>, packet: &mut Plain) -> Option<()> {
     let checksum = head[S::TRANSPORT + 3];
     plain::<S, N>(head, UDP, packet)?;
-    let finished = !is_unfinished::<S>(&packet.key, packet.transport_bytes, checksum);
+    let finished = !is_unfinished::<S>(&packet.key, UDP, packet.transport_bytes, checksum);
     let carried = if checksum == 0 { S::UDP_MAY_LACK_CHECKSUM } else { finished };
     carried.then_some(())
 }
@@ -254,7 +254,7 @@ pub fn tcp<S: Shape, const N: usize>(head: &Head<N>, packet: &mut Plain) -> Opti
         return None;
     }
     plain::<S, N>(head, TCP, packet)?;
-    (!is_unfinished::<S>(&packet.key, packet.transport_bytes, head[S::TRANSPORT + 8])).then_some(())
+    (!is_unfinished::<S>(&packet.key, TCP, packet.transport_bytes, head[S::TRANSPORT + 8])).then_some(())
 }
 
 #[inline(always)]
@@ -268,10 +268,8 @@ fn plain<S: Shape, const N: usize>(head: &Head<N>, protocol: u8, packet: &mut Pl
 #[inline(always)]
 fn flow<S: Shape, const N: usize>(head: &Head<N>, protocol: u8, key: &mut FlowKey) -> Option<u32> {
     let total_bytes = S::header(head, key)?;
-    key.protocol = protocol;
-    key.pad = [0; 3];
-    key.source_port = Port(bytes(head[S::TRANSPORT]));
-    key.destination_port = Port(bytes(head[S::TRANSPORT + 1]));
+    let ports = [Port(bytes(head[S::TRANSPORT])), Port(bytes(head[S::TRANSPORT + 1]))];
+    key.set_ports(ports, protocol);
     Some(total_bytes)
 }
 
@@ -285,8 +283,8 @@ const fn header_bytes<S: Shape>() -> u32 {
 /// Whether a checksum is only begun: that of the pseudo-header, to be finished by a device. A packet that comes from a socket of the same
 /// machine is like that, and nobody would finish it behind XDP. One in 65536 of the finished looks so as well.
 #[inline(always)]
-fn is_unfinished<S: Shape>(key: &FlowKey, transport_bytes: u32, checksum: u16) -> bool {
-    let numbers = u32::from(u16::from(key.protocol).to_be()) + halves(transport_bytes.to_be());
+fn is_unfinished<S: Shape>(key: &FlowKey, protocol: u8, transport_bytes: u32, checksum: u16) -> bool {
+    let numbers = u32::from(u16::from(protocol).to_be()) + halves(transport_bytes.to_be());
     let pseudo = folded(S::sum(&key.source) + S::sum(&key.destination) + u64::from(numbers));
     // 0 and 0xffff are the same number.
     pseudo == checksum || (pseudo == 0xffff && checksum == 0)
@@ -385,8 +383,10 @@ const fn folded(total: u64) -> u16 {
 
 /// A checksum after a change of what it is of (RFC 1624 §3).
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "folded, it has 16 bits")]
 const fn corrected(checksum: u16, change: u32) -> u16 {
-    !folded(!checksum as u64 + change as u64)
+    // A change is that of a few half-words: its sum is far from 32 bits, and twice is enough.
+    !(halves(halves(!checksum as u32 + change)) as u16)
 }
 
 /// Likewise of UDP, where 0 would say that there is none (RFC 768).

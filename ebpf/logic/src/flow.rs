@@ -157,7 +157,7 @@ pub const fn reversed(key: &FlowKey) -> FlowKey {
 #[inline(always)]
 #[must_use]
 pub const fn backend(forward: &FlowValue, protocol: u8) -> BackendKey {
-    BackendKey { address: forward.destination, port: forward.destination_port, protocol, pad: 0 }
+    BackendKey::new(&forward.destination, forward.destination_port, protocol)
 }
 
 /// Whether a UDP flow was silent for so long that its next packet begins a new one.

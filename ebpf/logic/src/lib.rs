@@ -13,6 +13,7 @@ pub mod packet;
 pub mod policy;
 pub mod sctp;
 pub mod service;
+pub mod tunnel;
 
 use weft_ebpf_abi::{
     Address, AffinityKey, AffinityValue, BackendKey, BackendValue, ServiceKey, ServiceValue, SlotKey,

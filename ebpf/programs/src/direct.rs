@@ -10,9 +10,7 @@
 //! comes from as well, so nobody but that node adds to it, and two nodes may hand on the same client and port. All the rest is done with
 //! it as with any flow's.
 
-use aya_ebpf::bindings::{
-    BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
-};
+use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::{Key, LpmTrie};
@@ -23,14 +21,14 @@ use weft_ebpf_logic::direct::{self, Nodes};
 use weft_ebpf_logic::flow;
 use weft_ebpf_logic::packet::{self, ETHERNET_BYTES, Family as _, SYN, V6};
 
-use crate::events;
 use crate::family::Family;
-use crate::maps::{FLOWS, Kernel, Work, config, count, is_pods};
-use crate::tc::{UNDECIDED, enter_free, enter_own, find_route, forget, ingress_ifindex, raw};
+use crate::flows::{enter_free, enter_own, forget};
+use crate::frame::{ingress_ifindex, raw};
+use crate::in_place::is_segmented;
+use crate::maps::{FLOWS, Kernel, NO_PREALLOC, Work, config, is_pods};
+use crate::verdict::{UNDECIDED, dropped, told_apart};
+use crate::way::find_route;
 
-const DROP: i32 = TC_ACT_SHOT as i32;
-/// BPF_F_NO_PREALLOC.
-const NO_PREALLOC: u32 = 1;
 /// First six bytes of a frame, and the next.
 const MAC_BYTES: usize = 6;
 
@@ -64,7 +62,7 @@ pub fn decide(ctx: &TcContext, work: &mut Work) {
         && work.entry.ifindex == config.overlay_ifindex
         && work.came_by != config.overlay_ifindex
         && work.came_by != config.bridge_ifindex
-        && !is_segments(ctx)
+        && !is_segmented(ctx)
         && direct::suits(&Kernel, &work.packet, work.service_flags, &work.entry.destination)
     {
         work.entry.flags |= FLOW_DIRECT;
@@ -91,7 +89,7 @@ fn forget_old(packet: &packet::Packet, entry: &mut FlowValue) {
 pub fn leave<F: Family>(ctx: &TcContext, work: &Work) -> i32 {
     let (packet, entry) = (&work.packet, &work.entry);
     if direct::tells(packet, entry.last_seen, Kernel.now_seconds())
-        && !is_segments(ctx)
+        && !is_segmented(ctx)
         && direct::fits(&Kernel, packet, &entry.destination)
     {
         return match tell::<F>(ctx, work) {
@@ -159,7 +157,7 @@ pub fn prepare<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
     if work.tells {
         work.packet.key.pad = work.node;
         if let Err(reason) = learn::<F>(ctx, work) {
-            refuse(&work.packet.key, reason);
+            told_apart(&work.packet, reason);
             return false;
         }
     } else if work.node != [0; 3] {
@@ -177,12 +175,6 @@ fn find_handed_on(work: &mut Work) {
     if FLOWS.get_ptr(work.packet.key).is_none() {
         work.packet.key.pad = [0; 3];
     }
-}
-
-#[inline(never)]
-fn refuse(key: &FlowKey, reason: DropReason) {
-    events::dropped(key, reason);
-    count(reason);
 }
 
 /// Notes how the pod's answers are to look to a packet that tells what its client asked for.
@@ -208,7 +200,7 @@ fn learn<F: Family>(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> 
 fn take_asked(ctx: &TcContext, work: &mut Work) -> bool {
     let end = ETHERNET_BYTES + work.packet.total_bytes as usize;
     let Ok(asked) = ctx.load::<Asked>(end) else { return false };
-    if is_segments(ctx) || direct::read_asked(&asked, &work.packet.key, &mut work.quoted.key).is_none() {
+    if is_segmented(ctx) || direct::read_asked(&asked, &work.packet.key, &mut work.quoted.key).is_none() {
         return false;
     }
     // A receiver does that too, by the packet's length.
@@ -249,13 +241,13 @@ fn note(work: &mut Work) -> Result<(), DropReason> {
     reply.last_seen = Kernel.now_seconds();
     // SAFETY: copied at once.
     if let Some(known) = unsafe { FLOWS.get(key).copied() } {
-        *entry = known;
+        **entry = known;
         entry.last_seen = reply.last_seen;
         FLOWS
             .insert(flow::reply_key(entry, key.protocol), reply, 0)
             .map_err(|_| DropReason::FlowTableFull)?;
     } else {
-        *entry = FlowValue {
+        **entry = FlowValue {
             source: key.source,
             destination: key.destination,
             source_port: asked.source_port,
@@ -270,18 +262,5 @@ fn note(work: &mut Work) -> Result<(), DropReason> {
             return Err(DropReason::NatPortsExhausted);
         }
     }
-    FLOWS.insert(key, *entry, 0).map_err(|_| DropReason::FlowTableFull)
-}
-
-/// Whether a frame is to be cut into segments: there is no end of a packet in it.
-#[inline(always)]
-fn is_segments(ctx: &TcContext) -> bool {
-    // SAFETY: the context is valid.
-    unsafe { (*raw(ctx)).gso_size != 0 }
-}
-
-#[inline(always)]
-fn dropped(reason: DropReason) -> i32 {
-    count(reason);
-    DROP
+    FLOWS.insert(key, **entry, 0).map_err(|_| DropReason::FlowTableFull)
 }

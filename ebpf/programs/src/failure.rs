@@ -1,7 +1,7 @@
 //! Connections to backends that come about or fail, for Services that opted in: counted per backend, and only where it failed.
 //!
 //! A socket that a hook gave a backend tells by its state: a segment that ends it before it is established is a reset, and a SYN that
-//! is sent twice had no answer. What is translated packet by packet tells by its packets (`tc.rs`). A process that gives up
+//! is sent twice had no answer. What is translated packet by packet tells by its packets (`flows.rs`). A process that gives up
 //! by itself says nothing of the backend.
 
 use core::ptr::{addr_of, read_volatile};
@@ -18,10 +18,11 @@ use weft_ebpf_abi::*;
 use weft_ebpf_logic::connecting::{self, Connecting};
 use weft_ebpf_logic::flow;
 use weft_ebpf_logic::packet::Packet;
+use weft_ebpf_logic::service::{Destination, Found, find};
 
-use crate::maps::{FLOWS, SOCKETS};
+use crate::counts;
+use crate::maps::{FLOWS, Kernel, NO_PREALLOC, SOCKETS};
 
-const NO_PREALLOC: u32 = 1;
 const AF_INET: u32 = 2;
 const GO_ON: u32 = 1;
 
@@ -31,9 +32,20 @@ static FAILURES: HashMap<BackendKey, Failures> = HashMap::pinned(sizes::FAILURES
 #[map(name = "weft_wake")]
 static WAKE: RingBuf = RingBuf::with_byte_size(sizes::WAKE_BYTES, 0);
 
-/// A connection failed. Lost races lose a count; a backend that fails goes on failing.
+/// A connection by a Service's address failed. Lost races lose a count; a backend that fails goes on failing.
 #[inline(always)]
-fn failed(backend: &BackendKey) {
+fn failed(backend: &BackendKey, address: &Address, port: Port) {
+    let asked = Destination {
+        address: *address,
+        port,
+        protocol: TCP,
+        // Whatever clients outside may use is there for those inside as well.
+        scope: SCOPE_INTERNAL,
+        loopback_is_node: true,
+    };
+    if let Found::Service(service) = find(&Kernel, &asked) {
+        counts::failed(service.list);
+    }
     let Some(known) = FAILURES.get_ptr_mut(backend) else { return };
     // SAFETY: aligned words of an element; without preallocation it is freed by RCU only.
     let tell = unsafe {
@@ -73,7 +85,8 @@ pub fn note(packet: &Packet, entry: &FlowValue, came: Connecting) {
         // A SYN that overtakes the answer is no second question.
         told(&flow::forward_key(entry, key.protocol));
     } else {
-        failed(&backend);
+        let (address, port) = connecting::asked(key, entry);
+        failed(&backend, &address, port);
     }
     told(key);
 }
@@ -98,26 +111,27 @@ pub fn weft_sockops(ctx: SockOpsContext) -> u32 {
         }
         BPF_SOCK_OPS_STATE_CB if ctx.arg(0) == BPF_TCP_SYN_SENT => match ctx.arg(1) {
             BPF_TCP_ESTABLISHED => {
-                if let Some(backend) = watched(&ctx) {
+                if let Some((backend, _)) = watched(&ctx) {
                     answered(&backend);
                 }
             }
-            BPF_TCP_CLOSE if segments_in(&ctx) != 0 => {
-                if let Some(backend) = watched(&ctx) {
-                    failed(&backend);
-                }
-            }
+            BPF_TCP_CLOSE if segments_in(&ctx) != 0 => socket_failed(&ctx),
             _ => {}
         },
         // The first of a connection's time-outs; the state tells whether it is the SYN's.
         BPF_SOCK_OPS_RTO_CB if ctx.arg(0) == 0 && state(&ctx) == BPF_TCP_SYN_SENT => {
-            if let Some(backend) = watched(&ctx) {
-                failed(&backend);
-            }
+            socket_failed(&ctx);
         }
         _ => {}
     }
     GO_ON
+}
+
+#[inline(always)]
+fn socket_failed(ctx: &SockOpsContext) {
+    if let Some((backend, asked)) = watched(ctx) {
+        failed(&backend, &asked.address, asked.port);
+    }
 }
 
 #[inline(always)]
@@ -132,17 +146,18 @@ fn state(ctx: &SockOpsContext) -> u32 {
     unsafe { read_volatile(addr_of!((*ctx.ops).state)) }
 }
 
-/// The backend that a hook of this node gave the socket, if its connections are watched.
+/// The backend that a hook of this node gave the socket, and what it had asked for, if the backend's connections are watched.
 #[inline(always)]
-fn watched(ctx: &SockOpsContext) -> Option<BackendKey> {
+fn watched(ctx: &SockOpsContext) -> Option<(BackendKey, SocketValue)> {
     // SAFETY: as above. The upper half holds the port in network order.
     let [_, _, a, b] = unsafe { read_volatile(addr_of!((*ctx.ops).remote_port)) }.to_ne_bytes();
     let backend = BackendKey { address: remote(ctx), port: Port([a, b]), protocol: TCP, pad: 0 };
     FAILURES.get_ptr(backend)?;
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
-    SOCKETS.get_ptr(SocketKey { cookie, peer: backend, pad: [0; 4] })?;
-    Some(backend)
+    // SAFETY: copied at once; the cookie in the key is never used again by another socket.
+    let asked = unsafe { SOCKETS.get(SocketKey { cookie, peer: backend, pad: [0; 4] }).copied() }?;
+    Some((backend, asked))
 }
 
 /// The peer's address; an IPv6 socket has IPv4 ones as mapped, as the tables do.

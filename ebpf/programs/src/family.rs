@@ -2,11 +2,11 @@
 
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::programs::TcContext;
-use weft_ebpf_abi::{Address, FlowValue};
+use weft_ebpf_abi::Address;
 use weft_ebpf_logic::fast::{IP4, IP6, Plain4, Plain6, Shape, TCP4, TCP6, UDP4, UDP6};
-use weft_ebpf_logic::packet::{self, Bytes, Packet, V4, V6};
+use weft_ebpf_logic::packet::{self, Bytes, V4, V6};
 
-use crate::in_place;
+use crate::in_place::{self, Plain, Tcp, Udp};
 
 /// BPF_F_IPV6 of linux/bpf.h (6.16): the checksum in the packet and the addresses cancel out, because the header has no
 /// checksum of its own.
@@ -30,6 +30,10 @@ pub trait Family: packet::Family {
     const CHECKSUM_FLAGS: u64;
     /// What the family's plainest packets have where.
     type Shape: Shape;
+    /// UDP in such packets.
+    type Udp: Plain;
+    /// TCP in such packets.
+    type Tcp: Plain;
 
     /// Asks for the way to `destination`.
     fn set_destination(fib: &mut FibLookup, destination: &Address);
@@ -39,10 +43,8 @@ pub trait Family: packet::Family {
     fn addresses(ctx: &TcContext) -> Option<[Address; 2]>;
     /// Takes one off the hops that a packet has left, as a router does; `None` if it has none for that.
     fn hop(ctx: &TcContext) -> Option<()>;
-    /// Reads a packet of the plainest shape. `None` for all others.
-    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()>;
-    /// Makes a packet of the plainest shape what `entry` says.
-    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()>;
+    /// The protocol, if the frame is as long as any of the plainest shape.
+    fn protocol(ctx: &TcContext) -> Option<u8>;
     /// Sets both addresses in the header at `at`, and its checksum if it has one. `difference` is that of their words.
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()>;
 }
@@ -51,6 +53,8 @@ impl Family for V4 {
     const NUMBER: u8 = 2;
     const CHECKSUM_FLAGS: u64 = 0;
     type Shape = Plain4;
+    type Udp = Udp<Self, UDP4>;
+    type Tcp = Tcp<Self, TCP4>;
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
@@ -70,12 +74,8 @@ impl Family for V4 {
         in_place::hop::<Plain4, IP4>(ctx)
     }
     #[inline(always)]
-    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
-        in_place::read::<Plain4, UDP4, TCP4>(ctx, packet)
-    }
-    #[inline(always)]
-    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
-        in_place::rewrite::<Self, UDP4, TCP4>(ctx, packet, entry)
+    fn protocol(ctx: &TcContext) -> Option<u8> {
+        Some(Plain4::protocol(in_place::head::<UDP4>(ctx)?))
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], difference: u64) -> Option<()> {
@@ -88,6 +88,8 @@ impl Family for V6 {
     const NUMBER: u8 = 10;
     const CHECKSUM_FLAGS: u64 = CSUM_IPV6;
     type Shape = Plain6;
+    type Udp = Udp<Self, UDP6>;
+    type Tcp = Tcp<Self, TCP6>;
 
     #[inline(always)]
     fn set_destination(fib: &mut FibLookup, destination: &Address) {
@@ -116,12 +118,8 @@ impl Family for V6 {
         in_place::hop::<Plain6, IP6>(ctx)
     }
     #[inline(always)]
-    fn read(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
-        in_place::read::<Plain6, UDP6, TCP6>(ctx, packet)
-    }
-    #[inline(always)]
-    fn rewrite(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
-        in_place::rewrite::<Self, UDP6, TCP6>(ctx, packet, entry)
+    fn protocol(ctx: &TcContext) -> Option<u8> {
+        Some(Plain6::protocol(in_place::head::<UDP6>(ctx)?))
     }
     #[inline(always)]
     fn store_addresses(ctx: &TcContext, at: usize, addresses: &[Address; 2], _: u64) -> Option<()> {

@@ -4,6 +4,7 @@
 //! and keeps notes on the transport's checksum that a program can't see: it may be only begun (CHECKSUM_PARTIAL: a device is to finish it),
 //! or a device has summed up the whole packet (CHECKSUM_COMPLETE).
 
+use core::marker::PhantomData;
 use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
@@ -15,8 +16,8 @@ use weft_ebpf_logic::fast::{self, Change, Head, Shape};
 use weft_ebpf_logic::packet::Packet;
 
 use crate::family::Family;
+use crate::frame::raw;
 use crate::rewrite::cover;
-use crate::tc::raw;
 
 /// Half-words of an Ethernet header.
 pub const ETHERNET: usize = 7;
@@ -54,32 +55,89 @@ fn pull(ctx: &TcContext, bytes: u32) -> Option<()> {
     is_there.then_some(())
 }
 
+/// What a packet of the plainest shape is of: UDP or TCP, of one family.
+pub trait Plain {
+    /// Its number.
+    const PROTOCOL: u8;
+    /// A frame as far as it is looked at.
+    type Head: 'static;
+
+    /// The frame's beginning.
+    fn head(ctx: &TcContext) -> Option<&mut Self::Head>;
+    /// Reads the packet. `None` for one of another shape.
+    fn read(head: &Self::Head, packet: &mut Packet) -> Option<()>;
+    /// Makes the packet what `entry` says.
+    fn rewrite(ctx: &TcContext, head: &mut Self::Head, packet: &Packet, entry: &FlowValue) -> Option<()>;
+}
+
+/// UDP, up to half-word `N` of a frame.
+pub struct Udp<F, const N: usize>(PhantomData<F>);
+
+impl<F: Family, const N: usize> Plain for Udp<F, N> {
+    const PROTOCOL: u8 = UDP;
+    type Head = Head<N>;
+
+    #[inline(always)]
+    fn head(ctx: &TcContext) -> Option<&mut Head<N>> {
+        head(ctx)
+    }
+    #[inline(always)]
+    fn read(head: &Head<N>, packet: &mut Packet) -> Option<()> {
+        shared::read_udp::<F::Shape, N>(head, packet)
+    }
+    #[inline(always)]
+    fn rewrite(ctx: &TcContext, head: &mut Head<N>, packet: &Packet, entry: &FlowValue) -> Option<()> {
+        let left = shared::rewrite_udp::<F::Shape, N>(head, packet, entry, is_segmented(ctx));
+        settle::<F>(ctx, left, packet.transport() + 6, BPF_F_MARK_MANGLED_0.into())
+    }
+}
+
+/// TCP, likewise.
+pub struct Tcp<F, const N: usize>(PhantomData<F>);
+
+impl<F: Family, const N: usize> Plain for Tcp<F, N> {
+    const PROTOCOL: u8 = TCP;
+    type Head = Head<N>;
+
+    #[inline(always)]
+    fn head(ctx: &TcContext) -> Option<&mut Head<N>> {
+        head(ctx)
+    }
+    #[inline(always)]
+    fn read(head: &Head<N>, packet: &mut Packet) -> Option<()> {
+        shared::read_tcp::<F::Shape, N>(head, packet)
+    }
+    #[inline(always)]
+    fn rewrite(ctx: &TcContext, head: &mut Head<N>, packet: &Packet, entry: &FlowValue) -> Option<()> {
+        let left = shared::rewrite_tcp::<F::Shape, N>(head, packet, entry, is_segmented(ctx));
+        settle::<F>(ctx, left, packet.transport() + 16, 0)
+    }
+}
+
+/// Whether a frame is to be cut into segments.
+#[inline(always)]
+pub fn is_segmented(ctx: &TcContext) -> bool {
+    // SAFETY: the context is valid.
+    unsafe { (*raw(ctx)).gso_size != 0 }
+}
+
 /// Reads a packet of the plainest shape. `None` for all others.
 #[inline(always)]
-pub fn read<S: Shape, const U: usize, const T: usize>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
-    let head = head::<U>(ctx)?;
-    match S::protocol(head) {
-        UDP => shared::read_udp::<S, U>(head, packet),
-        TCP => shared::read_tcp::<S, T>(self::head::<T>(ctx)?, packet),
+pub fn read<F: Family>(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    match F::protocol(ctx)? {
+        UDP => F::Udp::read(F::Udp::head(ctx)?, packet),
+        TCP => F::Tcp::read(F::Tcp::head(ctx)?, packet),
         _ => None,
     }
 }
 
 /// Makes a packet of the plainest shape what `entry` says.
 #[inline(always)]
-pub fn rewrite<F: Family, const U: usize, const T: usize>(
-    ctx: &TcContext,
-    packet: &Packet,
-    entry: &FlowValue,
-) -> Option<()> {
-    // SAFETY: the context is valid.
-    let is_segmented = unsafe { (*raw(ctx)).gso_size } != 0;
+pub fn rewrite<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Option<()> {
     if packet.key.protocol == UDP {
-        let left = shared::rewrite_udp::<F::Shape, U>(head(ctx)?, packet, entry, is_segmented);
-        settle::<F>(ctx, left, packet.transport() + 6, BPF_F_MARK_MANGLED_0.into())
+        F::Udp::rewrite(ctx, F::Udp::head(ctx)?, packet, entry)
     } else {
-        let left = shared::rewrite_tcp::<F::Shape, T>(head(ctx)?, packet, entry, is_segmented);
-        settle::<F>(ctx, left, packet.transport() + 16, 0)
+        F::Tcp::rewrite(ctx, F::Tcp::head(ctx)?, packet, entry)
     }
 }
 

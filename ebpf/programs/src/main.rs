@@ -2,12 +2,17 @@
 #![no_std]
 #![no_main]
 
+mod counts;
 mod direct;
 mod events;
 mod failure;
 mod family;
+mod flows;
+mod frame;
 mod in_place;
+mod judge;
 mod maps;
+mod own;
 mod pod;
 mod policy;
 mod reject;
@@ -15,6 +20,8 @@ mod rewrite;
 mod sctp;
 mod sock;
 mod tc;
+mod verdict;
+mod way;
 mod xdp;
 
 #[panic_handler]

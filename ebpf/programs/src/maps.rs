@@ -1,5 +1,6 @@
 //! The maps, and the tables of the logic crate made from them. Names and types are those of `weft-ebpf-abi`.
 
+use core::ops::{Deref, DerefMut};
 use core::ptr::copy_nonoverlapping;
 
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
@@ -10,9 +11,10 @@ use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::flow::Route;
 use weft_ebpf_logic::packet::Packet;
+use weft_ebpf_logic::tunnel::Tunnels;
 
-/// BPF_F_NO_PREALLOC: memory follows the number of Services, not the bound.
-const NO_PREALLOC: u32 = 1;
+/// BPF_F_NO_PREALLOC: memory follows what is in use, not the bound.
+pub const NO_PREALLOC: u32 = 1;
 
 #[map(name = "weft_svc_2")]
 static SERVICES: HashMap<ServiceKey, ServiceValue> = HashMap::pinned(sizes::SERVICES, NO_PREALLOC);
@@ -42,6 +44,8 @@ pub static LOCAL_PODS: HashMap<Address, LocalPod> = HashMap::pinned(sizes::LOCAL
 static POD_RANGES: Array<PodRange> = Array::pinned(2, 0);
 #[map(name = "weft_near_2")]
 static NEAR: LpmTrie<Address, u32> = LpmTrie::pinned(sizes::NEAR, NO_PREALLOC);
+#[map(name = "weft_tun_2")]
+static TUNNELS: Array<Tunnel> = Array::pinned(sizes::TUNNELS, 0);
 /// Not pinned: nothing in it outlives a packet.
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -52,11 +56,13 @@ pub struct Work {
     /// The packet as parsed.
     pub packet: Packet,
     /// What it becomes.
-    pub entry: FlowValue,
+    pub entry: Entry,
     /// The way of a flow that begins.
     pub route: Route,
     /// The flags of the Service of a flow that begins.
     pub service_flags: u32,
+    /// The list of the Service that it asks for, if it is of no known flow; else 0.
+    pub list: u32,
     /// The device that it came in by; the bridge for what a pod's edge sees, and the overlay for what another node's pods send past
     /// the tunnel.
     pub came_by: u32,
@@ -85,6 +91,42 @@ pub struct Work {
     pub backend: BackendKey,
     /// The time, which outlives a packet.
     pub clock: Clock,
+}
+
+/// The entry of a flow, at a multiple of eight bytes, as the kernel has the elements of its maps: it is copied by eight bytes at a time.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+pub struct Entry(FlowValue);
+
+impl Entry {
+    /// Copies an element of the table of flows.
+    #[inline(always)]
+    pub fn copy(&mut self, element: *const FlowValue) {
+        const EIGHTS: usize = size_of::<FlowValue>() / 8;
+        const _: () = assert!(size_of::<FlowValue>() == EIGHTS * 8 + 4);
+        let (from, to) = (element.cast::<u64>(), (&raw mut self.0).cast::<u64>());
+        // SAFETY: both have that size and begin at a multiple of eight bytes. They are not one, which an assignment would have to reckon with.
+        unsafe {
+            copy_nonoverlapping(from, to, EIGHTS);
+            copy_nonoverlapping(from.add(EIGHTS).cast::<u32>(), to.add(EIGHTS).cast::<u32>(), 1);
+        }
+    }
+}
+
+impl Deref for Entry {
+    type Target = FlowValue;
+
+    #[inline(always)]
+    fn deref(&self) -> &FlowValue {
+        &self.0
+    }
+}
+
+impl DerefMut for Entry {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut FlowValue {
+        &mut self.0
+    }
 }
 
 /// The seconds of the monotonic clock, and the tick at which it was asked for them: it goes on at a tick only, and asking it costs about as
@@ -170,6 +212,13 @@ pub fn count(reason: DropReason) {
 
 /// The kernel's tables.
 pub struct Kernel;
+
+impl Tunnels for Kernel {
+    #[inline(always)]
+    fn tunnel(&self, place: u32) -> Option<&Tunnel> {
+        TUNNELS.get(place)
+    }
+}
 
 impl Tables for Kernel {
     #[inline(always)]

@@ -2,24 +2,24 @@
 //!
 //! Behind the program of policy on the same hook. What has no short way is the plain one's: bridge, routes, VXLAN device.
 
-use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, bpf_fib_lookup as FibLookup};
+use aya_ebpf::bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{
     bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type,
 };
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::*;
-use weft_ebpf_logic::fast;
+use weft_ebpf_logic::fast::{self, Plain4, Plain6, Shape as _};
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, Family as _, V4, V6};
 
 use crate::family::Family;
+use crate::frame::{ethertype, ingress_ifindex, raw};
 use crate::in_place::{self, ETHERNET};
 use crate::maps::{Work, config, count, is_pods, near, work};
 use crate::policy;
-use crate::tc::{NOBODYS, TO_POD, TO_STACK, UNKNOWN, carry, decide, ethertype, ingress_ifindex, raw};
+use crate::tc::{carry, decide};
+use crate::verdict::{DROP, NEXT, NOBODYS, TO_POD, TO_STACK, UNKNOWN};
 
-const NEXT: i32 = -1;
-const DROP: i32 = TC_ACT_SHOT as i32;
 /// Places in [`Work::ends`].
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
@@ -33,8 +33,8 @@ pub fn weft_pod_edge(ctx: TcContext) -> i32 {
     let (Some(config), Some(work)) = (config(), work()) else { return NEXT };
     (work.came_by, work.at_pod, work.mark) = (config.bridge_ifindex, true, mark);
     let done = match ethertype(&ctx) {
-        V4::ETHERTYPE => edge::<V4>(&ctx, work),
-        V6::ETHERTYPE => edge::<V6>(&ctx, work),
+        Plain4::ETHERTYPE => edge::<V4>(&ctx, work, config),
+        Plain6::ETHERTYPE => edge::<V6>(&ctx, work, config),
         _ => return NEXT,
     };
     match done {
@@ -49,7 +49,7 @@ pub fn weft_pod_edge(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
+fn edge<F: Family>(ctx: &TcContext, work: &mut Work, config: &NodeConfig) -> i32 {
     if read_ends::<F>(ctx, work).is_none() {
         return NEXT;
     }
@@ -58,7 +58,7 @@ fn edge<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
     if work.near && work.mark == 0 && work.pod.translated[0] == 0 {
         return if work.pod.flags & LOCAL_QUEUED == 0 { TO_POD } else { NOBODYS };
     }
-    work.carried = carry::<F>(ctx, work);
+    work.carried = carry::<F>(ctx, work, config);
     // A pod of another node is no Service: its way is asked for before Services are. Where there is none, it was asked for already.
     work.asked = work.carried == UNKNOWN
         && !work.near
@@ -108,8 +108,7 @@ fn read_ends<F: Family>(ctx: &TcContext, work: &mut Work) -> Option<()> {
 /// back can not, nor what no pod sent: answers to a node's own address leave past the overlay by the stack, which translates the source of
 /// all that it has not seen the beginning of.
 #[inline(always)]
-pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work) -> bool {
-    let Some(config) = config() else { return false };
+pub fn arrives<F: Family>(ctx: &TcContext, work: &mut Work, config: &NodeConfig) -> bool {
     (work.came_by == config.overlay_ifindex || config.flags & NODE_NEAR != 0)
         && is_from_afar::<F>(ctx, work)
         && is_pods(&work.ends[SOURCE], F::ETHERTYPE == V6::ETHERTYPE)

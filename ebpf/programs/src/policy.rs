@@ -17,13 +17,9 @@ use weft_ebpf_logic::policy::{
 use weft_ebpf_logic::service::{Destination, Found, find};
 
 use crate::events;
-use crate::maps::{FLOWS, Kernel, count};
-use crate::tc::raw;
-
-const NEXT: i32 = -1;
-const DROP: i32 = aya_ebpf::bindings::TC_ACT_SHOT as i32;
-/// BPF_F_NO_PREALLOC: memory follows what is in use.
-const NO_PREALLOC: u32 = 1;
+use crate::frame::raw;
+use crate::maps::{FLOWS, Kernel, NO_PREALLOC, count};
+use crate::verdict::{DROP, NEXT};
 
 #[map(name = "weft_ppod_2")]
 static PODS: HashMap<u32, PolicyPod> = HashMap::pinned(sizes::POLICY_PODS, NO_PREALLOC);

@@ -1,23 +1,23 @@
 //! Refusals: the packet itself is turned into the answer and sent back where it came from.
 
-use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT};
-use aya_ebpf::helpers::{bpf_redirect, bpf_skb_change_tail};
+use aya_ebpf::bindings::BPF_F_INGRESS;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::helpers::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use weft_ebpf_abi::{DropReason, SCTP, TCP};
 use weft_ebpf_logic::packet::answer::{
-    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, is_begun, sctp_abort, tcp_reset,
+    ABORT_BYTES, Error, TCP_BYTES, TCP_WORDS, abort_tag, icmp_bytes, icmp_error, sctp_abort, tcp_reset,
 };
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, FIN, ICMP_BYTES, LongQuote, Packet, Part, Quote, RST};
-use weft_ebpf_logic::sctp;
 
 use crate::events;
 use crate::family::Family;
+use crate::frame::raw;
 use crate::maps::count;
-use crate::tc::raw;
+use crate::verdict::DROP;
 
-const DROP: i32 = TC_ACT_SHOT as i32;
-/// Where UDP's checksum stands.
-const UDP_CHECKSUM: usize = 6;
+/// The checksum that a device is to finish begins within so many bytes of a frame, also of a packet in a tunnel.
+const NOTED_BYTES: i32 = 256;
 
 /// Counts the reason and answers with a TCP reset, an ABORT of SCTP, or ICMP "port unreachable" for UDP. (Of that, an SCTP socket of Linux only
 /// takes a note, and goes on asking.)
@@ -74,12 +74,18 @@ fn turn_ethernet(ctx: &TcContext) -> Option<()> {
     ctx.store(0, &new, 0).ok()
 }
 
-/// Sets the frame's length to that of a header and `bytes` behind it.
+/// Makes of a frame one of a header and `bytes` behind it, to be written, without the notes that the kernel has on its checksum: a device that
+/// was to finish the packet's (CHECKSUM_PARTIAL) would write into the answer. The kernel drops that note when it cuts off, in front, the place
+/// where the checksum begins.
 #[inline(always)]
 fn resize<F: Family>(ctx: &TcContext, bytes: usize) -> Option<()> {
-    let length = ETHERNET_BYTES + F::HEADER_BYTES + bytes;
+    let length = ETHERNET_BYTES + F::HEADER_BYTES + bytes + NOTED_BYTES as usize;
     // SAFETY: the context is valid.
-    (unsafe { bpf_skb_change_tail(raw(ctx), length as u32, 0) } == 0).then_some(())
+    let is_done = unsafe {
+        bpf_skb_change_tail(raw(ctx), length as u32, 0) == 0
+            && bpf_skb_adjust_room(raw(ctx), -NOTED_BYTES, BPF_ADJ_ROOM_MAC, 0) == 0
+    };
+    is_done.then_some(())
 }
 
 #[inline(always)]
@@ -89,8 +95,7 @@ fn reset<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
         return None;
     }
     let tcp: [u32; TCP_WORDS] = ctx.load(packet.transport()).ok()?;
-    let [a, b, ..] = tcp[4].to_ne_bytes();
-    let answer = tcp_reset(packet, &tcp, is_begun(packet, [a, b]));
+    let answer = tcp_reset(packet, &tcp);
     resize::<F>(ctx, TCP_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, TCP, TCP_BYTES), 0).ok()?;
@@ -104,8 +109,7 @@ fn abort<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
         return None;
     }
     let tag: [u8; 4] = ctx.load(packet.transport() + abort_tag(packet)).ok()?;
-    let checksum: [u8; 4] = ctx.load(packet.transport() + sctp::CHECKSUM).ok()?;
-    let answer = sctp_abort(packet, u32::from_ne_bytes(tag), u32::from_ne_bytes(checksum) == 0);
+    let answer = sctp_abort(packet, u32::from_ne_bytes(tag));
     resize::<F>(ctx, ABORT_BYTES as usize)?;
     turn_ethernet(ctx)?;
     ctx.store(ETHERNET_BYTES, &F::answer(packet, SCTP, ABORT_BYTES), 0).ok()?;
@@ -118,13 +122,7 @@ fn unreachable<F: Family>(ctx: &TcContext, packet: &Packet) -> Option<()> {
     if packet.header_bytes as usize != F::HEADER_BYTES {
         return None;
     }
-    let checksum: [u8; 2] = ctx.load(packet.transport() + UDP_CHECKSUM).ok()?;
-    let kind = if is_begun(packet, checksum) {
-        Error::port_unreachable_to_begun::<F>(packet)
-    } else {
-        Error::port_unreachable::<F>()
-    };
-    error::<F, F::Quote>(ctx, packet, kind)
+    error::<F, F::Quote>(ctx, packet, Error::port_unreachable::<F>())
 }
 
 #[inline(always)]

@@ -9,7 +9,8 @@ use weft_ebpf_logic::fast::Shape as _;
 use weft_ebpf_logic::packet::{ETHERNET_BYTES, ICMP_BYTES, Packet, Part};
 
 use crate::family::Family;
-use crate::in_place::summed;
+use crate::in_place::{self, summed};
+use crate::maps::FRAGMENTS;
 use crate::sctp;
 
 const PSEUDO: u64 = BPF_F_PSEUDO_HDR as u64;
@@ -103,4 +104,19 @@ pub fn rewrite_error<F: Family>(
         cover::<F>(ctx, checksum, changed, PSEUDO)?;
     }
     F::store_addresses(ctx, ETHERNET_BYTES, &outer, changed)
+}
+
+/// Rewrites a packet. The first fragment tells the others which flow is theirs.
+#[inline(never)]
+pub fn translate<F: Family>(ctx: &TcContext, packet: &Packet, entry: &FlowValue) -> Result<(), DropReason> {
+    if packet.part == Part::First {
+        let known = FRAGMENTS.insert(packet.fragment_key(), packet.fragment_value(), 0);
+        known.map_err(|_| DropReason::FlowTableFull)?;
+    }
+    let rewritten = if packet.is_plain::<F>() && packet.key.protocol != SCTP {
+        in_place::rewrite::<F>(ctx, packet, entry)
+    } else {
+        rewrite::<F>(ctx, packet, entry)
+    };
+    rewritten.ok_or(DropReason::RewriteFailed)
 }

@@ -11,8 +11,8 @@ use aya_ebpf::programs::SockAddrContext;
 use weft_ebpf_abi::*;
 use weft_ebpf_logic::service::{Client, Destination, Found, allows, find, select};
 
-use crate::events;
 use crate::maps::{Kernel, SOCKETS, config, count};
+use crate::{counts, events};
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
@@ -127,8 +127,9 @@ fn serves(ctx: *mut bpf_sock_addr) -> Option<bool> {
 }
 
 #[inline(always)]
-fn refuse(to: &Destination, reason: DropReason) -> i32 {
+fn refuse(to: &Destination, list: u32, reason: DropReason) -> i32 {
     count(reason);
+    counts::turned_away(list, reason);
     events::socket_refused(&to.address, to.port, to.protocol, reason);
     // SAFETY: a helper with a number; the kernel returns it instead of EPERM.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
@@ -147,7 +148,7 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
     let to = Destination { address, port, protocol, scope: SCOPE_INTERNAL, loopback_is_node };
     let service = match find(&Kernel, &to) {
         Found::Nothing => return ALLOW,
-        Found::UnknownPort => return refuse(&to, DropReason::SocketUnknownPort),
+        Found::UnknownPort => return refuse(&to, 0, DropReason::SocketUnknownPort),
         Found::Service(service) => service,
     };
     if service.flags & SERVICE_CHECK_SOURCE != 0 {
@@ -158,6 +159,7 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
         // As for kube-proxy: a node that is in a range may use the address as if it came from that address itself.
         if !allows(&Kernel, &service, &address) {
             count(DropReason::SourceNotAllowed);
+            counts::turned_away(service.list, DropReason::SourceNotAllowed);
             events::socket_refused(&address, port, protocol, DropReason::SourceNotAllowed);
             return DENY;
         }
@@ -171,17 +173,29 @@ fn forward<F: Family>(ctx: *mut bpf_sock_addr, datagram: bool) -> i32 {
     };
     let Some(backend) = select(&Kernel, &service, &client) else {
         let local = service.flags & SERVICE_DROP_EMPTY != 0;
-        return refuse(&to, if local { DropReason::NoLocalEndpoints } else { DropReason::SocketNoEndpoints });
+        let reason = if local { DropReason::NoLocalEndpoints } else { DropReason::SocketNoEndpoints };
+        return refuse(&to, service.list, reason);
     };
     if !F::reaches(&backend.address) {
-        return refuse(&to, DropReason::SocketNoEndpoints);
+        return refuse(&to, service.list, DropReason::SocketNoEndpoints);
     }
     let key = SocketKey { cookie, peer: backend, pad: [0; 4] };
-    let _ = SOCKETS.insert(key, SocketValue { address, port, pad: [0; 2] }, 0);
+    let asked = SocketValue { address, port, pad: [0; 2] };
+    if !(datagram && is_known(&key, &asked)) {
+        let _ = SOCKETS.insert(key, asked, 0);
+        counts::connection(service.list);
+    }
     F::write(ctx, &backend.address);
     set_port(ctx, backend.port);
     events::socket(&address, port, &backend, datagram);
     ALLOW
+}
+
+/// Whether a socket has sent to the backend before, by the same Service.
+#[inline(always)]
+fn is_known(key: &SocketKey, asked: &SocketValue) -> bool {
+    // SAFETY: it is compared at once; the cookie in the key is never used again by another socket.
+    unsafe { SOCKETS.get(key) }.is_some_and(|known| known == asked)
 }
 
 /// recvmsg and getpeername: from the backend to the Service that the process asked for.

@@ -14,13 +14,11 @@ use weft_ebpf_abi::*;
 use weft_ebpf_logic::fast::{self, Head, Plain, Plain4, Plain6, Shape, TCP4, TCP6, UDP4, UDP6};
 use weft_ebpf_logic::flow;
 use weft_ebpf_logic::service::flow_is_current;
+use weft_ebpf_logic::tunnel;
 
-use crate::maps::{Clock, Kernel, config};
+use crate::flows::known;
+use crate::maps::{Clock, Entry, Kernel, NO_PREALLOC, config};
 use crate::policy;
-use crate::tc::known;
-
-/// BPF_F_NO_PREALLOC: memory follows what is in use.
-const NO_PREALLOC: u32 = 1;
 
 #[map(name = "weft_xpod_2")]
 static PODS: HashMap<Address, XdpPod> = HashMap::pinned(sizes::XDP_PODS, NO_PREALLOC);
@@ -33,7 +31,7 @@ static XDP_WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 #[derive(Clone, Copy)]
 struct Work {
     packet: Plain,
-    entry: FlowValue,
+    entry: Entry,
     /// The time, which outlives a packet.
     clock: Clock,
 }
@@ -91,6 +89,9 @@ fn head<const N: usize>(ctx: &XdpContext) -> Option<&mut Head<N>> {
 fn udp<S: Shape, const N: usize>(ctx: &XdpContext) -> Option<u32> {
     let (head, work) = (head::<N>(ctx)?, work()?);
     fast::udp::<S, N>(head, &mut work.packet)?;
+    if tunnel::comes_in(&Kernel, &work.packet.key) {
+        return None;
+    }
     let pod = way(work)?;
     fast::translate_udp::<S, N>(head, &work.packet.key, &work.entry);
     Some(leave(head, pod))

@@ -82,8 +82,12 @@ fn a_ready_pod_that_refuses_is_left_out_and_tried_again() -> anyhow::Result<()> 
         ensure!(said.contains(&left_out) && said.contains("is left out: connections to it failed"), "{said}");
     }
     let metrics = metrics(&cluster)?;
-    for line in ["weft_dataplane_endpoints_left_out{cause=\"ejected\"} 1", "weft_dataplane_ejections_total 1"]
-    {
+    for line in [
+        "weft_dataplane_endpoints_left_out{cause=\"ejected\"} 1",
+        "weft_dataplane_ejections_total 1",
+        "weft_service_connections_total{namespace=\"default\",service=\"web\"} ",
+        "weft_service_failures_total{namespace=\"default\",service=\"web\"} ",
+    ] {
         ensure!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
 

@@ -285,7 +285,7 @@ fn refuse<F: Family>(packet: &Packet, words: &LongQuote) {
         [addresses.concat(), length.to_vec(), vec![0, 0, 0, protocol]].concat()
     };
     let tcp = [words[0], words[1], words[2], words[3], words[4]];
-    let reset = in_memory(&answer::tcp_reset(packet, &tcp, false));
+    let reset = in_memory(&answer::tcp_reset(packet, &tcp));
     assert_eq!(rfc1071(&[&pseudo(TCP, reset.len()), &reset]), 0xffff);
     assert_eq!(reset[..2], packet.key.destination_port.0);
     assert_eq!(reset[2..4], packet.key.source_port.0);

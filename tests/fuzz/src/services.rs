@@ -171,7 +171,7 @@ fn settle<M: MapSet>(reconciler: &mut Reconciler<M>) {
             return;
         }
         reconciler.sync();
-        assert_eq!(dangling(reconciler.ledger()), Vec::<String>::new());
+        assert_eq!(dangling(&reconciler.ledger()), Vec::<String>::new());
     }
     panic!("it never settles: {:?}", reconciler.unprogrammed());
 }
@@ -223,14 +223,14 @@ pub(crate) fn steps(bytes: &[u8]) {
         step(&mut input, &mut reconciler);
         if input.flag() {
             reconciler.sync();
-            assert_eq!(dangling(reconciler.ledger()), Vec::<String>::new());
+            assert_eq!(dangling(&reconciler.ledger()), Vec::<String>::new());
         }
     }
     settle(&mut reconciler);
     let found = reconciler.render().expect("memory can be read");
-    assert_eq!(found, render(reconciler.ledger()), "belief and maps differ");
+    assert_eq!(found, render(&reconciler.ledger()), "belief and maps differ");
     for random in [0, 1 << 31, u32::MAX] {
-        look_up(reconciler.ledger(), random);
+        look_up(&reconciler.ledger(), random);
     }
     another_agent(reconciler, &found);
 }
@@ -238,7 +238,7 @@ pub(crate) fn steps(bytes: &[u8]) {
 /// An agent that finds the maps and is told the same changes nothing; when all is gone, the maps are empty.
 fn another_agent(mut reconciler: Reconciler<FaultyMaps<MemoryMaps>>, before: &str) {
     let known = std::mem::replace(&mut reconciler.tables, tables());
-    let nodes = reconciler.ledger().node_addresses.clone();
+    let nodes = reconciler.ledger().node_addresses;
     let mut second = Reconciler::adopt(known, reconciler.maps).expect("memory can be read");
     second.mark(second.tables.service_names());
     second.set_node_addresses(nodes);
@@ -280,5 +280,5 @@ pub(crate) fn objects(bytes: &[u8]) {
         }
     }
     settle(&mut reconciler);
-    look_up(reconciler.ledger(), 1 << 30);
+    look_up(&reconciler.ledger(), 1 << 30);
 }

@@ -1,5 +1,6 @@
 //! Builds the eBPF programs: `ebpf/programs` for `bpfel-unknown-none`, with `core` from source.
 
+mod slim;
 mod stack;
 
 use std::fs;
@@ -57,7 +58,10 @@ pub(crate) fn build(root: &Path, out: &Path) -> anyhow::Result<()> {
     let programs = built.join("weft");
     let object = fs::read(&programs).with_context(|| format!("cannot read {}", programs.display()))?;
     stack::check(&object)?;
-    place(&programs, out)
+    let slim = target_folder.join("weft.bpf.o");
+    fs::write(&slim, slim::without_debug(&object)?)
+        .with_context(|| format!("cannot write {}", slim.display()))?;
+    place(&slim, out)
 }
 
 fn rustflags() -> String {

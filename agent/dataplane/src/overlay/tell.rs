@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 use weft_cni_netlink::Route;
-use weft_ebpf_abi::{NODE_DIRECT, NODE_NEAR, NodeConfig};
+use weft_ebpf_abi::{Address, NODE_DIRECT, NODE_NEAR, NodeConfig, Tunnel};
 
 use super::offload::{Card, Finisher, Witness, Witnesses};
 use super::trial::Trials;
@@ -51,6 +51,14 @@ impl Overlay {
             known.extend(ranges.map(|range| (range, takes)));
         }
         known
+    }
+
+    /// The ends of the tunnels to peers that should be reachable.
+    #[must_use]
+    pub fn tunnels(&self) -> Vec<Tunnel> {
+        let own = Address::from(self.node_ip);
+        let peers = self.wanted();
+        peers.iter().map(|peer| Tunnel { own, peer: Address::from(peer.address) }).collect()
     }
 
     /// What has to be tried: whether packets from pods to those of each of these ranges get there by the link.

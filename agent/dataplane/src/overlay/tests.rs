@@ -1,6 +1,7 @@
 //! Peers, their addresses, and the ways to them.
 
 use serde_json::json;
+use weft_ebpf_abi::{Address, Tunnel};
 
 use super::*;
 
@@ -42,6 +43,8 @@ fn peers_are_reached_in_the_families_that_the_node_has_addresses_of() {
         overlay.set_devices(&devices);
         assert_eq!(wanted(&overlay), expected, "{addresses:?}");
     }
+    let [own, b, c] = [1, 2, 3].map(|last| Address::v4([192, 0, 2, last]));
+    assert_eq!(overlay.tunnels(), [b, c].map(|peer| Tunnel { own, peer }));
 }
 
 #[test]

@@ -1,49 +1,39 @@
 //! What each Service has in the maps, kept small: there may be tens of thousands.
 
-use weft_ebpf_abi::{BackendKey, ServiceKey};
+use weft_ebpf_abi::ServiceKey;
 
-use crate::desired::{Claim, Desired, Known, ListName};
-use crate::tables::ServiceName;
+use crate::desired::{Claim, Desired, ListName};
+use crate::rows::Place;
 
-/// A Service, within one run of the agent.
-pub(super) type Id = u32;
+/// A Service that has something in the maps: where it stands among them.
+pub(super) type Id = Place;
 
 /// What a Service has in the maps, or may have after operations that failed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Owned {
-    pub(super) name: ServiceName,
     /// Seconds of the epoch when the Service was made.
     pub(super) created: i64,
     /// Addresses, with the claim to those that it wants.
     pub(super) frontends: Box<[(ServiceKey, Option<Claim>)]>,
     /// Lists with their numbers, in order.
     pub(super) lists: Box<[(ListName, u32)]>,
-    pub(super) backends: Box<[BackendKey]>,
+    /// Where its backends stand, each of which it refers to.
+    pub(super) backends: Box<[Place]>,
     facts: Facts,
 }
+const _: () = assert!(size_of::<Owned>() <= 72);
 
 /// What is counted over all Services.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Facts {
+    left_out: u32,
+    ejected: u32,
     live: bool,
-    left_out: usize,
-    ejected: usize,
     no_local_internal: bool,
     no_local_external: bool,
 }
 
 impl Owned {
-    pub(super) fn new(name: ServiceName) -> Self {
-        Self {
-            name,
-            created: 0,
-            frontends: Box::default(),
-            lists: Box::default(),
-            backends: Box::default(),
-            facts: Facts::default(),
-        }
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.frontends.is_empty() && self.lists.is_empty() && self.backends.is_empty()
     }
@@ -55,17 +45,18 @@ impl Owned {
     }
 
     /// The right to an address, if the Service still wants it.
-    pub(super) fn right_to(&self, key: &ServiceKey) -> Option<(Claim, i64, &ServiceName)> {
+    pub(super) fn right_to(&self, key: &ServiceKey) -> Option<(Claim, i64)> {
         let (_, claim) = self.frontends.iter().find(|(k, _)| k == key)?;
-        Some(((*claim)?, self.created, &self.name))
+        Some(((*claim)?, self.created))
     }
 
     /// Enters what is to be counted; returns what was.
     pub(super) fn set_facts(&mut self, desired: &Desired) -> Facts {
+        let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let facts = Facts {
+            left_out: count(desired.left_out),
+            ejected: count(desired.ejected.len()),
             live: !desired.frontends.is_empty(),
-            left_out: desired.left_out,
-            ejected: desired.ejected.len(),
             no_local_internal: desired.no_local_internal,
             no_local_external: desired.no_local_external,
         };
@@ -97,59 +88,9 @@ impl Totals {
         let count =
             |total: &mut usize, old: bool, new: bool| *total = *total + usize::from(new) - usize::from(old);
         count(&mut self.services, old.live, new.live);
-        self.left_out = self.left_out + new.left_out - old.left_out;
-        self.ejected = self.ejected + new.ejected - old.ejected;
+        self.left_out = self.left_out + new.left_out as usize - old.left_out as usize;
+        self.ejected = self.ejected + new.ejected as usize - old.ejected as usize;
         count(&mut self.no_local_internal, old.no_local_internal, new.no_local_internal);
         count(&mut self.no_local_external, old.no_local_external, new.no_local_external);
-    }
-}
-
-/// The Services that know a backend: nearly always one, and then it takes 16 bytes.
-#[derive(Debug)]
-pub(super) enum Users {
-    One { owner: u64, id: Id, active: bool },
-    Many(Vec<(Id, Known)>),
-}
-
-impl Users {
-    pub(super) fn one(id: Id, Known { owner, active }: Known) -> Self {
-        Self::One { owner, id, active }
-    }
-
-    /// Enters what a Service knows of it.
-    pub(super) fn set(&mut self, id: Id, known: Known) {
-        match self {
-            Self::One { id: user, .. } if *user == id => *self = Self::one(id, known),
-            Self::One { owner, id: user, active } => {
-                let first = Known { owner: *owner, active: *active };
-                *self = Self::Many(vec![(*user, first), (id, known)]);
-            }
-            Self::Many(users) => match users.iter_mut().find(|(user, _)| *user == id) {
-                Some((_, old)) => *old = known,
-                None => users.push((id, known)),
-            },
-        }
-    }
-
-    /// Removes a Service; says whether nobody is left.
-    pub(super) fn remove(&mut self, id: Id) -> bool {
-        match self {
-            Self::One { id: user, .. } => *user == id,
-            Self::Many(users) => {
-                users.retain(|(user, _)| *user != id);
-                users.is_empty()
-            }
-        }
-    }
-
-    /// What all of them know: it is active if it is for one, and then that one says whose it is.
-    pub(super) fn sum(&self) -> Known {
-        match self {
-            Self::One { owner, active, .. } => Known { owner: *owner, active: *active },
-            Self::Many(users) => {
-                let best = users.iter().max_by_key(|(user, known)| (known.active, std::cmp::Reverse(*user)));
-                best.map_or(Known { owner: 0, active: false }, |(_, known)| *known)
-            }
-        }
     }
 }

@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::maps::{Entry, MapError, MapSet, Table};
-use crate::plan::{Ledger, Op};
+use crate::plan::{Book, Op};
 
 /// Runs operations of one phase, which all concern one map in one way.
 pub(super) fn run(maps: &mut impl MapSet, batch: &[(usize, Op)]) -> Result<(), MapError> {
@@ -40,16 +40,16 @@ fn encode(op: &Op) -> (Table, Vec<u8>, Option<Vec<u8>>) {
 }
 
 /// Reads all maps.
-pub(super) fn read_ledger(maps: &mut impl MapSet) -> Result<Ledger, MapError> {
-    let mut ledger = Ledger::default();
+pub(super) fn read(maps: &mut impl MapSet) -> Result<Book, MapError> {
+    let mut book = Book::default();
     for table in Table::ALL {
         for (key, value) in maps.dump(table)? {
             if let Some(op) = decode(table, &key, &value) {
-                ledger.record(&op);
+                book.record(&op);
             }
         }
     }
-    Ok(ledger)
+    Ok(book)
 }
 
 /// `None` for an entry of another size, which the loader's check of the layout rules out.

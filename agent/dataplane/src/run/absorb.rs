@@ -4,15 +4,16 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use futures::stream::{BoxStream, SelectAll};
+use futures::stream::{self, BoxStream, SelectAll};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use serde::Deserialize;
+use tokio::sync::watch;
 
-use super::{Dataplane, PodNetwork};
+use super::{Dataplane, Error, PodNetwork};
 use crate::feed::feed;
 use crate::peers;
 use crate::tables::{ServiceName, service_name, slice_name, wire};
@@ -26,6 +27,16 @@ pub(super) enum Event {
     Service(watcher::Event<Bytes>),
     Slice(watcher::Event<Bytes>),
     Node(watcher::Event<Node>),
+    /// The kernel's devices, addresses, routes and neighbours.
+    Network(Result<Vec<weft_cni_netlink::Event>, weft_cni_netlink::Error>),
+    /// Other nodes fell silent, or answer again.
+    Silent,
+    /// Trial packets came through, or no longer do.
+    Proven,
+    /// Ways were measured.
+    Widths,
+    /// A card's checksums were examined.
+    Checksums,
 }
 
 /// The lists in progress, one for each watch.
@@ -54,17 +65,40 @@ impl Relists {
 }
 
 impl Dataplane {
-    /// Takes in one event; the maps follow at the next synchronisation.
-    pub(super) fn absorb(&mut self, event: Event) {
+    /// Takes in one event; the maps follow at the next synchronisation. Answers whether there is reason for one.
+    pub(super) fn absorb(&mut self, event: Event) -> Result<bool, Error> {
         let before = self.relists.all_known();
         match event {
             Event::Service(event) => self.absorb_service(event),
             Event::Slice(event) => self.absorb_slice(event),
             Event::Node(event) => self.absorb_node(event),
+            Event::Network(changes) => {
+                let concerns = self.take_in(&changes?);
+                self.devices_changed |= concerns;
+                return Ok(concerns);
+            }
+            Event::Silent => self.take_silent(),
+            Event::Proven => {
+                let proven = self.links.found.borrow_and_update().clone();
+                self.overlay.set_proven(proven);
+            }
+            Event::Widths => self.take_widths(),
+            Event::Checksums => self.take_broken(),
         }
         if !before && self.relists.all_known() {
             self.reconciler.sources_are_known();
         }
+        Ok(true)
+    }
+
+    /// What those say who look into the network.
+    pub(super) fn inquiries(&self) -> [BoxStream<'static, Event>; 4] {
+        [
+            turns(&self.peers.silent, || Event::Silent),
+            turns(&self.links.found, || Event::Proven),
+            turns(&self.findings.widths.found, || Event::Widths),
+            turns(&self.findings.checksums.found, || Event::Checksums),
+        ]
     }
 
     pub(super) fn mark(&mut self, changed: Vec<ServiceName>) {
@@ -245,6 +279,26 @@ fn decode<'a, T: Deserialize<'a>>(json: &'a [u8], unreadable: impl FnOnce(&str, 
             None
         }
     }
+}
+
+/// An event whenever a value changes, for as long as somebody may change it.
+fn turns<T: Send + Sync + 'static>(
+    value: &watch::Receiver<T>,
+    event: fn() -> Event,
+) -> BoxStream<'static, Event> {
+    let next = move |mut value: watch::Receiver<T>| async move {
+        value.changed().await.ok()?;
+        Some((event(), value))
+    };
+    stream::unfold(value.clone(), next).boxed()
+}
+
+/// What the kernel says.
+pub(super) fn network(changes: weft_cni_netlink::Events) -> BoxStream<'static, Event> {
+    let next = |mut changes: weft_cni_netlink::Events| async {
+        Some((Event::Network(changes.next().await), changes))
+    };
+    stream::unfold(changes, next).boxed()
 }
 
 /// What is watched from the beginning.

@@ -4,6 +4,7 @@ use ipnetwork::IpNetwork;
 use weft_ebpf_abi::{Address, EVERY_CGROUP, NODE_DIRECT, NodeConfig};
 
 use super::{Config, Error, PodNetwork};
+use crate::maps::Table;
 use crate::maps::kernel::KernelMaps;
 use crate::node;
 use crate::programs::Programs;
@@ -44,6 +45,6 @@ pub(super) fn set_up(config: &Config) -> Result<(Programs, Reconciler<KernelMaps
     programs.attach_sockets(&cgroup2)?;
     let node_local = config.node_local.iter().map(|ip| Address::from(*ip)).collect();
     let reconciler = Reconciler::adopt(Tables::new(&config.node_name, node_local), programs.maps()?)?;
-    tracing::info!(node = %config.node_name, services = reconciler.ledger().services.len(), "dataplane attached");
+    tracing::info!(node = %config.node_name, services = reconciler.entries(Table::Services), "dataplane attached");
     Ok((programs, reconciler, identity))
 }

@@ -21,19 +21,8 @@ impl Dataplane {
             }
             return;
         }
-        if self.overlay.is_dirty() {
-            // What may change counts as the tunnel's until it has: there is a route into that at any time.
-            self.tell_ways();
-            if let Err(error) = self.overlay.sync() {
-                tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
-            }
-        }
-        self.tell_ways();
-        if !self.overlay.is_dirty() {
-            self.links.set(self.overlay.trials());
-            self.findings.widths.set(self.overlay.ways());
-            self.findings.checksums.set(self.overlay.witnesses());
-            self.shared.metrics.leaves_checksums(self.overlay.leaves_checksums());
+        if self.overlay.is_dirty() || self.ways_untold {
+            self.sync_ways();
         }
         if self.ejecting.is_behind() {
             self.watch_sockets();
@@ -55,9 +44,28 @@ impl Dataplane {
         self.reconciler.is_dirty() || self.overlay.is_dirty() || self.ejecting.is_behind()
     }
 
+    /// Brings the overlay up to date, and tells of it. A change of Services has no part in that.
+    fn sync_ways(&mut self) {
+        if self.overlay.is_dirty() {
+            // What may change counts as the tunnel's until it has: there is a route into that at any time.
+            self.tell_ways();
+            if let Err(error) = self.overlay.sync() {
+                tracing::warn!(%error, source = ?std::error::Error::source(&error), "overlay is behind, will be retried");
+            }
+            self.tell_tunnels();
+        }
+        self.ways_untold = !self.tell_ways();
+        if !self.overlay.is_dirty() {
+            self.links.set(self.overlay.trials());
+            self.findings.widths.set(self.overlay.ways());
+            self.findings.checksums.set(self.overlay.witnesses());
+            self.shared.metrics.leaves_checksums(self.overlay.leaves_checksums());
+        }
+    }
+
     /// Tells the programs who is reached past the tunnel, whose clients' packets go with what these asked for, and what fits by every
-    /// way; what doesn't is the stack's.
-    fn tell_ways(&mut self) {
+    /// way; what doesn't is the stack's. Answers whether they know.
+    fn tell_ways(&mut self) -> bool {
         let near = self.overlay.near();
         let is_direct = self.identity.flags & NODE_DIRECT != 0;
         let direct = if is_direct { self.overlay.direct() } else { BTreeMap::new() };
@@ -69,8 +77,16 @@ impl Dataplane {
             }
             Ok(())
         });
-        if let Err(error) = told {
-            tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs are behind the ways to other nodes, will be told again");
+        if let Err(error) = &told {
+            tracing::warn!(%error, source = ?std::error::Error::source(error), "programs are behind the ways to other nodes, will be told again");
+        }
+        told.is_ok()
+    }
+
+    /// Tells the programs which packets are the tunnels' own, which they need not look up.
+    fn tell_tunnels(&mut self) {
+        if let Err(error) = self.tunnels.set(&self.overlay.tunnels()) {
+            tracing::warn!(%error, source = ?std::error::Error::source(&error), "programs don't know all tunnels, and look their packets up");
         }
     }
 

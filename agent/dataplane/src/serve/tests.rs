@@ -48,7 +48,7 @@ async fn health_and_metrics_are_served() {
     let serving = Arc::clone(&shared);
     // The port is taken at first.
     let squatter = std::net::TcpListener::bind(health).unwrap();
-    let server = tokio::spawn(async move { serve(&config, serving).await });
+    let server = tokio::spawn(async move { serve(&config, serving, None).await });
     until(metrics.port(), "/proxyMode", has("ebpf")).await.unwrap();
     drop(squatter);
     let good = until(health.port(), "/healthz", has("200 OK")).await.unwrap();

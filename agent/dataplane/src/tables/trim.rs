@@ -7,7 +7,9 @@ use k8s_openapi::jiff::Timestamp;
 use weft_ebpf_abi::{Address, SCTP, TCP, UDP};
 
 use super::wire::{self, Text};
-use super::{Endpoint, EndpointState, Family, Hints, NodeId, PortRange, Range, Service, ServicePort, Slice};
+use super::{
+    Endpoint, EndpointState, Family, Hints, NodeId, PortRange, Range, Rare, Service, ServicePort, Slice,
+};
 use crate::announce::CLASS;
 
 /// The weight of endpoints whose slice names none.
@@ -60,9 +62,16 @@ pub(super) fn service(object: &wire::Service<'_>, node_local: &[Address]) -> Opt
     let balancer = ordered(balancer_addresses(object).filter(served).collect());
     let external_local = spec.external_traffic_policy.as_deref() == Some("Local");
     let checked = external_local && spec.kind.as_deref() == Some("LoadBalancer");
-    Some(Service {
+    let is_ours = spec.load_balancer_class.as_deref().is_none_or(|class| class == CLASS);
+    let rare = Rare {
         sources: sources(spec),
         ranges: port_ranges(object),
+        balancer_is_ours: is_ours && !balancer.is_empty(),
+        balancer: balancer.into(),
+        external: external.into(),
+    };
+    Some(Service {
+        rare: (rare != Rare::default()).then(|| Box::new(rare)),
         ejection: ejection(object),
         hashed: hashed(object),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
@@ -71,10 +80,7 @@ pub(super) fn service(object: &wire::Service<'_>, node_local: &[Address]) -> Opt
         external_local,
         health_port: spec.health_check_node_port.filter(|_| checked).map_or(0, number),
         created: object.metadata.creation_timestamp.as_deref().map_or(0, seconds),
-        balancer_is_ours: spec.load_balancer_class.as_deref().is_none_or(|class| class == CLASS),
         cluster: cluster.into(),
-        balancer: balancer.into(),
-        external: external.into(),
     })
 }
 

@@ -48,10 +48,10 @@ fn a_new_agent_adopts_and_prunes() {
     apply(&mut first, &doomed);
     apply(&mut first, &slice("old", 60..70));
     settle(&mut first);
-    let before = first.ledger().clone();
+    let before = first.ledger();
 
     let mut second = Reconciler::adopt(tables(), first.maps).unwrap();
-    assert_eq!(*second.ledger(), before);
+    assert_eq!(second.ledger(), before);
     second.maps.changes = 0;
     apply(&mut second, &service("web", "10.43.0.1"));
     apply(&mut second, &slice("web", 0..50));
@@ -159,7 +159,7 @@ fn a_service_that_never_fits_keeps_nothing_waiting() {
     second.sources_are_known();
     for round in 1..5 {
         second.sync();
-        assert_eq!(dangling(second.ledger()), Vec::<String>::new());
+        assert_eq!(dangling(&second.ledger()), Vec::<String>::new());
         assert!(second.is_dirty());
         assert_eq!(second.is_settled(), round >= 3, "round {round}");
     }

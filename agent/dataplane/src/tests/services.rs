@@ -73,14 +73,14 @@ fn a_new_agent_decides_a_contest_alike() {
         apply(&mut first, object);
         settle(&mut first);
     }
-    let before = first.ledger().clone();
+    let before = first.ledger();
     let mut second = Reconciler::adopt(tables(), first.maps).unwrap();
     second.maps.changes = 0;
     for object in &objects() {
         apply(&mut second, object);
     }
     settle(&mut second);
-    assert_eq!((second.maps.changes, second.ledger()), (0, &before));
+    assert_eq!((second.maps.changes, second.ledger()), (0, before));
 }
 
 #[test]

@@ -53,7 +53,7 @@ pub fn rewrite_udp<S: Shape, const N: usize>(
 ) -> Left {
     let checksum = head[S::TRANSPORT + 3];
     let change = set_ports_and_addresses::<S, N>(head, &packet.key, entry);
-    if is_segmented || is_begun::<S>(packet, checksum) {
+    if is_segmented || is_begun::<S>(packet, UDP, checksum) {
         return Left::Checksum(change);
     }
     if checksum == 0 {
@@ -73,7 +73,7 @@ pub fn rewrite_tcp<S: Shape, const N: usize>(
 ) -> Left {
     let checksum = head[S::TRANSPORT + 8];
     let change = set_ports_and_addresses::<S, N>(head, &packet.key, entry);
-    if is_segmented || is_begun::<S>(packet, checksum) {
+    if is_segmented || is_begun::<S>(packet, TCP, checksum) {
         return Left::Checksum(change);
     }
     head[S::TRANSPORT + 8] = corrected(checksum, change.all());
@@ -81,8 +81,8 @@ pub fn rewrite_tcp<S: Shape, const N: usize>(
 }
 
 #[inline(always)]
-fn is_begun<S: Shape>(packet: &Packet, checksum: u16) -> bool {
-    is_unfinished::<S>(&packet.key, packet.total_bytes - header_bytes::<S>(), checksum)
+fn is_begun<S: Shape>(packet: &Packet, protocol: u8, checksum: u16) -> bool {
+    is_unfinished::<S>(&packet.key, protocol, packet.total_bytes - header_bytes::<S>(), checksum)
 }
 
 /// The change of the whole packet's sum if the transport's checksum makes up for ports and addresses: of IPv4, the header's has made up for

@@ -1,7 +1,4 @@
 //! Answers that refuse a packet: TCP resets, SCTP's aborts, and ICMP errors of both families.
-//!
-//! An answer takes the place of its packet, and what the kernel notes about that: if the packet's checksum is only begun, a device finishes
-//! it, where that packet had it. The answer has to be right then.
 
 use weft_ebpf_abi::TCP;
 
@@ -13,24 +10,11 @@ pub const TCP_WORDS: usize = 5;
 /// Bytes of it.
 pub const TCP_BYTES: u16 = 20;
 
-/// Whether the checksum of a packet of TCP or UDP is only begun: that of the pseudo-header, not inverted. One in 65536 of the finished looks
-/// so as well.
-#[inline(always)]
-#[must_use]
-#[expect(clippy::cast_possible_truncation, reason = "a length that the header holds")]
-pub const fn is_begun(packet: &Packet, checksum: [u8; 2]) -> bool {
-    let bytes = packet.total_bytes.wrapping_sub(packet.header_bytes) as u16;
-    let pseudo = sum_pseudo(&packet.key.source, &packet.key.destination, packet.key.protocol, bytes);
-    let [a, b] = fold(pseudo);
-    a == !checksum[0] && b == !checksum[1]
-}
-
 /// The TCP segment that resets a packet's connection, as RFC 9293 §3.10.7.1 wants it: with ACK, its sequence number is
-/// that acknowledgement; without, it acknowledges all the segment occupies. In words, as is the packet's TCP header. `begun` if a device
-/// finishes the checksum.
+/// that acknowledgement; without, it acknowledges all the segment occupies. In words, as is the packet's TCP header.
 #[inline(always)]
 #[must_use]
-pub fn tcp_reset(packet: &Packet, tcp: &[u32; TCP_WORDS], begun: bool) -> [u32; TCP_WORDS] {
+pub fn tcp_reset(packet: &Packet, tcp: &[u32; TCP_WORDS]) -> [u32; TCP_WORDS] {
     let [offset, flags, ..] = tcp[3].to_ne_bytes();
     let (sequence, acknowledged, answer) = if flags & ACK != 0 {
         (tcp[2], 0, RST)
@@ -47,7 +31,7 @@ pub fn tcp_reset(packet: &Packet, tcp: &[u32; TCP_WORDS], begun: bool) -> [u32; 
     let mut out =
         [word([from[0], from[1], to[0], to[1]]), sequence, acknowledged, word([0x50, answer, 0, 0]), 0];
     let pseudo = sum_pseudo(&packet.key.destination, &packet.key.source, TCP, TCP_BYTES);
-    let [a, b] = if begun { fold(pseudo).map(|byte| !byte) } else { fold(pseudo + sum(&out)) };
+    let [a, b] = fold(pseudo + sum(&out));
     out[4] = word([a, b, 0, 0]);
     out
 }
@@ -70,16 +54,14 @@ const fn is_init(packet: &Packet) -> bool {
 }
 
 /// The SCTP packet that aborts a packet's association, as who knows nothing of it sends it (RFC 9260 §8.4). The tag is as it stands in memory:
-/// the sender's own, or one that it has for its peer, which the T bit says. If the packet's checksum was left to a device, so is this one's.
+/// the sender's own, or one that it has for its peer, which the T bit says.
 #[inline(always)]
 #[must_use]
-pub fn sctp_abort(packet: &Packet, tag: u32, is_unsummed: bool) -> [u32; ABORT_WORDS] {
+pub fn sctp_abort(packet: &Packet, tag: u32) -> [u32; ABORT_WORDS] {
     let (from, to) = (packet.key.destination_port.0, packet.key.source_port.0);
     let t_bit = if is_init(packet) { 0 } else { 1 };
     let mut out = [word([from[0], from[1], to[0], to[1]]), tag, 0, word([ABORT, t_bit, 0, 4])];
-    if !is_unsummed {
-        out[2] = sctp::checksum(&out).to_le();
-    }
+    out[2] = sctp::checksum(&out).to_le();
     out
 }
 
@@ -98,20 +80,6 @@ impl Error {
     #[must_use]
     pub const fn port_unreachable<F: Family>() -> Self {
         Self { kind: F::PORT_UNREACHABLE, mtu_bytes: 0 }
-    }
-
-    /// Nobody listens there, in answer to a datagram whose checksum is only begun. A device finishes it where an ICMP error of this kind
-    /// has two bytes that mean nothing, and does not know of ICMP's own; what stands there before has to make up for the pseudo-header.
-    #[inline(always)]
-    #[must_use]
-    pub const fn port_unreachable_to_begun<F: Family>(packet: &Packet) -> Self {
-        let Self { kind, .. } = Self::port_unreachable::<F>();
-        if !F::ICMP_COVERS_ADDRESSES {
-            return Self { kind, mtu_bytes: 0 };
-        }
-        let (source, destination) = (&packet.key.destination, &packet.key.source);
-        let [a, b] = fold(sum_pseudo(source, destination, F::ICMP, icmp_bytes::<F::Quote>()));
-        Self { kind, mtu_bytes: u16::from_be_bytes([!a, !b]) }
     }
 
     /// The packet does not fit through the next link (RFC 1191 §4, RFC 8201).

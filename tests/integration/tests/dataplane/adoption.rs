@@ -3,10 +3,12 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 
+use aya::maps::MapData;
 use serde_json::json;
 use weft_agent_dataplane::maps::{MapSet as _, Table};
 use weft_agent_dataplane::programs;
 use weft_agent_dataplane::reconcile::render;
+use weft_ebpf_abi::{names, sizes};
 use weft_tests_harness::require;
 
 use crate::NEEDS;
@@ -31,8 +33,8 @@ fn services_outlive_the_agent_and_a_new_one_adopts_them() {
     let pod = serve(&place.pod, POD, "pod");
     let mut first = place.start().unwrap();
     first.service(10, 30080, &[pod]).unwrap();
-    let (ledger, before) = (first.reconciler.ledger().clone(), pins(&place.pins));
-    assert_eq!(before.len(), weft_ebpf_abi::names::ALL.len() + 8 + 4, "{before:?}");
+    let (ledger, before) = (first.reconciler.ledger(), pins(&place.pins));
+    assert_eq!(before.len(), names::ALL.len() + 8 + 4, "{before:?}");
     drop(first);
 
     let outside = SocketAddr::from((NODE, 30080));
@@ -42,7 +44,7 @@ fn services_outlive_the_agent_and_a_new_one_adopts_them() {
     };
     answers();
     let mut second = place.start().unwrap();
-    assert_eq!(*second.reconciler.ledger(), ledger);
+    assert_eq!(second.reconciler.ledger(), ledger);
     assert_eq!(pins(&place.pins), before, "programs were replaced in place");
     answers();
     second.service(11, 30081, &[pod]).unwrap();
@@ -56,6 +58,24 @@ fn services_outlive_the_agent_and_a_new_one_adopts_them() {
     assert_eq!(pins(&place.pins), Vec::<String>::new());
     let error = within(&place.node, || ask_tcp(vip(11))).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "nothing translates any more");
+}
+
+/// A machine of 8 GiB or more has larger ones than the programs ask for.
+#[test]
+fn maps_of_flows_are_as_large_as_the_machine_wants() {
+    if !require("dataplane::sizes", &NEEDS) {
+        return;
+    }
+    let place = Place::new("sz").unwrap();
+    let size = |name: &str| {
+        let map = MapData::from_pin(place.pins.join("maps").join(name)).unwrap();
+        map.info().unwrap().max_entries()
+    };
+    let _running = place.start().unwrap();
+    let (flows, tracked) = (size(names::FLOWS), size(names::TRACKED));
+    assert!(flows >= sizes::FLOWS && flows.is_power_of_two() && tracked == flows, "{flows} {tracked}");
+    let pages = nix::unistd::sysconf(nix::unistd::SysconfVar::_PHYS_PAGES).unwrap().unwrap();
+    assert_eq!(flows > sizes::FLOWS, pages >= (8 << 30) / 4_096, "{pages} pages");
 }
 
 /// Ranges stand in a trie, whose batches work otherwise than a hash map's.
@@ -80,14 +100,14 @@ fn ranges_of_clients_are_kept_and_adopted() {
     // Two lists of each family: for clients inside and outside.
     assert_eq!(first.reconciler.entries(Table::Sources), 4 * 300);
     let text = first.reconciler.render().unwrap();
-    assert_eq!(text, render(first.reconciler.ledger()), "belief and maps");
+    assert_eq!(text, render(&first.reconciler.ledger()), "belief and maps");
     drop(first);
 
     let mut second = place.start().unwrap();
     assert_eq!(second.reconciler.render().unwrap(), text);
     second.apply(front(&of(3))).unwrap();
     assert_eq!(second.reconciler.entries(Table::Sources), 4 * 3);
-    assert_eq!(second.reconciler.render().unwrap(), render(second.reconciler.ledger()));
+    assert_eq!(second.reconciler.render().unwrap(), render(&second.reconciler.ledger()));
     second.apply(front(&[])).unwrap();
     assert_eq!(second.reconciler.maps.dump(Table::Sources).unwrap(), []);
 }

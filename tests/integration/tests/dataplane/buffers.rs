@@ -220,12 +220,13 @@ pub(crate) fn finished(packets: &UdpSocket, name: &str, count: usize, wanted: im
         let mut buffer = [0; 10_000];
         let length = packets.recv(&mut buffer).unwrap_or_else(|error| panic!("{name}: {seen} seen, {error}"));
         let packet = &buffer[..length];
-        let has_ports = match packet[12..14] {
-            [8, 0] => length >= 38,
-            [0x86, 0xdd] => length >= 58,
+        // Bridges report to groups as they come up, with options that `read` does not take.
+        let is_read = match packet[12..15] {
+            [8, 0, 0x45] => length >= 38,
+            [0x86, 0xdd, _] => length >= 58,
             _ => false,
         };
-        if has_ports && wanted(&read(name, &packet[14..], false)) {
+        if is_read && wanted(&read(name, &packet[14..], false)) {
             read_frame(name, packet);
             seen += 1;
         }

@@ -12,12 +12,13 @@ use weft_agent_dataplane::node;
 use weft_agent_dataplane::observe::Observer;
 use weft_agent_dataplane::observe::wire::{Answer, Request};
 use weft_agent_dataplane::{cleanup, run};
-use weft_ebpf_abi::{BackendKey, FAILURES_IN_A_ROW, Port, TCP};
+use weft_ebpf_abi::{BackendKey, FAILED, FAILURES_IN_A_ROW, Port, TCP};
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::{require, wait_until};
 
 use crate::NEEDS;
 use crate::agent::{self, Api};
+use crate::counts::counted;
 use crate::entries::{FAMILIES, Family, V4};
 use crate::place::{POD, POD6, Place, Running, SOON, serve, within};
 
@@ -164,6 +165,8 @@ fn a_backend_that_refuses_is_left_out_and_tried_again() {
         node.publish(44, &[pod, refusing], port, "true");
         refused(from, to, FAILURES_IN_A_ROW - 1);
         assert_eq!(node.take(1_000), [], "{to}");
+        let failed = counted(&node.running, "s44").remove(&FAILED);
+        assert_eq!(failed, Some(u64::from(FAILURES_IN_A_ROW - 1)), "{to}: also counted of its Service");
         refused(from, to, 1);
         assert_eq!(node.take(1_000), [ejected(refusing, port, FIRST_SECONDS)], "{to}");
         all_succeed(from, to);

@@ -1,15 +1,19 @@
 //! What is about a flow but not of it: ICMP errors of the kernel's own making, and datagrams in fragments.
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd as _;
 
+use weft_cni_netlink::Offloads;
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::{require, wait_until};
 
 use crate::NEEDS;
 use crate::entries::{FAMILIES, Family};
 use crate::place::{Place, SOON, ask_datagram, connected_udp, within};
+
+/// More than fits in a socket's buffers at once.
+const BODY_BYTES: usize = 1 << 20;
 
 /// A port of `address` where nothing listens.
 fn closed(netns: &Netns, address: IpAddr) -> SocketAddr {
@@ -139,19 +143,30 @@ fn a_client_learns_of_a_narrow_link_behind_the_edge() {
     }
 }
 
+/// A place whose pods' side is narrower than the link to the client, as behind an overlay; whose devices finish checksums, or leave that to
+/// the kernel, which does it as a packet leaves. Else a pair of devices passes them on as they are.
+fn narrow_place(label: &str, finishes: bool) -> Place {
+    let place = Place::new(label).unwrap();
+    for device in ["weft0", "pod0"] {
+        ip(&["-n", place.node.name(), "link", "set", device, "mtu", "1350"]).unwrap();
+    }
+    within(&place.node, || Offloads::open().unwrap().finish_checksums("up0", finishes).unwrap());
+    place
+}
+
 #[test]
 fn the_edge_tells_what_fits_where_the_stack_can_not() {
     if !require("dataplane::errors-too-big", &NEEDS) {
         return;
     }
-    let place = Place::new("eb").unwrap();
-    let narrow = |netns: &Netns, device: &str| {
-        ip(&["-n", netns.name(), "link", "set", device, "mtu", "1350"]).unwrap();
-    };
-    // The pods' side is narrower than the link to the client, as behind an overlay.
-    for (netns, device) in [(&place.node, "weft0"), (&place.node, "pod0"), (&place.pod, "eth0")] {
-        narrow(netns, device);
+    for finishes in [true, false] {
+        tells_what_fits(finishes);
     }
+}
+
+fn tells_what_fits(finishes: bool) {
+    let place = narrow_place("eb", finishes);
+    ip(&["-n", place.pod.name(), "link", "set", "eth0", "mtu", "1350"]).unwrap();
     let mut running = place.start().unwrap();
     for family in FAMILIES {
         running.plain(&family, 10, 30080, &[echo(&place.pod, family.pod)]).unwrap();
@@ -166,4 +181,41 @@ fn the_edge_tells_what_fits_where_the_stack_can_not() {
         ask_large(&socket, 4_000).unwrap();
     }
     assert_eq!(running.drops("packet_too_big"), 4);
+}
+
+#[test]
+fn a_connection_learns_what_fits() {
+    if !require("dataplane::errors-too-big-tcp", &NEEDS) {
+        return;
+    }
+    for finishes in [true, false] {
+        // The pod doesn't know, and takes segments that its link doesn't.
+        let place = narrow_place("et", finishes);
+        let mut running = place.start().unwrap();
+        for family in FAMILIES {
+            let listener = within(&place.pod, || TcpListener::bind((family.pod, 0)).unwrap());
+            running.plain(&family, 10, 30080, &[listener.local_addr().unwrap()]).unwrap();
+            let taken = std::thread::spawn(move || take(&listener));
+            within(&place.client, || {
+                let mut stream = TcpStream::connect_timeout(&family.at_node(30080), SOON).unwrap();
+                stream.set_write_timeout(Some(SOON)).unwrap();
+                stream.write_all(&vec![7; BODY_BYTES]).unwrap();
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                stream.set_read_timeout(Some(SOON)).unwrap();
+                let mut said = String::new();
+                stream.read_to_string(&mut said).unwrap();
+                assert_eq!(said, BODY_BYTES.to_string(), "{}", family.pod);
+            });
+            taken.join().unwrap();
+        }
+        assert!(running.drops("packet_too_big") >= 2);
+    }
+}
+
+/// Takes what comes over one connection, and says how much it was.
+fn take(listener: &TcpListener) {
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let count = std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+    stream.write_all(count.to_string().as_bytes()).unwrap();
 }

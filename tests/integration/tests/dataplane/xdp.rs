@@ -8,11 +8,12 @@ use aya::programs::{Program, TestRun as _, TestRunOptions};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use weft_agent_dataplane::node::{self, Devices};
+use weft_agent_dataplane::overlay::{PORT, Tunnels};
 use weft_agent_dataplane::xdp::{Carrier, Xdp};
 use weft_agent_dataplane::{BRIDGE, ProxyConfig, programs, run};
 use weft_cni_netlink::{Features, LinkChange, Mac, Neighbour, Netlink, Offloads, Shape};
 use weft_ebpf_abi::policy::{POLICY_INGRESS, PolicyPod};
-use weft_ebpf_abi::{Address, TCP, UDP, names};
+use weft_ebpf_abi::{Address, TCP, Tunnel, UDP, names};
 use weft_tests_harness::netns::ip;
 use weft_tests_harness::require;
 use zerocopy::IntoBytes as _;
@@ -138,6 +139,25 @@ fn what_tc_began_is_carried_on_alike() {
                 assert_eq!(read_frame("request", &by_xdp).to, pod);
             }
         }
+    }
+}
+
+#[test]
+fn a_peers_tunnel_passes() {
+    if !require("dataplane::xdp-tunnel", &NEEDS_XDP) {
+        return;
+    }
+    let place = prepared("xt");
+    let mut running = place.start().unwrap();
+    let _carrier = carry(&place, &running, Xdp::Always);
+    let mut tunnels = Tunnels::adopt(&running.programs).unwrap();
+    for family in FAMILIES {
+        running.plain(&family, 10, PORT, &[SocketAddr::new(family.pod, 8080)]).unwrap();
+        let packet = frame(UDP, client(&family, 5_000), family.at_node(PORT), 0);
+        tc_run(&running, &place, &packet);
+        assert_eq!(xdp_run(&running, &place, &packet).0, REDIRECT, "of who is no peer");
+        tunnels.set(&[Tunnel { own: family.node.into(), peer: family.client.into() }]).unwrap();
+        assert_eq!(xdp_run(&running, &place, &packet), (PASS, packet));
     }
 }
 
