@@ -20,6 +20,8 @@ pub struct Cluster {
     data: tempfile::TempDir,
     process: Option<Child>,
     extra: Vec<String>,
+    /// Another binary than the one under test.
+    binary: Option<PathBuf>,
 }
 
 impl Cluster {
@@ -41,7 +43,7 @@ impl Cluster {
         let data = tempfile::Builder::new().prefix("weft-").tempdir().context("make a data directory")?;
         let netns = Netns::new(label)?;
         let extra = flags.iter().map(|flag| (*flag).to_owned()).collect();
-        Ok(Self { netns, data, process: None, extra })
+        Ok(Self { netns, data, process: None, extra, binary: None })
     }
 
     /// Starts the process (again, after a kill) and waits until the API and the nodes are ready.
@@ -143,12 +145,20 @@ impl Cluster {
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
+    /// Has all that is run from now on be of this binary.
+    pub fn use_binary(&mut self, binary: PathBuf) {
+        self.binary = Some(binary);
+    }
+
     /// `weft` in the cluster's namespace, with its data directory.
     ///
     /// # Errors
     /// If there is no binary or namespace.
     pub fn weft(&self) -> anyhow::Result<Command> {
-        let binary = weft_binary().map_err(anyhow::Error::msg)?;
+        let binary = match &self.binary {
+            Some(binary) => binary.clone(),
+            None => weft_binary().map_err(anyhow::Error::msg)?,
+        };
         let mut command = self.netns.command(binary)?;
         command.arg("--data-dir").arg(self.data.path());
         Ok(command)

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Programs to test against that no package has: who has built one puts it on PATH.
-const PEERS: [&str; 1] = ["kube-proxy"];
+const PEERS: [&str; 2] = ["kube-proxy", "cnitool"];
 
 /// What a kernel has or lacks: it can't be installed.
 const KERNELS: [&str; 1] = ["sctp"];
