@@ -11,7 +11,7 @@ use weft_tests_harness::artifact;
 use weft_tests_harness::netns::Netns;
 
 use crate::report::{Row, Target};
-use crate::stats::{Turns, compare, estimate, quantile, there_and_back};
+use crate::stats::{Turns, estimate, quantile, there_and_back};
 
 /// Where Debian's containernetworking-plugins lie.
 pub(crate) const REFERENCE: &str = "/usr/lib/cni";
@@ -57,9 +57,7 @@ fn one_by_one(rounds: usize) -> anyhow::Result<Vec<Row>> {
 
 /// How many times faster: the peer's time through ours.
 fn row(name: &str, [ours, peer]: &[Vec<Turns>; 2], target: Target) -> Row {
-    let mut compared = compare(peer, ours);
-    (compared.left, compared.right) = (compared.right, compared.left);
-    Row::compared(name, "bridge + host-local", "ms", &compared, target)
+    Row::times(name, "bridge + host-local", "ms", [ours, peer], target)
 }
 
 /// The time until the last of the pods is attached and detached, and how much longer than the others the slowest ADD takes.

@@ -36,9 +36,18 @@ const CONNECTIONS: u64 = 100_000;
 /// Clients of D9.
 const CLIENTS: usize = 3;
 
+fn number<T: std::str::FromStr>(variable: &str) -> Option<T> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
 /// Overrides the number of Services, for a look in passing.
 fn size(default: usize) -> usize {
-    std::env::var("WEFT_BENCH_SERVICES").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    number("WEFT_BENCH_SERVICES").unwrap_or(default)
+}
+
+/// Overrides the pause between two changes: what a change costs while caches are warm.
+fn pace() -> Duration {
+    number("WEFT_BENCH_PACE_MICROS").map_or(PACE, Duration::from_micros)
 }
 
 fn name_of(whose: Whose) -> &'static str {
@@ -194,7 +203,8 @@ pub(crate) fn cost(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
             millis.push((proxy.seconds()? - begin) * 1e3);
         }
         let name = format!(
-            "D8 CPU of {CHANGES} EndpointSlice changes at {} Services, {}",
+            "D8 CPU of {CHANGES} EndpointSlice changes {:?} apart at {} Services, {}",
+            pace(),
             size(SERVICES),
             name_of(whose)
         );
@@ -221,7 +231,7 @@ fn churn(proxy: &Proxy, round: usize, changes: usize) -> anyhow::Result<()> {
         }
         let object = slice(&filler_name(number), &endpoints, proxy.api.next_revision());
         proxy.api.event("endpointslices", "MODIFIED", &object)?;
-        std::thread::park_timeout(PACE);
+        std::thread::park_timeout(pace());
     }
     Ok(())
 }
@@ -229,8 +239,7 @@ fn churn(proxy: &Proxy, round: usize, changes: usize) -> anyhow::Result<()> {
 /// D9: connections that are lost, or served by who is no backend, while all of that goes on and the process is killed and started
 /// again.
 pub(crate) fn losses(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let wanted = std::env::var("WEFT_BENCH_CONNECTIONS").ok().and_then(|text| text.parse().ok());
-    let wanted = wanted.unwrap_or(CONNECTIONS);
+    let wanted = number("WEFT_BENCH_CONNECTIONS").unwrap_or(CONNECTIONS);
     let mut proxy = started(Whose::Weft, size(SERVICES))?;
     let client = proxy.node.client()?;
     let steady = Steady::start(&proxy)?;

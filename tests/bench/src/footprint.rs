@@ -11,9 +11,13 @@ use crate::machine::resident_mb;
 use crate::pods::{Watch, image};
 use crate::report::{Row, Target};
 use crate::stats::estimate;
+use crate::subject::{Sides, Subject, Whose};
+use crate::upstream::Upstream;
 
 /// Memory has settled when it changed by less than this in [`SETTLED_FOR`].
 const SETTLED_MB: f64 = 0.5;
+/// Upstream's seven programs take more than ten times as much, each with a collector of garbage of its own.
+const PEER_SETTLED_MB: f64 = 10.0;
 const SETTLED_FOR: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -25,37 +29,31 @@ pub(crate) fn size(_: &[&str], _: usize) -> anyhow::Result<Vec<Row>> {
     Ok(vec![Row::figure("F3 size of weft", estimate(&[megabytes]), "MB", Target::AtMost(40.0))])
 }
 
-/// F1 and F2: as many clusters in a row as there are rounds, each from an empty data directory.
+/// F1 and F2: a cluster for each turn, from an empty data directory.
 pub(crate) fn start(_: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
-    let mut samples = Samples::default();
+    let mut sides = Sides::new();
+    let mut halves: Vec<(Whose, Vec<[f64; 3]>)> =
+        Whose::turns()?.into_iter().map(|whose| (whose, Vec::new())).collect();
     for round in 0..rounds {
-        one_start(&mut samples).with_context(|| format!("start {} of {rounds}", round + 1))?;
+        for (whose, measured) in &mut halves {
+            let start = match whose {
+                Whose::Weft => weft(),
+                Whose::Upstream => upstream(),
+            };
+            measured.push(start.with_context(|| format!("start {} of {rounds}, {whose:?}", round + 1))?);
+        }
     }
+    halves.into_iter().for_each(|(whose, measured)| sides.push(whose, measured));
+    let name = "F1 idle memory, control plane and node";
     Ok(vec![
-        Row::figure(
-            "F1 idle memory, control plane and node",
-            estimate(&samples.idle_mb),
-            "MB",
-            Target::AtMost(60.0),
-        ),
-        Row::figure(
-            "F2 empty data directory → node Ready",
-            estimate(&samples.ready),
-            "s",
-            Target::AtMost(1.0),
-        ),
-        Row::figure("F2 first pod created → Running", estimate(&samples.running), "s", Target::None),
+        sides.row(0, name, "MB", Target::AtMost(60.0), Target::None),
+        sides.row(1, "F2 empty data directory → node Ready", "s", Target::AtMost(1.0), Target::None),
+        sides.row(2, "F2 first pod created → Running", "s", Target::None, Target::None),
     ])
 }
 
-#[derive(Default)]
-struct Samples {
-    ready: Vec<f64>,
-    running: Vec<f64>,
-    idle_mb: Vec<f64>,
-}
-
-fn one_start(samples: &mut Samples) -> anyhow::Result<()> {
+/// Megabytes at rest, seconds until Ready, seconds until a pod runs.
+fn weft() -> anyhow::Result<[f64; 3]> {
     let mut cluster = Cluster::unstarted("f2", &[])?;
     let begin = Instant::now();
     cluster.spawn()?;
@@ -69,17 +67,30 @@ fn one_start(samples: &mut Samples) -> anyhow::Result<()> {
     ])?;
     ensure!(status == "True", "weft said that it is up, but its node's Ready condition is {status:?}");
     let pid = cluster.process().context("no process")?.id();
-    let idle = settled(pid)?;
+    let idle = settled(SETTLED_MB, || resident_mb(pid))?;
+    let running = first_pod(&cluster)?;
+    cluster.purge()?;
+    Ok([idle, ready.as_secs_f64(), running])
+}
+
+/// The same of upstream's; a client says that it is Ready.
+fn upstream() -> anyhow::Result<[f64; 3]> {
+    let mut cluster = Upstream::start("f2")?;
+    let idle = settled(PEER_SETTLED_MB, || cluster.resident_mb())?;
+    let running = first_pod(&cluster).with_context(|| cluster.said())?;
+    let ready = cluster.ready_after().as_secs_f64();
+    cluster.end()?;
+    Ok([idle, ready, running])
+}
+
+/// Seconds from a pod's first sight to its last program's start.
+fn first_pod(cluster: &dyn Subject) -> anyhow::Result<f64> {
     cluster.import(&image("busybox")?)?;
-    let watch = Watch::start(&cluster)?;
+    let watch = Watch::start(cluster)?;
     cluster.apply(POD)?;
     let seen = watch.until(PATIENCE, "a pod is Running", |pods| pods.running().count() == 1)?;
-    let running =
-        seen.last_running().context("no pod ran")?.duration_since(seen.first_seen().context("no pod")?);
-    samples.ready.push(ready.as_secs_f64());
-    samples.idle_mb.push(idle);
-    samples.running.push(running.as_secs_f64());
-    cluster.purge()
+    let (first, last) = (seen.first_seen().context("no pod")?, seen.last_running().context("no pod ran")?);
+    Ok(last.duration_since(first).as_secs_f64())
 }
 
 const POD: &str = "apiVersion: v1
@@ -91,6 +102,7 @@ spec:
   containers:
   - name: main
     image: busybox
+    imagePullPolicy: Never
     command: [\"sleep\", \"100000\"]
 ";
 
@@ -102,12 +114,12 @@ fn announced(cluster: &Cluster) -> anyhow::Result<Instant> {
     said.with_context(|| cluster.log_tail())
 }
 
-/// Resident memory once nothing moves any more.
-fn settled(pid: u32) -> anyhow::Result<f64> {
-    let (mut base, mut since) = (resident_mb(pid)?, Instant::now());
+/// Resident memory once it has not moved by so much for a while.
+fn settled(by: f64, resident: impl Fn() -> anyhow::Result<f64>) -> anyhow::Result<f64> {
+    let (mut base, mut since) = (resident()?, Instant::now());
     wait_until("the memory has settled", PATIENCE, || {
-        let now = resident_mb(pid)?;
-        if (now - base).abs() > SETTLED_MB {
+        let now = resident()?;
+        if (now - base).abs() > by {
             (base, since) = (now, Instant::now());
         }
         Ok((since.elapsed() >= SETTLED_FOR).then_some(now))

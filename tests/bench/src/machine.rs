@@ -60,22 +60,38 @@ pub(crate) fn own_seconds() -> anyhow::Result<f64> {
 
 /// Resident megabytes of a process and all below it, shared pages counted for each.
 pub(crate) fn resident_mb(root: u32) -> anyhow::Result<f64> {
-    let mut parents: HashMap<u32, Vec<u32>> = HashMap::new();
+    resident(&mut children()?, vec![root])
+}
+
+/// The same of all below some processes, without these.
+pub(crate) fn resident_below_mb(roots: &[u32]) -> anyhow::Result<f64> {
+    let mut children = children()?;
+    let below = roots.iter().flat_map(|root| children.remove(root).unwrap_or_default()).collect();
+    resident(&mut children, below)
+}
+
+/// The processes of the machine by their parents.
+fn children() -> anyhow::Result<HashMap<u32, Vec<u32>>> {
+    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
     for entry in fs::read_dir("/proc").context("read /proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
         if let Some(parent) = status_number(pid, "PPid:") {
-            parents.entry(u32::try_from(parent).unwrap_or(0)).or_default().push(pid);
+            children.entry(u32::try_from(parent).unwrap_or(0)).or_default().push(pid);
         }
     }
-    let (mut left, mut kilobytes) = (vec![root], 0);
+    Ok(children)
+}
+
+fn resident(children: &mut HashMap<u32, Vec<u32>>, mut left: Vec<u32>) -> anyhow::Result<f64> {
+    let mut kilobytes = 0;
     while let Some(pid) = left.pop() {
         // A process may end while it is looked at.
         kilobytes += status_number(pid, "VmRSS:").unwrap_or(0);
-        left.extend(parents.remove(&pid).unwrap_or_default());
+        left.extend(children.remove(&pid).unwrap_or_default());
     }
-    anyhow::ensure!(kilobytes > 0, "process {root} is gone");
+    anyhow::ensure!(kilobytes > 0, "the processes are gone");
     Ok(as_f64(kilobytes) * 1024.0 / 1e6)
 }
 

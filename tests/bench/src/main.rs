@@ -13,6 +13,8 @@ mod scale;
 mod service;
 mod stage;
 mod stats;
+mod subject;
+mod upstream;
 
 use std::process::ExitCode;
 

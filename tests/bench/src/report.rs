@@ -1,7 +1,7 @@
 //! The rows that are printed.
 #![expect(clippy::print_stdout, reason = "the rows are what this program is for")]
 
-use crate::stats::{Comparison, Estimate};
+use crate::stats::{Comparison, Estimate, Turns, compare};
 
 /// What was promised of a row.
 #[derive(Clone, Copy, Debug)]
@@ -80,6 +80,19 @@ impl Row {
             target: target.text(),
             verdict: target.verdict(ratio.median),
         }
+    }
+
+    /// How many times more the peer takes.
+    pub(crate) fn times(
+        name: &str,
+        peer: &str,
+        unit: &str,
+        [ours, theirs]: [&[Turns]; 2],
+        target: Target,
+    ) -> Self {
+        let mut compared = compare(theirs, ours);
+        (compared.left, compared.right) = (compared.right, compared.left);
+        Self::compared(name, peer, unit, &compared, target)
     }
 }
 

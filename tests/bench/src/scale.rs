@@ -8,13 +8,12 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::wait_until;
 
-use crate::machine::busy_seconds;
+use crate::machine::{busy_seconds, own_seconds};
 use crate::pods::image;
 use crate::report::{Row, Target};
-use crate::stats::estimate;
+use crate::subject::{Subject, measure};
 
 const BACKENDS: usize = 50;
 /// Other Services, unless the environment says another number.
@@ -49,37 +48,38 @@ spec: {selector: {app: web}, ports: [{port: 80}]}
 pub(crate) fn run(_ids: &[&str], rounds: usize) -> anyhow::Result<Vec<Row>> {
     let others =
         std::env::var("WEFT_BENCH_SERVICES").ok().and_then(|text| text.parse().ok()).unwrap_or(OTHERS);
-    let mut cluster = Cluster::start("n", &[])?;
-    cluster.import(&image("probe")?)?;
-    cluster.apply(WORKLOAD)?;
-    others_too(&cluster, others)?;
-    let address = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
-    let to = SocketAddr::new(address.parse()?, 80);
-    let (mut seconds, mut busy) = (Vec::new(), Vec::new());
-    for _ in 0..rounds {
-        let (begin, before) = (Instant::now(), busy_seconds()?);
+    let prepare = |cluster: &dyn Subject| {
+        cluster.import(&image("probe")?)?;
+        cluster.apply(WORKLOAD)?;
+        others_too(cluster, others)?;
+        let address = cluster.kubectl(&["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])?;
+        Ok(SocketAddr::new(address.parse()?, 80))
+    };
+    let sides = measure("n", rounds, prepare, |cluster, &to| {
+        let (begin, before, own) = (Instant::now(), busy_seconds()?, own_seconds()?);
         cluster.kubectl(&["scale", "deployment/web", "--replicas", &BACKENDS.to_string()])?;
-        let asking = cluster.netns.thread(move || all_answer(to))?;
+        let asking = cluster.netns().thread(move || all_answer(to))?;
         asking.join().map_err(|panic| anyhow::anyhow!("{panic:?}"))??;
-        seconds.push(begin.elapsed().as_secs_f64());
-        busy.push(busy_seconds()? - before);
+        let (seconds, busy) = (begin.elapsed().as_secs_f64(), busy_seconds()? - before);
+        let measured = [seconds, busy, busy - (own_seconds()? - own)];
         cluster.kubectl(&["scale", "deployment/web", "--replicas", "0"])?;
         wait_until("all pods are gone", PATIENCE, || {
             let left = cluster.kubectl(&["get", "pods", "-l", "app=web", "-o", "name"])?;
             Ok(left.trim().is_empty().then_some(()))
         })?;
-    }
-    cluster.purge()?;
+        Ok(measured)
+    })?;
     let name = |what: &str| {
         format!("N1 scale 0 → {BACKENDS} until all have answered, {others} other Services: {what}")
     };
     Ok(vec![
-        Row::figure(&name("time"), estimate(&seconds), "s", Target::None),
-        Row::figure(&name("CPU of the machine"), estimate(&busy), "s", Target::None),
+        sides.row(0, &name("time"), "s", Target::None, Target::AtLeast(15.0)),
+        sides.row(1, &name("CPU of the machine"), "s", Target::None, Target::AtLeast(10.0)),
+        sides.row(2, &name("the same without the clients'"), "s", Target::None, Target::AtLeast(10.0)),
     ])
 }
 
-fn others_too(cluster: &Cluster, others: usize) -> anyhow::Result<()> {
+fn others_too(cluster: &dyn Subject, others: usize) -> anyhow::Result<()> {
     cluster.kubectl(&["create", "namespace", ELSEWHERE])?;
     for first in (0..others).step_by(BATCH) {
         let mut manifest = String::new();
@@ -89,7 +89,7 @@ fn others_too(cluster: &Cluster, others: usize) -> anyhow::Result<()> {
                 "---\napiVersion: v1\nkind: Service\nmetadata: {{name: other-{number}}}\nspec: {{ports: [{{port: 80}}]}}\n"
             );
         }
-        let path = cluster.data_dir().join("others.yaml");
+        let path = cluster.folder().join("others.yaml");
         std::fs::write(&path, manifest)?;
         // To check an object, kubectl reads the API's whole description again, 30 ms of processor time for each.
         let path = path.to_string_lossy();

@@ -96,5 +96,6 @@ pub(crate) fn bench(args: &[String]) -> anyhow::Result<()> {
     machine::install_for_tests()?;
     artifacts::build_all(true)?;
     images::build_all()?;
+    images::build_for_tests()?;
     artifacts::run_bench(args)
 }

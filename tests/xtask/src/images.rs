@@ -146,6 +146,20 @@ const PROBE: Recipe = Recipe {
     folders: &[],
 };
 
+/// What holds the namespaces of a pod of upstream's, where a benchmark measures it. It only waits.
+const PAUSE: Recipe = Recipe {
+    file: "pause",
+    reference: "docker.io/library/weft-pause:1",
+    packages: &["busybox-static"],
+    command: &["sleep", "2147483647"],
+    environment: &[],
+    user: "",
+    stop_signal: "SIGKILL",
+    port: "",
+    overlay: &[],
+    folders: &[],
+};
+
 const PATH: &str =
     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin";
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\n\
@@ -165,10 +179,10 @@ pub(crate) fn build_all() -> anyhow::Result<Vec<PathBuf>> {
     build_stale(RECIPES)
 }
 
-/// Builds the archives that only tests use.
+/// Builds the archives that only tests and benchmarks use.
 pub(crate) fn build_for_tests() -> anyhow::Result<()> {
     crate::artifacts::build_probe()?;
-    build_stale(&[PROBE]).map(|_| ())
+    build_stale(&[PROBE, PAUSE]).map(|_| ())
 }
 
 fn build_stale(recipes: &[Recipe]) -> anyhow::Result<Vec<PathBuf>> {

@@ -15,8 +15,11 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 /// A connection that isn't answered by then is lost.
 const LOST_AFTER: Duration = Duration::from_secs(5);
-/// Of connections that need not be answered yet.
+/// Of connections that need not be answered yet, by an address that is served.
 const SHORT: Duration = Duration::from_millis(500);
+/// Likewise by one that nobody may serve yet. Its first packet then goes nowhere, and as long as that is waited for nobody sees that
+/// the next would be answered: a start can be timed no more exactly than this.
+const BLINK: Duration = Duration::from_millis(5);
 
 /// A server in each pod: it answers a connection with the pod's address, and closes it.
 pub(crate) struct Backends {
@@ -149,12 +152,12 @@ impl Client {
         backend: Ipv4Addr,
         patience: Duration,
     ) -> anyhow::Result<Instant> {
-        self.until_served(to, patience, move |served| served == backend)
+        self.until_served(to, patience, SHORT, move |served| served == backend)
     }
 
-    /// When the first connection is served.
+    /// When the first connection is served by anybody. Until then the address may be nobody's.
     pub(crate) fn until_any(&self, to: SocketAddrV4, patience: Duration) -> anyhow::Result<Instant> {
-        self.until_served(to, patience, |_| true)
+        self.until_served(to, patience, BLINK, |_| true)
     }
 
     /// Asks until each of these has served.
@@ -171,12 +174,13 @@ impl Client {
         &self,
         to: SocketAddrV4,
         patience: Duration,
+        each: Duration,
         wanted: impl Fn(Ipv4Addr) -> bool + Send + 'static,
     ) -> anyhow::Result<Instant> {
         within(&self.netns, move || {
             let deadline = Instant::now() + patience;
             loop {
-                let served = ask(to, SHORT);
+                let served = ask(to, each);
                 let now = Instant::now();
                 if served.as_ref().is_ok_and(|served| wanted(*served)) {
                     return Ok(now);
