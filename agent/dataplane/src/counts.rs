@@ -14,7 +14,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use tokio::sync::{mpsc, oneshot};
-use weft_ebpf_abi::{CONNECTIONS, CountKey, DropReason, FAILED, names};
+use weft_ebpf_abi::{CONNECTIONS, CountKey, DropReason, FAILED, names, sizes};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::programs::{ProgramError, Programs, check_layout, duplicate, mismatch};
@@ -116,6 +116,12 @@ impl Counted {
         let gone: Vec<_> = counts.keys().filter(|key| !names.contains_key(&key.list)).copied().collect();
         if !gone.is_empty() {
             self.counters.forget(&gone);
+        }
+        if counts.len() - gone.len() >= sizes::COUNTS as usize {
+            tracing::warn!(
+                entries = counts.len(),
+                "the map of Services' counts is full: what other Services do is not counted"
+            );
         }
         Ok(Services::sum(&counts, &names))
     }

@@ -8,11 +8,14 @@
 //!     chain pods {
 //!         type filter hook prerouting priority raw; policy accept;
 //!         iifname <bridge> ip daddr != <pods> udp dport <port> drop
+//!         ip daddr <pods> fib daddr type local udp dport <port> drop
 //!     }
 //! }
 //! ```
 //!
-//! Among pods the port is free. Fragments are put together before that, as connections are tracked.
+//! Among pods the port is free. The second rule, for each range, is for nodes' addresses that are of the pods' range, such as the bridge's: they are
+//! reached from other nodes' pods by the tunnel, and nodes never speak to each other by them. Fragments are put together before that, as
+//! connections are tracked.
 
 use ipnetwork::IpNetwork;
 use netlink_packet_netfilter::nftables::{Expressions, InetHookNumber};
@@ -26,14 +29,15 @@ const CHAIN: &str = "pods";
 /// `NF_IP_PRI_RAW`: before a packet is translated.
 const BASE: Base = Base { kind: "filter", hook: InetHookNumber::PreRouting, priority: -300 };
 
-/// Drops what comes by the pods' bridge for the tunnels' port, unless it is for another pod. Whatever the tables held goes.
+/// Drops what comes by the pods' bridge for the tunnels' port, unless it is for another pod, and what comes for the node itself by an address
+/// of the pods' ranges. Whatever the tables held goes.
 ///
 /// # Errors
 /// If the kernel refuses (no nftables, not root).
 pub fn ensure(bridge: &str, pods: &[IpNetwork], port: u16) -> Result<(), Error> {
     let changes = FAMILIES.into_iter().flat_map(|family| {
-        let pods = pods.iter().filter(|range| Family::of(range.ip()) == family);
-        changes(rule(bridge, pods, port)).into_iter().map(move |change| (family, change))
+        let pods: Vec<_> = pods.iter().filter(|range| Family::of(range.ip()) == family).copied().collect();
+        changes(bridge, &pods, port).into_iter().map(move |change| (family, change))
     });
     nft::batch_all("put the rules that guard the tunnels", changes.collect())
 }
@@ -46,20 +50,32 @@ pub fn remove() -> Result<(), Error> {
     nft::remove_tables("remove the rules that guard the tunnels", TABLE)
 }
 
-fn changes(rule: Vec<Expressions>) -> [Change; 5] {
+fn changes(bridge: &str, pods: &[IpNetwork], port: u16) -> Vec<Change> {
     // The table is made before it is deleted, so that the deletion can't miss.
-    [
+    let mut changes = vec![
         nft::new_table(TABLE, 0),
         nft::delete_table(TABLE),
         nft::new_table(TABLE, 0),
         nft::new_chain(TABLE, CHAIN, Some(BASE)),
-        nft::new_rule(TABLE, CHAIN, rule),
-    ]
+        nft::new_rule(TABLE, CHAIN, out_of_pods(bridge, pods, port)),
+    ];
+    changes.extend(pods.iter().map(|range| nft::new_rule(TABLE, CHAIN, into_node(*range, port))));
+    changes
 }
 
-fn rule<'a>(bridge: &str, pods: impl Iterator<Item = &'a IpNetwork>, port: u16) -> Vec<Expressions> {
+fn out_of_pods(bridge: &str, pods: &[IpNetwork], port: u16) -> Vec<Expressions> {
     let mut expressions = nft::by_device(bridge);
-    expressions.extend(pods.flat_map(|range| nft::address_within(Field::Destination, false, *range)));
+    expressions.extend(pods.iter().flat_map(|range| nft::address_within(Field::Destination, false, *range)));
+    dropped(expressions, port)
+}
+
+fn into_node(pods: IpNetwork, port: u16) -> Vec<Expressions> {
+    let mut expressions = nft::address_within(Field::Destination, true, pods);
+    expressions.extend(nft::for_this_host());
+    dropped(expressions, port)
+}
+
+fn dropped(mut expressions: Vec<Expressions>, port: u16) -> Vec<Expressions> {
     expressions.extend(nft::to_udp_port(port));
     expressions.push(nft::drop());
     expressions

@@ -18,6 +18,12 @@ fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
     namespace::within(&netns.path(), work).unwrap()
 }
 
+/// What nftables hold, as nft prints it.
+fn ruleset(netns: &Netns) -> String {
+    let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
 #[test]
 fn devices_addresses_routes_and_entries_are_made_found_and_removed() {
     if !require("netlink::devices", &["root", "ip"]) {
@@ -107,15 +113,11 @@ fn the_masquerade_rules_are_replaced_and_removed() {
         return;
     }
     let netns = Netns::new("nl").unwrap();
-    let rules = || {
-        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    };
     let ensure = |pods: &[&str], exceptions: &[&str]| {
         let parse = |all: &[&str]| all.iter().map(|one| one.parse().unwrap()).collect::<Vec<_>>();
         let (pods, exceptions) = (parse(pods), parse(exceptions));
         within(&netns, || masquerade::ensure(&pods, &exceptions).unwrap());
-        rules()
+        ruleset(&netns)
     };
     ensure(&["10.42.0.0/16"], &[]);
     let v4 = "ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 masquerade fully-random";
@@ -133,7 +135,7 @@ fn the_masquerade_rules_are_replaced_and_removed() {
         masquerade::remove().unwrap();
         masquerade::remove().unwrap();
     });
-    assert_eq!(rules(), "");
+    assert_eq!(ruleset(&netns), "");
 }
 
 #[test]
@@ -142,19 +144,19 @@ fn the_guard_of_tunnels_is_replaced_and_removed() {
         return;
     }
     let netns = Netns::new("nl").unwrap();
-    let rules = || {
-        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    };
     let ensure = |pods: &[&str]| {
         let pods: Vec<_> = pods.iter().map(|range| range.parse().unwrap()).collect();
         within(&netns, || guard::ensure("weft0", &pods, 8472).unwrap());
-        rules()
+        ruleset(&netns)
     };
     ensure(&["10.99.0.0/16", "fd99::/48"]);
     let present = ensure(&["10.42.0.0/16"]);
     // A family without pods' addresses has those of the link.
-    for rule in ["ip daddr != 10.42.0.0/16 udp dport 8472 drop", "iifname \"weft0\" udp dport 8472 drop"] {
+    for rule in [
+        "ip daddr != 10.42.0.0/16 udp dport 8472 drop",
+        "ip daddr 10.42.0.0/16 fib daddr type local udp dport 8472 drop",
+        "iifname \"weft0\" udp dport 8472 drop",
+    ] {
         assert_eq!(present.matches(rule).count(), 1, "{rule} in {present}");
     }
     assert!(!present.contains("99"), "{present}");
@@ -162,7 +164,7 @@ fn the_guard_of_tunnels_is_replaced_and_removed() {
         guard::remove().unwrap();
         guard::remove().unwrap();
     });
-    assert_eq!(rules(), "");
+    assert_eq!(ruleset(&netns), "");
 }
 
 #[test]
@@ -171,10 +173,6 @@ fn host_ports_are_added_found_and_removed() {
         return;
     }
     let netns = Netns::new("nl").unwrap();
-    let rules = || {
-        let output = netns.command("nft").unwrap().args(["list", "ruleset"]).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    };
     let port = |host: Option<&str>, port, pod: &str| HostPort {
         host: host.map(|host| host.parse().unwrap()),
         port,
@@ -198,7 +196,7 @@ fn host_ports_are_added_found_and_removed() {
         assert_eq!(taken.class(), Class::Exists, "{taken:?}");
         hostport::add(&[port(None, 8082, "10.42.1.8")], "weft0").unwrap();
     });
-    let present = rules();
+    let present = ruleset(&netns);
     for wanted in [
         "type inet_proto . inet_service : ipv4_addr . inet_service",
         "tcp . 8080 : 10.42.1.7 . 80",
@@ -226,14 +224,14 @@ fn host_ports_are_added_found_and_removed() {
         }
         assert_eq!(hostport::missing(&all).unwrap(), all);
     });
-    let left = rules();
+    let left = ruleset(&netns);
     assert!(left.contains("tcp . 8082 : 10.42.1.8 . 80") && !left.contains("8081"), "{left}");
     assert!(!left.contains("weft0"), "{left}");
     within(&netns, || {
         hostport::remove_all().unwrap();
         hostport::remove_all().unwrap();
     });
-    assert_eq!(rules(), "");
+    assert_eq!(ruleset(&netns), "");
 }
 
 #[test]

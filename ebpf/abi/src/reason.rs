@@ -18,7 +18,8 @@ pub enum DropReason {
     UnknownFlow = 6,
     /// No free source port towards the backend.
     NatPortsExhausted = 7,
-    /// The node has no route to the backend, or none back to a client that it should answer.
+    /// The node has no route to the backend, or none back to a client that it should answer; or the backend is the end of a tunnel between
+    /// nodes, into which nobody else is led.
     NoRoute = 8,
     /// The kernel refused to rewrite the packet.
     RewriteFailed = 9,

@@ -2,7 +2,7 @@
 //!
 //! Both ends are looked at, not the port alone: a Service may have that port too.
 
-use weft_ebpf_abi::{Address, FlowKey, TUNNEL_PORT, Tunnel, UDP};
+use weft_ebpf_abi::{Address, FlowKey, Port, TUNNEL_PORT, Tunnel, UDP};
 
 /// The tunnels of the node.
 pub trait Tunnels {
@@ -26,7 +26,14 @@ pub fn goes_out<T: Tunnels>(tunnels: &T, key: &FlowKey) -> bool {
 #[inline(always)]
 #[must_use]
 pub fn has_port(key: &FlowKey) -> bool {
-    key.destination_port == TUNNEL_PORT && key.protocol == UDP
+    is_port(key.protocol, key.destination_port)
+}
+
+/// Whether it is the port of tunnels.
+#[inline(always)]
+#[must_use]
+pub fn is_port(protocol: u8, port: Port) -> bool {
+    port == TUNNEL_PORT && protocol == UDP
 }
 
 #[inline(always)]
@@ -49,7 +56,7 @@ mod tests {
     use core::cell::Cell;
 
     use super::*;
-    use weft_ebpf_abi::{Port, TCP};
+    use weft_ebpf_abi::TCP;
 
     /// One tunnel, and how often a table was asked.
     struct One(Tunnel, Cell<u32>);

@@ -6,7 +6,7 @@ use weft_ebpf_abi::*;
 use weft_ebpf_logic::Tables;
 use weft_ebpf_logic::fast::{Plain4, Plain6, Shape as _};
 use weft_ebpf_logic::flow;
-use weft_ebpf_logic::packet::{self, FIN, Packet, Part, RST, SYN, V4, V6};
+use weft_ebpf_logic::packet::{self, FIN, Family as _, Packet, Part, RST, SYN, V4, V6};
 use weft_ebpf_logic::tunnel;
 
 use crate::counts;
@@ -17,7 +17,7 @@ use crate::flows::{Known, established, known, record, touch, watch};
 use crate::frame::{ethertype, ingress_ifindex};
 use crate::in_place::{self, Plain};
 use crate::judge::{Outcome, counted, judge};
-use crate::maps::{FRAGMENTS, Kernel, LOCAL_PODS, Work, config, work};
+use crate::maps::{FRAGMENTS, Kernel, LOCAL_PODS, Work, config, is_pods, work};
 use crate::own::own;
 use crate::pod;
 use crate::policy;
@@ -91,6 +91,7 @@ pub fn decide<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
         {
             Outcome::Dropped(DropReason::PolicyEgress)
         }
+        Outcome::Begins if leads_into_tunnel::<F>(work) => Outcome::Dropped(DropReason::NoRoute),
         outcome => outcome,
     };
     match counted(work, outcome) {
@@ -120,6 +121,16 @@ pub fn decide<F: Family>(ctx: &TcContext, work: &mut Work) -> i32 {
         Outcome::Refused(reason) => reject::<F>(ctx, &work.packet, reason, Sender::Behind),
         Outcome::Dropped(reason) => told(&work.packet, reason),
     }
+}
+
+/// Whether a Service's backend is what takes the tunnels' packets on some node: as the node's own, which it would leave as, the packet would
+/// be taken for a peer's, and what is in it get past every policy. What comes by another way is dropped by nftables (`guard`).
+#[inline(never)]
+fn leads_into_tunnel<F: Family>(work: &Work) -> bool {
+    let Work { packet, entry, .. } = work;
+    tunnel::is_port(packet.key.protocol, entry.destination_port)
+        && config().is_some_and(|config| config.overlay_ifindex != 0)
+        && !is_pods(&entry.destination, F::ETHERTYPE == V6::ETHERTYPE)
 }
 
 /// Most packets: of the plainest shape, and of a flow that is known and goes on. What becomes of them is what the functions below would

@@ -81,6 +81,18 @@ spec:
     )
 }
 
+/// The node port of [`WEB`].
+pub const NODE_PORT: u16 = 30_080;
+/// A Service for the pods of `nginx("web", …)`.
+pub const WEB: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  type: NodePort
+  selector: {app: web}
+  ports: [{port: 80, nodePort: 30080}]
+";
+
 /// A busybox pod that sleeps.
 pub fn sleeper(name: &str, node: Option<&str>) -> String {
     let node = node.map(|node| format!("  nodeName: {node}\n")).unwrap_or_default();

@@ -11,25 +11,16 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use weft_tests_e2e::traffic::Clients;
 use weft_tests_e2e::writes::{WRITERS, Writers, check};
-use weft_tests_e2e::{agent_of, cluster, eventually, nginx};
+use weft_tests_e2e::{NODE_PORT, WEB, agent_of, cluster, eventually, nginx};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::wait_until;
 
 const KILLS: usize = 20;
 const KILLS_OF_SEVERAL: usize = 8;
 const NODES: [&str; 3] = ["node-1", "node-2", "node-3"];
-const NODE_PORT: u16 = 30_080;
-const SERVICE: &str = "apiVersion: v1
+const NAMESPACE: &str = "apiVersion: v1
 kind: Namespace
 metadata: {name: writes}
----
-apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  type: NodePort
-  selector: {app: web}
-  ports: [{port: 80, nodePort: 30080}]
 ";
 
 #[test]
@@ -37,7 +28,8 @@ fn twenty_times() -> anyhow::Result<()> {
     let Some(mut cluster) = cluster("kill::twenty_times", "kill", &[])? else { return Ok(()) };
     let mut random = seeded()?;
     cluster.apply(&nginx("web", 3))?;
-    cluster.apply(SERVICE)?;
+    cluster.apply(NAMESPACE)?;
+    cluster.apply(WEB)?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
     let before = containers(&cluster)?;
     assert_eq!(before.len(), 3, "{before:?}");
@@ -80,7 +72,8 @@ fn any_of_several_processes() -> anyhow::Result<()> {
     };
     let mut random = seeded()?;
     cluster.apply(&nginx("web", 3))?;
-    cluster.apply(SERVICE)?;
+    cluster.apply(NAMESPACE)?;
+    cluster.apply(WEB)?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
     let before = containers(&cluster)?;
     let clients = NODES.map(|node| to_node(&cluster, node));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use weft_tests_e2e::machine::{ACCOUNT, ADDRESS, Machine, NAME, Running};
 use weft_tests_e2e::traffic::Clients;
-use weft_tests_e2e::{cluster, nginx};
+use weft_tests_e2e::{NODE_PORT, WEB, cluster, nginx};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::{require, wait_until};
 
@@ -18,17 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const KEEP: Duration = Duration::from_secs(5);
 /// Beside weft's own proxy, which has kube-proxy's ports.
 const HEALTH: u16 = 10_356;
-const NODE_PORT: u16 = 30_080;
-/// Every kind of chain that kube-proxy makes has a Service here that needs it.
+/// With [`WEB`], every kind of chain that kube-proxy makes has a Service here that needs it.
 const SERVICES: &str = "apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  type: NodePort
-  selector: {app: web}
-  ports: [{port: 80, nodePort: 30080}]
----
-apiVersion: v1
 kind: Service
 metadata: {name: local}
 spec:
@@ -176,7 +167,7 @@ fn there_and_back(mode: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     let Some(mut cluster) = cluster(&test, "kpx", &[])? else { return Ok(()) };
-    for manifest in [&nginx("web", 3), SERVICES, ACCOUNT] {
+    for manifest in [&nginx("web", 3), WEB, SERVICES, ACCOUNT] {
         cluster.apply(manifest)?;
     }
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;

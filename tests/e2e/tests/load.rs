@@ -5,19 +5,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use weft_tests_e2e::traffic::{Clients, PodClients, Tally};
-use weft_tests_e2e::{cluster, eventually, nginx, sleeper};
+use weft_tests_e2e::{WEB, cluster, eventually, nginx, sleeper};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::netns::{Netns, ip};
 use weft_tests_harness::wait_until;
 
-const SERVICE: &str = "apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  type: NodePort
-  selector: {app: web}
-  ports: [{port: 80}]
-";
 const REPLICAS: usize = 50;
 const REQUESTS: u64 = 10_000;
 /// The machine's address on the cable to the other machine, which is a namespace too.
@@ -29,7 +21,7 @@ fn fifty_replicas() -> anyhow::Result<()> {
     let Some(mut cluster) = cluster("load::fifty_replicas", "load", &[])? else { return Ok(()) };
     let outside = outside(&cluster)?;
     cluster.apply(&nginx("web", 50))?;
-    cluster.apply(SERVICE)?;
+    cluster.apply(WEB)?;
     cluster.apply(&sleeper("client", None))?;
     cluster.kubectl(&["wait", "pod/client", "--for=condition=Ready", "--timeout=60s"])?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;

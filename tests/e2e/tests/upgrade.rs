@@ -11,20 +11,12 @@ use anyhow::{Context as _, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use weft_tests_e2e::traffic::Clients;
-use weft_tests_e2e::{cluster, eventually, nginx};
+use weft_tests_e2e::{NODE_PORT, WEB, cluster, eventually, nginx};
 use weft_tests_harness::cluster::Cluster;
 use weft_tests_harness::{wait_until, weft_binary};
 
-const SERVICE: &str = "apiVersion: v1
-kind: Service
-metadata: {name: web}
-spec:
-  type: NodePort
-  selector: {app: web}
-  ports: [{port: 80, nodePort: 30080}]
-";
 /// Both nodes: one of them has to hand on to the other's pods.
-const NODES: [([u8; 4], u16); 2] = [([10, 44, 0, 2], 30_080), ([10, 44, 0, 3], 30_080)];
+const NODES: [([u8; 4], u16); 2] = [([10, 44, 0, 2], NODE_PORT), ([10, 44, 0, 3], NODE_PORT)];
 const PATIENCE: Duration = Duration::from_secs(15);
 
 #[test]
@@ -34,7 +26,7 @@ fn there_and_back_nothing_is_lost() -> anyhow::Result<()> {
     let own = weft_binary().map_err(anyhow::Error::msg)?;
     let other = std::env::var_os("WEFT_OTHER_BIN").map_or_else(|| own.clone(), PathBuf::from);
     cluster.apply(&nginx("web", 4))?;
-    cluster.apply(SERVICE)?;
+    cluster.apply(WEB)?;
     cluster.kubectl(&["rollout", "status", "deployment/web", "--timeout=60s"])?;
     let before = containers(&cluster)?;
     let nodes = NODES.map(SocketAddr::from);

@@ -3,6 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use aya::maps::{HashMap, Map, MapData};
+use ipnetwork::IpNetwork;
+use weft_agent_dataplane::node;
 use weft_agent_dataplane::overlay::{PORT, Tunnels};
 use weft_ebpf_abi::{Address, FLOW_REPLY, FlowKey, FlowValue, Port, TCP, Tunnel, UDP, names};
 use weft_tests_harness::require;
@@ -10,8 +12,8 @@ use weft_tests_harness::require;
 use crate::NEEDS;
 use crate::entries::{FAMILIES, Family};
 use crate::frames::{SYN, frame, read_frame};
-use crate::packets::{PASS, REDIRECT, client, run, run_program};
-use crate::place::{Place, Running};
+use crate::packets::{DROP, PASS, REDIRECT, client, run, run_program};
+use crate::place::{Place, Running, identity, within};
 
 fn tunnel(own: IpAddr, peer: IpAddr) -> Tunnel {
     Tunnel { own: own.into(), peer: peer.into() }
@@ -102,6 +104,41 @@ fn what_goes_to_a_peer_is_not_taken_for_an_answer() {
         tunnels.set(&[tunnel(family.node, family.client)]).unwrap();
         assert_eq!(out(&packet), (PASS, packet));
     }
+}
+
+/// As the node's own, such a packet would be taken for a peer's.
+#[test]
+fn no_service_leads_into_a_tunnel() {
+    if !require("dataplane::tunnels-led", &NEEDS) {
+        return;
+    }
+    let place = Place::new("tl").unwrap();
+    let mut running = place.start().unwrap();
+    let (unlike_pods, pods) =
+        (["192.0.2.0/24", "2001:db8::/64"], FAMILIES.each_ref().map(|family| family.pod));
+    let as_pods = pods.map(|pod| IpNetwork::from(pod).to_string());
+    let mut config = within(&place.node, || {
+        identity(&node::devices(Some(weft_agent_dataplane::BRIDGE)).unwrap(), &place.cgroup).unwrap()
+    });
+    let mut from = 5_000;
+    let mut led = |running: &Running, protocol: u8| {
+        from += 1;
+        FAMILIES.each_ref().map(|family| {
+            let asks = frame(protocol, client(family, from), family.at_node(30080), SYN);
+            run(running, &place, &asks).0
+        })
+    };
+    for family in FAMILIES {
+        running.plain(&family, 10, 30080, &[SocketAddr::new(family.pod, PORT)]).unwrap();
+    }
+    running.programs.set_pod_ranges(&unlike_pods.map(|range| range.parse().unwrap())).unwrap();
+    assert_eq!(led(&running, UDP), [REDIRECT; 2], "a node without tunnels of weft's");
+    config.overlay_ifindex = 9_999;
+    running.programs.configure(config).unwrap();
+    assert_eq!(led(&running, UDP), [DROP; 2]);
+    assert_eq!(led(&running, TCP), [REDIRECT; 2], "another protocol");
+    running.programs.set_pod_ranges(&as_pods.map(|range| range.parse().unwrap())).unwrap();
+    assert_eq!(led(&running, UDP), [REDIRECT; 2], "among pods it is a port as any other");
 }
 
 #[test]
