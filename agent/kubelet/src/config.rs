@@ -148,9 +148,19 @@ impl Config {
     pub(crate) fn pods_dir(&self) -> PathBuf {
         pods_dir(&self.data_dir, &self.node_name)
     }
+
+    /// What lies in memory of the pods' volumes, by uid.
+    pub(crate) fn memory_dir(&self) -> PathBuf {
+        memory_dir(&self.run_dir, &self.node_name)
+    }
 }
 
 /// The folder of the pods' folders of a node.
 pub(crate) fn pods_dir(data_dir: &Path, node: &str) -> PathBuf {
     data_dir.join("nodes").join(node).join("pods")
+}
+
+/// The folder of a node's volumes that lie in memory.
+pub(crate) fn memory_dir(run_dir: &Path, node: &str) -> PathBuf {
+    run_dir.join(node).join("volumes")
 }

@@ -123,6 +123,8 @@ pub async fn run(
             source,
         })?;
     }
+    let memory = config.memory_dir();
+    volumes::memory::ensure(&memory).map_err(|source| Error::Io { op: "mount", path: memory, source })?;
     let listener = server::Listener::bind(&config).await?;
     // Subscribe first, list second: nothing falls between.
     let runtime_events = runtime.events();
@@ -156,9 +158,11 @@ pub async fn run(
 ///
 /// # Errors
 /// When something is still mounted or can't be removed.
-pub fn purge(data_dir: &Path, node: &str) -> Result<(), Error> {
+pub fn purge(data_dir: &Path, run_dir: &Path, node: &str) -> Result<(), Error> {
     let dir = config::pods_dir(data_dir, node);
-    volumes::remove::pod_dir(&dir).map_err(|source| Error::Io { op: "remove", path: dir, source })
+    volumes::remove::pod_dir(&dir).map_err(|source| Error::Io { op: "remove", path: dir, source })?;
+    let memory = config::memory_dir(run_dir, node);
+    volumes::memory::remove(&memory).map_err(|source| Error::Io { op: "remove", path: memory, source })
 }
 
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {

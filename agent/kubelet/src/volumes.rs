@@ -1,6 +1,7 @@
 //! Volumes of a pod: prepared before its sandbox, kept fresh while it lives, unmounted and removed after it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ pub(crate) mod atomic;
 mod empty_dir;
 mod host_path;
 pub(crate) mod keep;
+pub(crate) mod memory;
 pub(crate) mod mounts;
 mod ownership;
 pub(crate) mod payload;
@@ -37,9 +39,34 @@ pub(crate) struct Mounted {
 enum Source<'a> {
     EmptyDir(&'a k8s_openapi::api::core::v1::EmptyDirVolumeSource),
     HostPath(&'a k8s_openapi::api::core::v1::HostPathVolumeSource),
-    /// Written by the kubelet: configMap, secret, downwardAPI, projected.
-    Written(&'static str),
+    /// Written by the kubelet.
+    Written(Written),
     Unsupported,
+}
+
+/// A volume that the kubelet writes: configMap, secret, downwardAPI, projected.
+#[derive(Clone, Copy)]
+struct Written {
+    /// Upstream's name of the folder of such volumes.
+    plugin: &'static str,
+    /// Whether it never gets to a disk.
+    in_memory: bool,
+}
+
+impl Written {
+    fn source<'a>(plugin: &'static str, in_memory: bool) -> Source<'a> {
+        Source::Written(Self { plugin, in_memory })
+    }
+
+    /// The folder of such a volume of a pod, which is made if it lies in memory.
+    fn folder(self, shared: &Shared, pod: &Pod, volume: &str) -> io::Result<PathBuf> {
+        let dir = pod_dir(shared, pod).join("volumes").join(self.plugin).join(volume);
+        if !self.in_memory {
+            return Ok(dir);
+        }
+        let folder = shared.config.memory_dir().join(PodId::of(pod).uid).join(self.plugin).join(volume);
+        memory::place(&dir, folder)
+    }
 }
 
 fn source(volume: &Volume) -> Source<'_> {
@@ -48,21 +75,16 @@ fn source(volume: &Volume) -> Source<'_> {
     } else if let Some(host) = &volume.host_path {
         Source::HostPath(host)
     } else if volume.config_map.is_some() {
-        Source::Written("kubernetes.io~configmap")
+        Written::source("kubernetes.io~configmap", false)
     } else if volume.secret.is_some() {
-        Source::Written("kubernetes.io~secret")
+        Written::source("kubernetes.io~secret", true)
     } else if volume.downward_api.is_some() {
-        Source::Written("kubernetes.io~downward-api")
+        Written::source("kubernetes.io~downward-api", true)
     } else if volume.projected.is_some() {
-        Source::Written("kubernetes.io~projected")
+        Written::source("kubernetes.io~projected", true)
     } else {
         Source::Unsupported
     }
-}
-
-/// The folder of a written volume.
-fn written_dir(shared: &Shared, pod: &Pod, plugin: &str, volume: &str) -> PathBuf {
-    pod_dir(shared, pod).join("volumes").join(plugin).join(volume)
 }
 
 /// The pod's folder on the node.
@@ -87,8 +109,8 @@ pub(crate) async fn prepare(shared: Arc<Shared>, pod: Arc<Pod>, facts: Facts) ->
                 dir
             }
             Source::HostPath(host) => host_path::prepare(host).map_err(failed)?,
-            Source::Written(plugin) => {
-                let dir = written_dir(&shared, &pod, plugin, &volume.name);
+            Source::Written(written) => {
+                let dir = written.folder(&shared, &pod, &volume.name).map_err(|e| failed(e.to_string()))?;
                 write(&shared, &pod, volume, (&dir, &facts)).await.map_err(failed)?;
                 dir
             }

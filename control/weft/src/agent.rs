@@ -321,7 +321,7 @@ pub(crate) async fn remove(node: &Node, purge: bool) -> anyhow::Result<()> {
     if let Err(error) = builtin::purge(runtime_config(node)).await {
         failed.push(weft_agent_runtime::chain(&error));
     }
-    if let Err(error) = kubelet::purge(&node.paths.data, &node.name) {
+    if let Err(error) = kubelet::purge(&node.paths.data, &node.paths.run, &node.name) {
         failed.push(weft_agent_runtime::chain(&error));
     }
     if let Err(error) = dataplane::cleanup(&dataplane_config(node, &paths)).await {

@@ -178,6 +178,11 @@ fn logs_and_exec(cluster: &Cluster) -> anyhow::Result<()> {
     assert!(log.lines().count() <= 5, "{log}");
     let out = cluster.kubectl(&["exec", "client", "--", "sh", "-c", "echo out; echo err >&2; exit 0"])?;
     assert_eq!(out, "out\n");
+    // What is secret never gets to the node's disk.
+    let token = " /var/run/secrets/kubernetes.io/serviceaccount ";
+    let mounts = cluster.kubectl(&["exec", "client", "--", "cat", "/proc/mounts"])?;
+    let of_token = mounts.lines().find(|line| line.contains(token)).unwrap_or(&mounts);
+    assert!(of_token.starts_with("tmpfs "), "{of_token}");
     let failed = cluster.kubectl_fails(&["exec", "client", "--", "sh", "-c", "exit 3"])?;
     assert!(failed.contains("exit code 3"), "{failed}");
     let crash = "apiVersion: v1

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
-use super::{Source, source, used, write, written_dir};
+use super::{Source, source, used, write};
 use crate::clock;
 use crate::objects::{Handle, Known};
 use crate::pod::{self, PodId};
@@ -55,9 +55,12 @@ async fn refresh(shared: &Arc<Shared>, pod: &Pod) -> Option<Timestamp> {
     let facts = start::facts(shared, pod, None);
     let mut next: Option<Timestamp> = None;
     for volume in pod::spec(pod).volumes.iter().flatten().filter(|v| used(pod, &v.name)) {
-        let Source::Written(plugin) = source(volume) else { continue };
-        let dir = written_dir(shared, pod, plugin, &volume.name);
-        let due = match write(shared, pod, volume, (&dir, &facts)).await {
+        let Source::Written(written) = source(volume) else { continue };
+        let rewritten = match written.folder(shared, pod, &volume.name) {
+            Ok(dir) => write(shared, pod, volume, (&dir, &facts)).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let due = match rewritten {
             Ok(due) => due,
             Err(error) => {
                 tracing::warn!(pod = %PodId::of(pod), volume = volume.name, error, "cannot refresh volume");

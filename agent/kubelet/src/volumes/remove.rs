@@ -40,6 +40,14 @@ pub(crate) fn is_mount_point(dir: &Path) -> io::Result<bool> {
     Ok(mounts_below(dir)?.iter().any(|point| point == dir))
 }
 
+/// Removes a folder in which nothing is mounted. Succeeds on one that is gone.
+pub(crate) fn folder(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Unmounts everything below `dir` and removes it. Succeeds on one that is gone.
 pub(crate) fn pod_dir(dir: &Path) -> io::Result<()> {
     if fs::symlink_metadata(dir).is_err() {

@@ -35,13 +35,14 @@ impl Worker {
 pub(crate) async fn remove_folders(shared: &Shared, id: &PodId) {
     shared.tokens.forget(&id.uid);
     let dir = shared.config.pods_dir().join(&id.uid);
+    let in_memory = shared.config.memory_dir().join(&id.uid);
     let logs = shared.config.pod_log_dir.join(id.log_folder());
     let removal = tokio::task::spawn_blocking(move || {
-        let of_logs = match std::fs::remove_dir_all(&logs) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        };
-        volumes::remove::pod_dir(&dir).and(of_logs)
+        // The pod's folder last: by it the next start knows what is left.
+        for folder in [&logs, &in_memory] {
+            volumes::remove::folder(folder)?;
+        }
+        volumes::remove::pod_dir(&dir)
     });
     match removal.await {
         Ok(Ok(())) => {}
