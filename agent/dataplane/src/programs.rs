@@ -6,8 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use aya::maps::{Array, Map, MapData, PerCpuArray};
 use aya::programs::Program;
@@ -144,20 +148,7 @@ impl Programs {
             loader.map_max_entries(name, entries);
         }
         let mut ebpf = loader.load(object)?;
-        let names = SOCKET_HOOKS.map(|(name, _)| name).into_iter().chain(EDGE_HOOKS.map(|(name, ..)| name));
-        for name in names
-            .chain(crate::policy::edges::HOOKS.map(|(name, ..)| name))
-            .chain([crate::xdp::PROGRAM, SOCKET_STATES.0])
-        {
-            let result = match ebpf.program_mut(name) {
-                Some(Program::CgroupSockAddr(program)) => program.load(),
-                Some(Program::SchedClassifier(program)) => program.load(),
-                Some(Program::Xdp(program)) => program.load(),
-                Some(Program::SockOps(program)) => program.load(),
-                _ => return Err(mismatch(name)),
-            };
-            result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })?;
-        }
+        load_all(&mut ebpf)?;
         Ok(Self { ebpf, hooks: Hooks::pinned(links) })
     }
 
@@ -287,6 +278,47 @@ impl Programs {
         };
         fd.map(AsFd::as_fd).map_err(|source| ProgramError::Program { name, source: Box::new(source) })
     }
+}
+
+/// Loads the programs by all processors: most of a node's start is the verifier's, which looks at each program by itself.
+fn load_all(ebpf: &mut Ebpf) -> Result<(), ProgramError> {
+    // Those that take longest come first.
+    let names = crate::policy::edges::HOOKS.map(|(name, ..)| name).into_iter().rev();
+    let names: Vec<&'static str> = names
+        .chain(EDGE_HOOKS.map(|(name, ..)| name))
+        .chain(SOCKET_HOOKS.map(|(name, _)| name))
+        .chain([crate::xdp::PROGRAM, SOCKET_STATES.0])
+        .collect();
+    let mut found: BTreeMap<&str, &mut Program> = ebpf.programs_mut().collect();
+    let programs: Vec<_> = names.into_iter().map(|name| (name, found.remove(name))).collect();
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    let helpers = 1..processors.min(programs.len());
+    let queue = Mutex::new(programs.into_iter());
+    let work = || {
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((name, program)) = next else { return Ok(()) };
+            load(name, program)?;
+        }
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = helpers.map(|_| scope.spawn(work)).collect();
+        let own = work();
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        joined.fold(own, Result::and)
+    })
+}
+
+fn load(name: &'static str, program: Option<&mut Program>) -> Result<(), ProgramError> {
+    let result = match program {
+        Some(Program::CgroupSockAddr(program)) => program.load(),
+        Some(Program::SchedClassifier(program)) => program.load(),
+        Some(Program::Xdp(program)) => program.load(),
+        Some(Program::SockOps(program)) => program.load(),
+        _ => return Err(mismatch(name)),
+    };
+    result.map_err(|source| ProgramError::Program { name, source: Box::new(source) })
 }
 
 pub(crate) fn check_layout(
